@@ -1,0 +1,51 @@
+"""Spike posteriors from calcium imaging: one network pass from fluorescence to what the spikes probably were.
+
+Importing the package loads neither torch nor Qt: every name is fetched from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RecordingError": "recording",
+    "RoiMasks": "recording",
+    "SpikeInference": "recording",
+    "Traces": "recording",
+    "SpikeVAE": "vae",
+    "extract": "preprocess",
+    "fit": "training",
+    "infer": "inference",
+    "iter_extract": "preprocess",
+    "iter_fit": "training",
+    "iter_infer": "inference",
+    "load_model": "vae",
+    "models": "vae",
+    "read": "formats",
+    "simulate": "simulation",
+    "write": "formats",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+if TYPE_CHECKING:
+    from napari_calvae.formats import read, write
+    from napari_calvae.inference import infer, iter_infer
+    from napari_calvae.preprocess import extract, iter_extract
+    from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
+    from napari_calvae.simulation import simulate
+    from napari_calvae.training import fit, iter_fit
+    from napari_calvae.vae import SpikeVAE, load_model, models
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'napari_calvae' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"napari_calvae.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

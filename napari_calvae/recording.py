@@ -1,0 +1,346 @@
+"""The values that travel through the house: traces, ROI masks and what was inferred from them.
+
+They are frozen, carry their units and know nothing of torch, files or windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Unit = Literal["raw", "dff"]
+
+#: Layout of one sampled spike event: which posterior sample, ROI and frame, and how many spikes.
+EVENT_DTYPE = np.dtype([("sample", "u2"), ("roi", "u4"), ("frame", "u4"), ("count", "u1")])
+
+
+class RecordingError(ValueError):
+    """Input that cannot be what it claims to be; the message says what was expected, what came, what to do."""
+
+
+def check_frame_rate(frame_rate: float | None) -> float:
+    """Return the frame rate (Hz) as a float, or say why it is none."""
+    if frame_rate is None:
+        raise RecordingError(
+            "frame_rate: expected the frames per second of the recording, got none. "
+            "It is never guessed: pass frame_rate=… (Hz), or --frame-rate on the command line."
+        )
+    rate = float(frame_rate)
+    if not (np.isfinite(rate) and rate > 0):
+        raise RecordingError(
+            f"frame_rate: expected a positive number of frames per second, got {frame_rate!r}. "
+            "Pass the imaging rate in Hz."
+        )
+    return rate
+
+
+@dataclass(frozen=True, eq=False)
+class Traces:
+    """Fluorescence of some ROIs over time.
+
+    Parameters
+    ----------
+    values
+        (roi, time) fluorescence, stored as float32; a 1-D array is one ROI. NaN and infinite values are missing data.
+    frame_rate
+        Frames per second (Hz). Never defaulted.
+    unit
+        ``"raw"`` (camera counts) or ``"dff"`` (ΔF/F as a fraction: 1.0 is +100 %).
+    roi_ids
+        One integer per ROI, by default 1, 2, … as in a label image. Random streams are derived from them.
+    t0
+        Time of the centre of the first frame (s). Frame k is centred on ``t0 + k / frame_rate``.
+    valid
+        (roi, time) mask of the frames that were measured, by default those with finite values.
+    provenance
+        How these traces came about: JSON-like.
+
+    Raises
+    ------
+    RecordingError
+        If shape, frame rate, unit or ids contradict each other.
+    """
+
+    values: np.ndarray
+    frame_rate: float
+    unit: Unit = "dff"
+    roi_ids: tuple[int, ...] = ()
+    t0: float = 0.0
+    valid: np.ndarray = None  # type: ignore[assignment]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        raw = np.asarray(self.values)
+        if raw.dtype.kind not in "fiub":
+            raise RecordingError(f"traces: expected real numbers, got dtype {raw.dtype}. Convert them to float.")
+        values = np.atleast_2d(raw).astype(np.float32)
+        if values.ndim != 2 or 0 in values.shape:
+            raise RecordingError(
+                f"traces: expected an array (roi, time) with at least one ROI and one frame, got shape {raw.shape}."
+            )
+        if self.unit not in ("raw", "dff"):
+            raise RecordingError(f"unit: expected 'raw' or 'dff', got {self.unit!r}.")
+        ids = tuple(int(i) for i in self.roi_ids) if len(self.roi_ids) else tuple(range(1, len(values) + 1))
+        if len(ids) != len(values) or len(set(ids)) != len(ids):
+            raise RecordingError(
+                f"roi_ids: expected {len(values)} different integers, one per ROI, "
+                f"got {len(ids)} ({len(set(ids))} different)."
+            )
+        finite = np.isfinite(values)
+        if self.valid is not None:
+            mask = np.asarray(self.valid, bool)
+            if mask.shape not in (values.shape, values.shape[1:]):
+                raise RecordingError(f"valid: expected shape {values.shape}, got {mask.shape}.")
+            finite &= mask
+        values[~finite] = np.nan
+        values.flags.writeable = False
+        finite.flags.writeable = False
+        for name, value in (
+            ("values", values),
+            ("frame_rate", check_frame_rate(self.frame_rate)),
+            ("roi_ids", ids),
+            ("t0", float(self.t0)),
+            ("valid", finite),
+            ("provenance", MappingProxyType(dict(self.provenance))),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def n_rois(self) -> int:
+        """Number of ROIs."""
+        return self.values.shape[0]
+
+    @property
+    def n_frames(self) -> int:
+        """Number of frames."""
+        return self.values.shape[1]
+
+    @property
+    def duration(self) -> float:
+        """Length of the recording (s)."""
+        return self.n_frames / self.frame_rate
+
+    @property
+    def times(self) -> np.ndarray:
+        """(time,) centres of the frames (s)."""
+        return self.t0 + np.arange(self.n_frames) / self.frame_rate
+
+    def index(self, roi_id: int) -> int:
+        """Row of the ROI with this id."""
+        try:
+            return self.roi_ids.index(int(roi_id))
+        except ValueError:
+            raise RecordingError(f"roi_id: expected one of {self.roi_ids[:8]}…, got {roi_id}.") from None
+
+    def select(self, rois: Sequence[int] | slice | np.ndarray) -> Traces:
+        """Rows ``rois`` (indices, not ids) as traces of their own."""
+        index = np.arange(self.n_rois)[rois]
+        return self.replace(
+            values=self.values[index], valid=self.valid[index], roi_ids=tuple(self.roi_ids[i] for i in index)
+        )
+
+    def replace(self, **changes: Any) -> Traces:
+        """Copy with some fields replaced, checked again."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if "values" in changes and "valid" not in changes:
+            changes["valid"] = None
+        return Traces(**(fields | changes))
+
+
+@dataclass(frozen=True, eq=False)
+class RoiMasks:
+    """Regions of interest of one imaging plane, as weighted pixels; ROIs may overlap.
+
+    Parameters
+    ----------
+    shape
+        (y, x) of the plane, pixels.
+    pixels
+        Per ROI the flat (row-major) indices of its pixels.
+    ids
+        Per ROI an integer, as in a label image.
+    weights
+        Per ROI one weight per pixel; by default all one. Traces are weighted means.
+    """
+
+    shape: tuple[int, int]
+    pixels: tuple[np.ndarray, ...]
+    ids: tuple[int, ...] = ()
+    weights: tuple[np.ndarray, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.shape)
+        if len(shape) != 2 or min(shape) < 1:
+            raise RecordingError(f"ROIs: expected a plane (y, x), got shape {tuple(self.shape)}.")
+        pixels = tuple(np.asarray(p, np.int64).ravel() for p in self.pixels)
+        ids = tuple(int(i) for i in self.ids) if len(self.ids) else tuple(range(1, len(pixels) + 1))
+        weights = (
+            tuple(np.asarray(w, np.float32).ravel() for w in self.weights)
+            if len(self.weights)
+            else tuple(np.ones(len(p), np.float32) for p in pixels)
+        )
+        if not pixels:
+            raise RecordingError(
+                "ROIs: expected at least one, got none. Draw a ROI or give a label image with labels > 0."
+            )
+        if not len(pixels) == len(ids) == len(set(ids)) == len(weights):
+            raise RecordingError(
+                f"ROIs: expected one id and one weight array per ROI, all ids different; "
+                f"got {len(pixels)} ROIs, {len(set(ids))} ids, {len(weights)} weight arrays."
+            )
+        for roi, p, w in zip(ids, pixels, weights, strict=True):
+            if not len(p) or not w.sum() > 0:
+                raise RecordingError(
+                    f"ROI {roi}: expected at least one pixel inside the image of {shape[0]} × {shape[1]} pixels, "
+                    "got an empty ROI. Draw it larger, or inside the image."
+                )
+            if len(w) != len(p) or p.min() < 0 or p.max() >= shape[0] * shape[1]:
+                raise RecordingError(f"ROI {roi}: expected pixels inside the image and one weight for each.")
+        for name, value in (("shape", shape), ("pixels", pixels), ("ids", ids), ("weights", weights)):
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @classmethod
+    def from_labels(cls, labels: ArrayLike) -> RoiMasks:
+        """ROIs of a (y, x) label image; 0 is background."""
+        image = np.asarray(labels)
+        if image.dtype.kind not in "iub":
+            raise RecordingError(
+                f"label image: expected integers, got dtype {image.dtype}. Convert it, 0 is background."
+            )
+        if image.ndim != 2:
+            raise RecordingError(
+                f"label image: expected two dimensions (y, x), got shape {image.shape}. Give one plane of labels."
+            )
+        flat = image.ravel().astype(np.int64)
+        order = np.argsort(flat, kind="stable")
+        ids, first = np.unique(flat[order], return_index=True)
+        groups = np.split(order, first[1:])
+        kept = [(int(i), g) for i, g in zip(ids, groups, strict=True) if i > 0]
+        if not kept:
+            raise RecordingError("label image: expected at least one label above 0, got only background.")
+        return cls(image.shape, tuple(g for _, g in kept), tuple(i for i, _ in kept))
+
+    @classmethod
+    def from_discs(
+        cls, centres: Iterable[tuple[float, float]], diameter: float, shape: tuple[int, int], ids: Sequence[int] = ()
+    ) -> RoiMasks:
+        """Discs of one ``diameter`` (pixels) around ``centres`` (y, x), cut at the border of the image."""
+        if not diameter > 0:
+            raise RecordingError(f"diameter: expected a positive number of pixels, got {diameter}.")
+        y, x = np.ogrid[: shape[0], : shape[1]]
+        discs = [((y - cy) ** 2 + (x - cx) ** 2 <= (diameter / 2) ** 2) for cy, cx in centres]
+        return cls(shape, tuple(np.flatnonzero(d) for d in discs), tuple(ids))
+
+    def to_labels(self) -> np.ndarray:
+        """(y, x) int32 label image; where ROIs overlap the later one is shown."""
+        image = np.zeros(self.shape[0] * self.shape[1], np.int32)
+        for roi, pixels in zip(self.ids, self.pixels, strict=True):
+            image[pixels] = roi
+        return image.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class SpikeInference:
+    """What was inferred from some traces: the spike posterior, and how well it explains the fluorescence.
+
+    Parameters
+    ----------
+    traces
+        The ΔF/F that the recognition network saw.
+    rate
+        (roi, time) float32 posterior mean (spikes/s).
+    events
+        Sampled spikes, dtype ``EVENT_DTYPE``, sorted by ROI, then sample, then frame.
+    n_samples
+        Number of posterior samples that ``events`` holds.
+    reconstruction, reconstruction_std
+        (roi, time) float32 mean fluorescence of the posterior through the generative model, and the standard deviation of
+        fluorescence to be expected around it (spikes and noise together), in ΔF/F.
+    theta
+        Parameters of the generative model, each (roi,), in physical units.
+    quality
+        Structured array: one row per ROI, one column per metric of ``metrics.QC``.
+    provenance
+        Model id and hash, seed, preprocessing, versions.
+    """
+
+    traces: Traces
+    rate: np.ndarray
+    events: np.ndarray
+    n_samples: int
+    reconstruction: np.ndarray
+    reconstruction_std: np.ndarray
+    theta: Mapping[str, np.ndarray]
+    quality: np.ndarray
+    provenance: Mapping[str, Any]
+
+    @property
+    def roi_ids(self) -> tuple[int, ...]:
+        """Ids of the ROIs, row by row."""
+        return self.traces.roi_ids
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second (Hz)."""
+        return self.traces.frame_rate
+
+    def events_of(self, row: int) -> np.ndarray:
+        """Events of one ROI (row index), sorted by sample, then frame."""
+        start, stop = np.searchsorted(self.events["roi"], [row, row + 1])
+        return self.events[start:stop]
+
+    def samples(self, rois: Sequence[int] | None = None) -> np.ndarray:
+        """(sample, roi, time) uint8 posterior samples of the spike counts per frame, for all or some rows."""
+        rows = range(self.rate.shape[0]) if rois is None else rois
+        dense = np.zeros((self.n_samples, len(rows), self.rate.shape[1]), np.uint8)
+        for column, row in enumerate(rows):
+            events = self.events_of(row)
+            dense[events["sample"], column, events["frame"]] = events["count"]
+        return dense
+
+    def window_counts(self, window: float = 1.0) -> np.ndarray:
+        """(sample, roi, window) spike counts of each sample in consecutive windows of ``window`` seconds.
+
+        A last window that the recording does not fill is left out.
+        """
+        edges = self.window_edges(window)
+        n_windows = len(edges) - 1
+        counts = np.zeros((self.n_samples, self.rate.shape[0], n_windows), np.int64)
+        index = np.searchsorted(edges, self.events["frame"], side="right") - 1
+        inside = index < n_windows
+        events = self.events[inside]
+        np.add.at(counts, (events["sample"], events["roi"], index[inside]), events["count"])
+        return counts
+
+    def window_edges(self, window: float) -> np.ndarray:
+        """(window + 1,) first frame of each window of ``window`` seconds, and one past the last."""
+        frames = window * self.frame_rate
+        n_windows = int(np.floor(self.rate.shape[1] / frames + 1e-9))
+        if frames < 1 or n_windows < 1:
+            raise RecordingError(
+                f"window: expected between one frame ({1 / self.frame_rate:.3g} s) and the whole recording "
+                f"({self.traces.duration:.3g} s), got {window:g} s."
+            )
+        return np.round(np.arange(n_windows + 1) * frames).astype(np.int64)
+
+    def interval(self, level: float = 0.9, window: float = 1.0) -> np.ndarray:
+        """(2, roi, window) central credible interval of the spike count in windows of ``window`` seconds.
+
+        Quantiles of the posterior samples; with n samples a level above 1 − 2/n is no better than their range.
+        """
+        if not 0 < level < 1:
+            raise RecordingError(f"level: expected a probability between 0 and 1, got {level}.")
+        if self.n_samples < 2:
+            raise RecordingError(
+                f"interval: expected at least 2 posterior samples, got {self.n_samples}. Infer with more."
+            )
+        tail = (1 - level) / 2
+        return np.quantile(self.window_counts(window), [tail, 1 - tail], axis=0)

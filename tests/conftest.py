@@ -1,0 +1,18 @@
+"""Shared by all tests: where the real recordings are, and one thread per worker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("CALVAE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of the real recordings; tests that need it are skipped where it is absent."""
+    if not (SHARED / "ground_truth").is_dir():
+        pytest.skip(f"real recordings not found at {SHARED}: set CALVAE_SHARED")
+    return SHARED
