@@ -262,8 +262,8 @@ class SpikeInference:
     n_samples
         Number of posterior samples that ``events`` holds.
     reconstruction, reconstruction_std
-        (roi, time) float32 mean fluorescence of the posterior through the generative model, and the standard deviation of
-        fluorescence to be expected around it (spikes and noise together), in ΔF/F.
+        (roi, time) float32 mean fluorescence of the posterior through the generative model, and the standard deviation
+        of fluorescence to be expected around it (spikes and noise together), in ΔF/F.
     theta
         Parameters of the generative model, each (roi,), in physical units.
     quality
@@ -291,6 +291,34 @@ class SpikeInference:
     def frame_rate(self) -> float:
         """Frames per second (Hz)."""
         return self.traces.frame_rate
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[SpikeInference]) -> SpikeInference:
+        """Join the results of blocks of ROIs of one recording, in the order given."""
+        if not parts:
+            raise RecordingError("concatenate: expected at least one result, got none.")
+        first = parts[0]
+        events = [part.events.copy() for part in parts]
+        row = 0
+        for part, block in zip(parts, events, strict=True):
+            block["roi"] += row
+            row += part.traces.n_rois
+        traces = first.traces.replace(
+            values=np.concatenate([p.traces.values for p in parts]),
+            valid=np.concatenate([p.traces.valid for p in parts]),
+            roi_ids=tuple(i for p in parts for i in p.roi_ids),
+        )
+        return cls(
+            traces=traces,
+            rate=np.concatenate([p.rate for p in parts]),
+            events=np.concatenate(events),
+            n_samples=first.n_samples,
+            reconstruction=np.concatenate([p.reconstruction for p in parts]),
+            reconstruction_std=np.concatenate([p.reconstruction_std for p in parts]),
+            theta={name: np.concatenate([p.theta[name] for p in parts]) for name in first.theta},
+            quality=np.concatenate([p.quality for p in parts]),
+            provenance=first.provenance,
+        )
 
     def events_of(self, row: int) -> np.ndarray:
         """Events of one ROI (row index), sorted by sample, then frame."""
