@@ -1,0 +1,11 @@
+"""Recognition networks q(s | F): one pass from fluorescence to a distribution over spike trains."""
+
+from __future__ import annotations
+
+from napari_calvae.recognition.base import RecognitionNetwork, SpikePosterior
+from napari_calvae.recognition.factorized import FactorizedNetwork
+
+#: Every network that a saved model may name. Contract tests collect this.
+NETWORKS: dict[str, type[RecognitionNetwork]] = {cls.name: cls for cls in (FactorizedNetwork,)}
+
+__all__ = ["NETWORKS", "FactorizedNetwork", "RecognitionNetwork", "SpikePosterior"]

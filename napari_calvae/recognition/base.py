@@ -1,0 +1,163 @@
+"""What every recognition network is: features of a trace in, a distribution over spike-count trains out."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Num, Shaped
+from torch import Tensor, nn
+
+#: Channels of ``trace_features``.
+N_FEATURES = 4
+
+#: Median of |x − y| for two independent standard normal numbers: Φ⁻¹(0.75)·√2.
+_MEDIAN_DIFFERENCE = 0.6744897501960817 * math.sqrt(2)
+
+
+class SpikePosterior(abc.ABC):
+    """A distribution over spike counts per frame, (roi, time), independent between ROIs."""
+
+    @property
+    @abc.abstractmethod
+    def mean(self) -> Float[Tensor, "roi time"]:
+        """Expected spike count of each frame."""
+
+    @abc.abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
+        """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
+
+    @abc.abstractmethod
+    def log_prob(
+        self, counts: Num[Tensor, "*sample roi time"], valid: Bool[Tensor, "roi time"] | None = None
+    ) -> Float[Tensor, "*sample roi"]:
+        """Log-probability of whole trains; frames where ``valid`` is False are left out of the product."""
+
+    @abc.abstractmethod
+    def select(self, rois: slice) -> SpikePosterior:
+        """The same distribution for some of the ROIs."""
+
+
+class RecognitionNetwork(nn.Module, abc.ABC):
+    """q(s | F) for whole traces, however long.
+
+    A trace is summarised once (``summarise``); given that summary everything is local: the outputs of frame t depend on
+    frames within ``halo`` of t only, so that a long trace can be cut into chunks without changing the answer.
+    """
+
+    name: ClassVar[str]
+    #: Keyword arguments that build this network again.
+    config: dict[str, Any]
+    #: Highest spike count per frame that the posterior can express.
+    max_count: int
+    #: Context (frames) on either side that the local part needs.
+    halo: int
+    #: Chunks start at multiples of this (frames).
+    stride: int
+    #: At most this many frames, evenly spread over the trace, are summarised.
+    summary_frames: ClassVar[int] = 16384
+
+    @abc.abstractmethod
+    def summarise(
+        self, features: Float[Tensor, "roi channel time"], log_rate: Float[Tensor, " roi"]
+    ) -> Float[Tensor, "roi summary"]:
+        """What the network wants to know of a trace as a whole: a mean over time, zero columns if nothing."""
+
+    @abc.abstractmethod
+    def local(
+        self,
+        features: Float[Tensor, "roi channel time"],
+        log_rate: Float[Tensor, " roi"],
+        summary: Float[Tensor, "roi summary"],
+    ) -> Float[Tensor, "roi output time"]:
+        """Outputs frame by frame, each depending on no more than ``halo`` frames around it."""
+
+    @abc.abstractmethod
+    def posterior(
+        self,
+        local: Float[Tensor, "roi output time"],
+        log_rate: Float[Tensor, " roi"],
+        summary: Float[Tensor, "roi summary"],
+    ) -> SpikePosterior:
+        """Build the distribution from the local outputs."""
+
+    def forward(
+        self,
+        fluorescence: Float[Tensor, "roi time"],
+        frame_rate: float | Float[Tensor, " roi"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+        chunk: int | None = None,
+    ) -> SpikePosterior:
+        """Posterior over the spikes of each trace.
+
+        Parameters
+        ----------
+        fluorescence
+            (roi, time) ΔF/F; NaN is missing.
+        frame_rate
+            Frames per second (Hz), one for all or one per ROI.
+        valid
+            (roi, time) False where a frame is missing.
+        chunk
+            Work through the trace in pieces of about this many frames; the result is the same.
+        """
+        features = trace_features(fluorescence, valid)
+        rate = torch.as_tensor(frame_rate, dtype=features.dtype, device=features.device).expand(len(features))
+        log_rate = torch.log(rate)
+        summary = self._summary(features, log_rate)
+        n_frames = features.shape[-1]
+        if chunk is None or chunk >= n_frames:
+            local = self.local(features, log_rate, summary)
+        else:
+            step = max(self.stride, chunk // self.stride * self.stride)
+            margin = -(-self.halo // self.stride) * self.stride
+            pieces = []
+            for start in range(0, n_frames, step):
+                first = max(0, start - margin)
+                last = min(n_frames, start + step + margin)
+                piece = self.local(features[..., first:last], log_rate, summary)
+                pieces.append(piece[..., start - first : min(start + step, n_frames) - first])
+            local = torch.cat(pieces, -1)
+        return self.posterior(local, log_rate, summary)
+
+    def _summary(
+        self, features: Float[Tensor, "roi channel time"], log_rate: Float[Tensor, " roi"]
+    ) -> Float[Tensor, "roi summary"]:
+        n_frames = features.shape[-1]
+        if n_frames <= self.summary_frames:
+            return self.summarise(features, log_rate)
+        n_pieces, length = 8, self.summary_frames // 8
+        starts = torch.linspace(0, n_frames - length, n_pieces).long().tolist()
+        return torch.stack([self.summarise(features[..., s : s + length], log_rate) for s in starts]).mean(0)
+
+
+def trace_features(
+    fluorescence: Float[Tensor, "roi time"], valid: Bool[Tensor, "roi time"] | None = None
+) -> Float[Tensor, "roi channel time"]:
+    """Describe each trace in units of itself, so that neither offset nor scale of ΔF/F matters.
+
+    With z the distance from the median in units of the noise (from the median absolute difference of successive
+    frames): asinh(z), z/10 clipped, the trace in units of its own range, and a mask of measured frames.
+
+    Parameters
+    ----------
+    fluorescence
+        (roi, time) ΔF/F; NaN is missing.
+    valid
+        (roi, time) False where a frame is missing.
+    """
+    finite = torch.isfinite(fluorescence)
+    measured = finite if valid is None else finite & valid
+    nan = fluorescence.masked_fill(~measured, torch.nan)
+    centre = nan.nanmedian(-1, keepdim=True).values.nan_to_num()
+    f = (nan - centre).nan_to_num()
+    difference = (nan[:, 1:] - nan[:, :-1]).abs()
+    noise = difference.nanmedian(-1, keepdim=True).values.nan_to_num() / _MEDIAN_DIFFERENCE
+    peak = f.kthvalue(max(1, math.ceil(0.995 * f.shape[-1])), -1, keepdim=True).values
+    # Quantised or very short traces can have a median difference of zero; a hundredth of the range stands in.
+    scale = torch.maximum(noise, 0.01 * f.abs().amax(-1, keepdim=True)).clamp_min(torch.finfo(f.dtype).tiny)
+    z = f / scale
+    spread = torch.maximum(peak, 2 * scale)
+    return torch.stack([torch.asinh(z), (z / 10).clamp(-2, 10), (f / spread).clamp(-2, 4), measured.to(f.dtype)], dim=1)
