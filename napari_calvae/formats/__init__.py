@@ -1,0 +1,66 @@
+"""Files: one module per format, listed in ``FORMATS``; movies and label images come from ``tiff``.
+
+A format has ``PATTERNS`` (file names), ``matches(path)`` and ``read(path, frame_rate, unit) → Traces``. One that can
+also hold results has ``SUFFIXES`` and ``write(result, path)``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from napari_calvae.formats import csv_table, hdf5, numpy_table
+from napari_calvae.formats._files import check_output, existing
+from napari_calvae.formats.tiff import is_movie, read_labels, read_movie
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+
+__all__ = ["FORMATS", "check_output", "is_movie", "read", "read_labels", "read_movie", "write", "writer_of"]
+
+FORMATS: dict[str, ModuleType] = {"numpy": numpy_table, "csv": csv_table, "hdf5": hdf5}
+
+
+def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
+    """Traces from a file of any supported format.
+
+    Parameters
+    ----------
+    path
+        File of traces; for movies see ``read_movie`` and ``extract``.
+    frame_rate
+        Frames per second (Hz); needed if the file does not say, and believed rather than the file if given.
+    unit
+        ``"raw"`` or ``"dff"`` (ΔF/F as a fraction); by default what the file says, else ``"dff"``.
+    """
+    file = existing(path)
+    for module in FORMATS.values():
+        if module.matches(file):
+            return module.read(file, frame_rate, unit)
+    patterns = ", ".join(p for module in FORMATS.values() for p in module.PATTERNS)
+    raise RecordingError(
+        f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
+        "Movies (.tif) need a label image with them, --rois on the command line."
+    )
+
+
+def write(result: SpikeInference, path: str | Path, overwrite: bool = False) -> None:
+    """Write what was inferred: all of it, or nothing at all.
+
+    Parameters
+    ----------
+    result
+        What ``infer`` returned.
+    path
+        ``.npz``, ``.h5``, or ``.csv`` (which puts events, one row per ROI and the provenance into files beside it).
+    overwrite
+        Replace what is there; without it an existing file is an error.
+    """
+    writer_of(path).write(result, check_output(path, overwrite))
+
+
+def writer_of(path: str | Path) -> ModuleType:
+    """Return the format that writes results under this name."""
+    suffix = Path(path).suffix.lower()
+    able = {s: module for module in FORMATS.values() for s in getattr(module, "SUFFIXES", ())}
+    if suffix not in able:
+        raise RecordingError(f"output: expected a name that ends in {', '.join(able)}, got {Path(path).name!r}.")
+    return able[suffix]

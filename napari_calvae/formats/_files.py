@@ -1,0 +1,127 @@
+"""What all formats share: clear errors for paths, files that appear whole or not at all, results as named arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+
+#: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
+TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
+
+
+def existing(path: str | Path) -> Path:
+    """Return the path if there is something, else say so."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: expected a file, found nothing there. Check the path.")
+    return file
+
+
+def check_output(path: str | Path, overwrite: bool = False) -> Path:
+    """Return the path if a file may be written there, else say why not; to be asked before any long work."""
+    file = Path(path).expanduser()
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file}: expected an existing folder, got {file.parent}. Create it first.")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: expected the name of a file, got a folder.")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file}: exists already. Choose another name or say overwrite (--overwrite).")
+    return file
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Give temporary names beside ``paths`` to write to; they take the places of ``paths`` only if nothing fails."""
+    tag = secrets.token_hex(4)
+    temporary = tuple(path.with_name(f".{path.name}.{tag}.part") for path in paths)
+    try:
+        yield temporary
+        for new, path in zip(temporary, paths, strict=True):
+            os.replace(new, path)
+    finally:
+        for new in temporary:
+            new.unlink(missing_ok=True)
+
+
+def traces_of(
+    arrays: Mapping[str, np.ndarray], file: Path, frame_rate: float | None = None, unit: Unit | None = None
+) -> Traces:
+    """Traces from named arrays: ``values``, ``dff`` or ``F`` (roi, time) with ``frame_rate`` and perhaps more."""
+    name = next((n for n in TRACE_NAMES if n in arrays), None)
+    if name is None:
+        raise RecordingError(
+            f"{file.name}: expected an array (roi, time) named {' or '.join(TRACE_NAMES)}, got {sorted(arrays)}."
+        )
+    if frame_rate is None and "frame_rate" in arrays:
+        frame_rate = float(_single(arrays["frame_rate"], "frame_rate", file))
+    stated = str(_single(arrays["unit"], "unit", file)) if "unit" in arrays else "dff"
+    return Traces(
+        arrays[name],
+        frame_rate,  # type: ignore[arg-type]
+        unit or TRACE_NAMES[name] or stated,  # type: ignore[arg-type]
+        tuple(np.ravel(arrays["roi_ids"]).tolist()) if "roi_ids" in arrays else (),
+        float(_single(arrays["t0"], "t0", file)) if "t0" in arrays else 0.0,
+        provenance={"source": file.name},
+    )
+
+
+def arrays_of(result: SpikeInference) -> dict[str, np.ndarray]:
+    """Name the arrays of a result; ``traces_of`` reads the ΔF/F back from them.
+
+    ``interval`` is the central 90 % credible interval (2, roi, window) of the spike counts in windows of one second
+    that begin at the frames ``interval_edges``; it is left out for recordings or sample numbers too small for one.
+    """
+    arrays = {
+        "roi_ids": np.asarray(result.roi_ids, np.int64),
+        "frame_rate": np.asarray(result.frame_rate),
+        "t0": np.asarray(result.traces.t0),
+        "dff": result.traces.values,
+        "rate": result.rate,
+        "reconstruction": result.reconstruction,
+        "reconstruction_std": result.reconstruction_std,
+        "n_samples": np.asarray(result.n_samples),
+        **{f"events_{field}": result.events[field] for field in result.events.dtype.names},
+        **{f"theta_{name}": np.asarray(values) for name, values in result.theta.items()},
+        **{f"quality_{name}": result.quality[name] for name in result.quality.dtype.names or ()},
+    }
+    if result.n_samples >= 2 and result.traces.duration >= 1 and result.frame_rate >= 1:
+        arrays["interval"] = result.interval(0.9, 1.0).astype(np.float32)
+        arrays["interval_level"] = np.asarray(0.9)
+        arrays["interval_edges"] = result.window_edges(1.0)
+    return arrays
+
+
+def provenance_json(result: SpikeInference) -> str:
+    """Give the provenance of a result, and of the traces it came from, as JSON."""
+    return json.dumps(
+        {"inference": dict(result.provenance), "traces": dict(result.traces.provenance)},
+        indent=1,
+        default=_plain,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Turn what JSON does not know into what it does."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return str(value)
+
+
+def _single(value: np.ndarray, name: str, file: Path) -> Any:
+    """Take the one value out of an array."""
+    array = np.asarray(value)
+    if array.size != 1:
+        raise RecordingError(f"{file.name}: expected one {name} for all ROIs, got {array.size} values.")
+    item = array.ravel()[0].item() if array.dtype.kind != "O" else array.ravel()[0]
+    return item.decode() if isinstance(item, bytes) else item

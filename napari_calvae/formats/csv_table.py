@@ -1,0 +1,155 @@
+"""Text tables: one column per ROI with a header and, if there is one, a column of times; results as tidy tables."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from napari_calvae.formats._files import arrays_of, provenance_json, whole_files
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+
+PATTERNS = ("*.csv",)
+SUFFIXES = (".csv",)
+
+#: What a column of times may be called, and seconds per unit.
+_TIMES = {
+    re.compile(r"t|times?|timestamps?|(t|time)[ _]?[(\[]?(s|sec|seconds)[)\]]?|seconds"): 1.0,
+    re.compile(r"(t|time)[ _]?[(\[]?(ms|milliseconds)[)\]]?|milliseconds"): 1e-3,
+}
+
+
+def matches(path: Path) -> bool:
+    """Tell whether this is a text table."""
+    return path.suffix.lower() == ".csv"
+
+
+def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
+    """Read one trace per column; empty cells are missing frames.
+
+    A column called ``time`` or alike (s, or ms if it says so) gives the frame rate. Numbers in the other columns' names
+    are ROI ids if they differ.
+    """
+    names, table = _table(path)
+    if {"roi", "frame", "rate"} <= set(names):
+        raise RecordingError(
+            f"{path.name}: expected traces, one column per ROI, got a table of results with one row per ROI and frame. "
+            "Give the recording itself."
+        )
+    t0 = 0.0
+    columns = []
+    for i, name in enumerate(names):
+        scale = next((s for pattern, s in _TIMES.items() if pattern.fullmatch(name.lower())), None)
+        if scale is not None:
+            t0, measured = _clock(table[:, i] * scale, path)
+            frame_rate = measured if frame_rate is None else frame_rate
+        elif name.lower() not in ("", "frame", "index"):
+            columns.append(i)
+    if not columns:
+        raise RecordingError(f"{path.name}: expected one column per ROI, got the columns {names}.")
+    numbers = [re.findall(r"\d+", names[i]) for i in columns]
+    ids = tuple(int(n[-1]) for n in numbers if n)
+    ids = ids if len(set(ids)) == len(columns) else ()
+    return Traces(table[:, columns].T, frame_rate, unit or "dff", ids, t0, provenance={"source": path.name})  # type: ignore[arg-type]
+
+
+def write(result: SpikeInference, path: Path) -> None:
+    """Write ``NAME.csv`` (a row per ROI and frame) and ``NAME.events.csv``, ``.rois.csv``, ``.provenance.json``.
+
+    ``count_low`` and ``count_high`` are the 90 % credible interval of the spike count in the second around the frame.
+    """
+    names = (path, *(path.with_suffix(end) for end in (".events.csv", ".rois.csv", ".provenance.json")))
+    arrays = arrays_of(result)
+    n_frames = result.traces.n_frames
+    window = np.full(n_frames, -1)
+    if "interval" in arrays:
+        edges = arrays["interval_edges"]
+        window[: edges[-1]] = np.searchsorted(edges, np.arange(edges[-1]), side="right") - 1
+    with whole_files(*names) as (frames, events, rois, provenance):
+        with open(frames, "w", encoding="utf-8") as file:
+            file.write("roi,frame,time_s,dff,rate,reconstruction,reconstruction_std,count_low,count_high\n")
+            for row, roi in enumerate(result.roi_ids):
+                bounds = [
+                    np.where(window >= 0, arrays["interval"][end, row, window], np.nan)
+                    if "interval" in arrays
+                    else np.full(n_frames, np.nan)
+                    for end in (0, 1)
+                ]
+                signals = [arrays[name][row] for name in ("dff", "rate", "reconstruction", "reconstruction_std")]
+                _rows(file, (np.full(n_frames, roi), np.arange(n_frames), result.traces.times, *signals, *bounds))
+        ids = np.asarray(result.roi_ids)
+        with open(events, "w", encoding="utf-8") as file:
+            file.write("roi,sample,frame,time_s,count\n")
+            e = result.events
+            _rows(file, (ids[e["roi"]], e["sample"], e["frame"], result.traces.times[e["frame"]], e["count"]))
+        per_roi = {name: a for name, a in arrays.items() if name.startswith(("theta_", "quality_"))}
+        with open(rois, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["roi", *per_roi])
+            table.writerows(zip(ids.tolist(), *(a.tolist() for a in per_roi.values()), strict=True))
+        provenance.write_text(provenance_json(result), encoding="utf-8")
+
+
+def _table(path: Path) -> tuple[list[str], np.ndarray]:
+    """Column names and the (frame, column) numbers of a text table."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordingError(f"{path.name}: expected a text table, got binary data ({error}).") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) < 2:
+        raise RecordingError(f"{path.name}: expected a header and at least one frame, got {len(lines)} lines.")
+    delimiter = max(",;\t", key=lines[0].count)
+    names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter))]
+    if any(re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|nan", name.lower()) for name in names):
+        raise RecordingError(
+            f"{path.name}: expected a header (one name per ROI), got numbers in the first line. "
+            "Put a line of names on top; rows are frames and columns are ROIs."
+        )
+    try:
+        table = np.loadtxt(lines[1:], delimiter=delimiter, ndmin=2)
+    except ValueError:
+        table = np.array(
+            [_numbers(row, i, path, len(names)) for i, row in enumerate(csv.reader(lines[1:], delimiter=delimiter))]
+        )
+    if table.shape[1] != len(names):
+        raise RecordingError(f"{path.name}: expected {len(names)} columns as in the header, got {table.shape[1]}.")
+    return names, table
+
+
+def _numbers(cells: list[str], row: int, path: Path, n: int) -> list[float]:
+    """One row of a table whose cells may be empty."""
+    try:
+        values = [float(cell) if cell.strip() else np.nan for cell in cells]
+    except ValueError as error:
+        raise RecordingError(f"{path.name}, line {row + 2}: expected numbers, got {error}.") from error
+    if len(values) != n:
+        raise RecordingError(f"{path.name}, line {row + 2}: expected {n} columns as in the header, got {len(values)}.")
+    return values
+
+
+def _clock(times: np.ndarray, path: Path) -> tuple[float, float]:
+    """First time (s) and frame rate (Hz) of evenly spaced time stamps."""
+    steps = np.diff(times)
+    if not len(steps) or not np.isfinite(times).all() or not (steps > 0).all():
+        raise RecordingError(f"{path.name}: expected a time column that rises from row to row, got one that does not.")
+    interval = (times[-1] - times[0]) / len(steps)
+    uneven = np.abs(steps - np.median(steps)) > 0.5 * np.median(steps)
+    if uneven.any():
+        raise RecordingError(
+            f"{path.name}: expected evenly spaced frames, got a step of {steps[uneven][0]:.4g} s among steps of "
+            f"{np.median(steps):.4g} s, after {times[:-1][uneven][0]:.4g} s. Put empty cells where frames are missing."
+        )
+    return float(times[0]), float(1 / interval)
+
+
+def _rows(file: object, columns: Iterable[np.ndarray]) -> None:
+    """Write columns of equal length as lines; NaN is an empty cell."""
+    arrays = [np.asarray(c) for c in columns]
+    line = ",".join("%d" if a.dtype.kind in "iu" else "%.6g" for a in arrays) + "\n"
+    for start in range(0, len(arrays[0]), 10_000):
+        block = zip(*(a[start : start + 10_000].tolist() for a in arrays), strict=True)
+        file.write("".join(line % row for row in block).replace("nan", ""))  # type: ignore[attr-defined]

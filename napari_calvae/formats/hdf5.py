@@ -1,0 +1,42 @@
+"""HDF5 files (``.h5``, ``.hdf5``) with the same named arrays as ``.npz``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+from napari_calvae.formats._files import TRACE_NAMES, arrays_of, provenance_json, traces_of, whole_files
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+
+PATTERNS = ("*.h5", "*.hdf5")
+SUFFIXES = (".h5", ".hdf5")
+
+
+def matches(path: Path) -> bool:
+    """Tell whether this is an HDF5 file with an array of traces at its top."""
+    if path.suffix.lower() not in SUFFIXES or not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path) as file:
+        return any(isinstance(file.get(name), h5py.Dataset) for name in TRACE_NAMES)
+
+
+def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
+    """Read traces from the dataset ``values``, ``dff`` or ``F`` (roi, time); ``frame_rate`` may be an attribute."""
+    try:
+        with h5py.File(path) as file:
+            wanted = (*TRACE_NAMES, "frame_rate", "unit", "roi_ids", "t0")
+            arrays = {name: file[name][()] for name in wanted if isinstance(file.get(name), h5py.Dataset)}
+            arrays = {name: file.attrs[name] for name in wanted[len(TRACE_NAMES) :] if name in file.attrs} | arrays
+    except (OSError, RuntimeError) as error:
+        raise RecordingError(f"{path.name}: expected an HDF5 file, got one that cannot be read ({error}).") from error
+    return traces_of(arrays, path, frame_rate, unit)
+
+
+def write(result: SpikeInference, path: Path) -> None:
+    """Write a result as one dataset per array (see ``arrays_of``), with ``provenance`` as a JSON attribute."""
+    with whole_files(path) as (temporary,), h5py.File(temporary, "w") as file:
+        for name, array in arrays_of(result).items():
+            packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if array.size > 1000 else {}
+            file.create_dataset(name, data=array, **packing)
+        file.attrs["provenance"] = provenance_json(result)
