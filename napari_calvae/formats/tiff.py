@@ -114,9 +114,10 @@ class _Pages:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         frames, *rest = key if isinstance(key, tuple) else (key,)
-        pages = range(*frames.indices(self.shape[0]))
-        stack = self.tiff.asarray(key=pages, series=0).reshape(len(pages), *self.shape[1:])
-        return stack[(slice(None), *rest)]
+        pages = np.arange(self.shape[0])[frames]
+        wanted = np.atleast_1d(pages)
+        stack = self.tiff.asarray(key=wanted.tolist(), series=0).reshape(len(wanted), *self.shape[1:])
+        return stack[(slice(None) if pages.ndim else 0, *rest)]
 
 
 def _frame_rate(tiff: tifffile.TiffFile) -> float | None:
