@@ -1,0 +1,228 @@
+"""What every generative model p(F | s, θ) is: spike counts per frame in, a distribution over fluorescence out.
+
+θ holds physical values, in seconds, ΔF/F and Hz, and nothing of the frame rate: the same θ at two frame rates describes
+the same cell. A model writes ``fluorescence`` and ``initial_theta``; the rest is final and the same for all.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Num
+from torch import Tensor
+
+#: Physical value of each parameter by name, each of shape (*batch).
+Theta = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One entry of θ and what is known of it before seeing data.
+
+    Parameters
+    ----------
+    name, unit, label, help
+        Key in θ, physical unit, and what a form shows for it.
+    median, spread
+        The prior is normal around the transformed median with standard deviation ``spread``: of the logarithm for
+        positive parameters (0.7 is about a factor of two), of the value itself for others.
+    positive
+        Whether the value must be above zero.
+    """
+
+    name: str
+    unit: str
+    label: str
+    help: str
+    median: float
+    spread: float
+    positive: bool = True
+
+    @property
+    def centre(self) -> float:
+        """Prior mean in the unconstrained space."""
+        return math.log(self.median) if self.positive else self.median
+
+
+BASELINE = Parameter("baseline", "ΔF/F", "Baseline", "Fluorescence without spikes", 0.0, 0.2, positive=False)
+NOISE = Parameter(
+    "noise_density",
+    "ΔF/F/√Hz",
+    "Noise",
+    "Standard deviation of one frame is this times √(frame rate); 0.01 is CASCADE's ν = 1 %/√Hz",
+    0.02,
+    0.8,
+)
+
+
+class GenerativeModel(abc.ABC):
+    """p(F | s, θ) for traces whose frames are independent given the noise-free fluorescence, with Gaussian noise.
+
+    Frame k is centred on t_k and ``counts`` holds the spikes of [t_k − dt/2, t_k + dt/2), dt = 1/frame_rate, which are
+    taken to be spread evenly over that interval. Batches of ``counts``, θ and ``frame_rate`` broadcast: θ of shape
+    (roi,) serves counts (sample, roi, time).
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    #: The last two are ``baseline`` and ``noise_density``, which every model has.
+    parameters: ClassVar[tuple[Parameter, ...]]
+
+    @abc.abstractmethod
+    def fluorescence(
+        self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
+    ) -> Float[Tensor, "*out time"]:
+        """Noise-free ΔF/F of each frame.
+
+        Parameters
+        ----------
+        counts
+            (batch, time) spikes per frame; fractions are fine.
+        theta
+            Physical parameters, each (batch,).
+        frame_rate
+            Frames per second (Hz), one for all or (batch,).
+        """
+
+    @abc.abstractmethod
+    def initial_theta(
+        self,
+        observed: Float[Tensor, "roi time"],
+        counts: Num[Tensor, "roi time"],
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Guess θ from ΔF/F and expected spike counts without gradient steps; without spikes, about the prior median.
+
+        Finite whatever comes: missing frames (NaN, or ``valid`` False) are left out.
+        """
+
+    @final
+    def log_prob(
+        self,
+        observed: Float[Tensor, "*observed time"],
+        counts: Num[Tensor, "*counts time"],
+        theta: Theta,
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "*valid time"] | None = None,
+    ) -> Float[Tensor, "*out"]:
+        """Log-density of whole traces given their spikes; missing frames (NaN, or ``valid`` False) drop out."""
+        measured = torch.isfinite(observed) if valid is None else torch.isfinite(observed) & valid
+        noise = self.noise_std(theta, frame_rate).unsqueeze(-1)
+        residual = torch.where(measured, observed, 0) - self.fluorescence(counts, theta, frame_rate)
+        per_frame = -0.5 * (residual / noise) ** 2 - torch.log(noise) - 0.5 * math.log(2 * math.pi)
+        return torch.where(measured, per_frame, 0).sum(-1)
+
+    @final
+    def simulate(
+        self,
+        counts: Num[Tensor, "*counts time"],
+        theta: Theta,
+        frame_rate: float | Num[Tensor, "*rate"],
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*out time"]:
+        """Draw noisy ΔF/F for given spike counts."""
+        clean = self.fluorescence(counts, theta, frame_rate)
+        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
+        return clean + self.noise_std(theta, frame_rate).unsqueeze(-1) * noise
+
+    @final
+    def noise_std(self, theta: Theta, frame_rate: float | Num[Tensor, "*rate"]) -> Float[Tensor, "*batch"]:
+        """Standard deviation of the noise in one frame (ΔF/F)."""
+        return theta[NOISE.name] * as_rate(frame_rate, theta[NOISE.name]).sqrt()
+
+    @final
+    def constrain(self, unconstrained: Float[Tensor, "*batch parameter"]) -> dict[str, Tensor]:
+        """Physical values of unconstrained ones: the exponential of positive parameters, the others as they are."""
+        return {
+            p.name: value.exp() if p.positive else value
+            for p, value in zip(self.parameters, unconstrained.unbind(-1), strict=True)
+        }
+
+    @final
+    def unconstrain(self, theta: Theta) -> Float[Tensor, "*batch parameter"]:
+        """Inverse of `constrain`."""
+        missing = [p.name for p in self.parameters if p.name not in theta]
+        if missing:
+            raise ValueError(
+                f"theta of {self.name}: expected {', '.join(p.name for p in self.parameters)}, "
+                f"got none for {', '.join(missing)}. Add them, or start from initial_theta."
+            )
+        values = torch.broadcast_tensors(*(theta[p.name] for p in self.parameters))
+        return torch.stack([v.log() if p.positive else v for p, v in zip(self.parameters, values, strict=True)], -1)
+
+    @final
+    def log_prior(self, theta: Theta) -> Float[Tensor, "*batch"]:
+        """Log-density of θ in the unconstrained space."""
+        u = self.unconstrain(theta)
+        centre, spread = self._prior(u)
+        return (-0.5 * ((u - centre) / spread) ** 2 - spread.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    @final
+    def sample_prior(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draw θ for ``n`` cells."""
+        normal = torch.randn((n, len(self.parameters)), generator=generator)
+        centre, spread = self._prior(normal)
+        return self.constrain(centre + spread * normal)
+
+    @final
+    def fit_theta(
+        self,
+        observed: Float[Tensor, "roi time"],
+        counts: Num[Tensor, "*sample roi time"],
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+        start: Theta | None = None,
+        n_steps: int = 150,
+    ) -> dict[str, Tensor]:
+        """Most probable θ of each ROI given its spikes, by gradient steps in the unconstrained space.
+
+        Parameters
+        ----------
+        observed, counts, valid
+            (roi, time) ΔF/F and spike counts; with (sample, roi, time) counts the log-likelihood is averaged over the
+            samples.
+        frame_rate
+            Frames per second (Hz).
+        start
+            Where to begin, by default at `initial_theta`. The result is never less probable than this.
+        n_steps
+            Steps of Adam, of length 0.05 prior spreads at first and falling to nothing along a cosine.
+        """
+        counts = counts.to(observed.dtype)
+        if start is None:
+            start = self.initial_theta(observed, counts.reshape(-1, *observed.shape).mean(0), frame_rate, valid)
+        origin = self.unconstrain(start).detach()
+        _, spread = self._prior(origin)
+        move = torch.zeros_like(origin, requires_grad=True)
+        optimiser = torch.optim.Adam([move], lr=0.05, betas=(0.8, 0.95))
+        best, best_value = origin, torch.full(origin.shape[:-1], -math.inf, dtype=origin.dtype, device=origin.device)
+        with torch.enable_grad():
+            for step in range(n_steps + 1):
+                optimiser.param_groups[0]["lr"] = 0.025 * (1 + math.cos(math.pi * step / max(n_steps, 1)))
+                u = origin + spread * move
+                theta = self.constrain(u)
+                value = self.log_prob(observed, counts, theta, frame_rate, valid)
+                value = value.reshape(-1, *observed.shape[:-1]).mean(0) + self.log_prior(theta)
+                better = value.detach() > best_value
+                best = torch.where(better.unsqueeze(-1), u.detach(), best)
+                best_value = torch.where(better, value.detach(), best_value)
+                (move.grad,) = torch.autograd.grad(-value.sum(), move)
+                move.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                optimiser.step()
+        return self.constrain(best)
+
+    def _prior(self, like: Tensor) -> tuple[Float[Tensor, " parameter"], Float[Tensor, " parameter"]]:
+        return like.new_tensor([p.centre for p in self.parameters]), like.new_tensor(
+            [p.spread for p in self.parameters]
+        )
+
+
+def as_rate(frame_rate: float | Tensor, like: Tensor) -> Tensor:
+    """Frame rate (Hz) as a tensor of the kind of ``like``."""
+    return torch.as_tensor(frame_rate, dtype=like.dtype, device=like.device)

@@ -1,0 +1,135 @@
+"""Spikes to fluorescence through calcium that binds to a dye: the SCDF model, which supersedes linearity."""
+
+from __future__ import annotations
+
+import itertools
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Num
+from torch import Tensor
+from torch.nn.functional import pad
+
+from napari_calvae.generative.base import BASELINE, NOISE, GenerativeModel, Parameter, Theta, as_rate
+from napari_calvae.generative.recursion import exponential_filter, linear_scan
+from napari_calvae.generative.regression import baseline_and_noise, evidence, measured_frames, shrunk_gain
+
+CALCIUM = Parameter("tau_calcium", "s", "Calcium decay", "Time constant at which a spike's calcium leaves", 0.2, 0.6)
+BINDING = Parameter("k_on", "1/s", "Binding rate", "Rate at which free dye binds right after a single spike", 1.0, 1.2)
+HILL = Parameter(
+    "hill", "", "Hill exponent", "Cooperativity of binding: its rate grows as calcium to this power", 2.0, 0.3
+)
+UNBINDING = Parameter("tau_unbind", "s", "Unbinding time", "Time constant at which bound dye lets go", 0.4, 0.7)
+SATURATION = Parameter("saturation", "ΔF/F", "Saturation", "Fluorescence above baseline with all dye bound", 3.0, 0.8)
+
+#: Values that `initial_theta` compares, in prior spreads from the median: all combinations.
+_GRID = {
+    "tau_calcium": (-1.0, 0.0, 1.0),
+    "k_on": (-1.5, -0.5, 0.5, 1.5),
+    "hill": (-1.0, 0.5),
+    "tau_unbind": (-1.0, 0.0, 1.0),
+}
+#: It looks at this many frames of each trace, those around the most spikes.
+_FRAMES = 3000
+#: At most this many numbers are worked on at once.
+_BUDGET = 4_000_000
+
+
+@final
+class DyeBinding(GenerativeModel):
+    """Calcium jumps by one per spike and decays; dye binds it with cooperativity and saturates.
+
+    c' = −c/τ_calcium, d' = k_on c^h (1 − d) − d/τ_unbind, F = saturation · d + baseline, where d in [0, 1] is the bound
+    share of the dye (the paper's d/d_max; its α is saturation/d_max).
+
+    In each frame c is its mean over frame and spike times, in closed form, and d relaxes exactly as it does at constant
+    c: with r = k_on c^h + 1/τ_unbind, d ← d∞ + (d − d∞) e^{−r dt}, d∞ = k_on c^h / r. This is stable and within [0, 1]
+    however large k_on c^h dt. Expanded to first order in dt it is the step of Speiser et al. (2017), section 2.2,
+    d_t = k_on dt c_t^h (1 − d_{t−1}) + κ d_{t−1} with κ = 1 − dt/τ_unbind. F is taken at the middle of the frame,
+    halfway between d at its two ends. Two frame rates agree to first order in dt.
+    """
+
+    name: ClassVar[str] = "dye_binding"
+    label: ClassVar[str] = "Calcium and saturating dye"
+    parameters: ClassVar[tuple[Parameter, ...]] = (CALCIUM, BINDING, HILL, UNBINDING, SATURATION, BASELINE, NOISE)
+
+    def fluorescence(
+        self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
+    ) -> Float[Tensor, "*out time"]:
+        """Noise-free ΔF/F of each frame: baseline and the bound share of the dye."""
+        bound = self._bound(counts, theta, frame_rate)
+        return theta["baseline"].unsqueeze(-1) + theta["saturation"].unsqueeze(-1) * bound
+
+    def initial_theta(
+        self,
+        observed: Float[Tensor, "roi time"],
+        counts: Num[Tensor, "roi time"],
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Most probable kinetics on a coarse grid, the best saturation for each in closed form.
+
+        Kinetics are compared on the 3000 frames that hold the most spikes; baseline and noise are the whole trace's.
+        """
+        rate = as_rate(frame_rate, observed).expand(len(observed))
+        counts = counts.to(observed.dtype).nan_to_num()
+        measured, weights = measured_frames(observed, valid)
+        window = _busiest(counts * weights, _FRAMES)
+        pieces = [x.gather(1, window) for x in (measured, counts, weights)]
+        step = max(1, _BUDGET // (window.shape[1] * len(self._grid(observed)["k_on"])))
+        parts = [
+            self._best_kinetics(*(p[i : i + step] for p in pieces), rate[i : i + step])
+            for i in range(0, len(observed), step)
+        ]
+        theta = {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+        predicted = theta["saturation"].unsqueeze(-1) * self._bound(counts, theta, rate)
+        return theta | baseline_and_noise(measured, predicted, weights, rate)
+
+    def _bound(
+        self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
+    ) -> Float[Tensor, "*out time"]:
+        """Bound share of the dye at the middle of each frame."""
+        dt = 1 / as_rate(frame_rate, theta["tau_calcium"])
+        x = dt / theta["tau_calcium"]
+        left = -torch.expm1(-x) / x  # at the end of a spike's frame, averaged over where in it the spike was
+        first = (1 - left) / x  # and averaged over the frame as well
+        calcium = exponential_filter(counts.to(x.dtype), first, (left**2).unsqueeze(-1), torch.exp(-x).unsqueeze(-1))
+        # Keeps the slope of c^h finite at c = 0 for h < 1.
+        powered = calcium.clamp_min(1e-9) ** theta["hill"].unsqueeze(-1)
+        binding = theta["k_on"].unsqueeze(-1) * powered * (calcium > 0)
+        total = binding + 1 / theta["tau_unbind"].unsqueeze(-1)
+        exponent = -total * dt.unsqueeze(-1)
+        end = linear_scan(torch.exp(exponent), -torch.expm1(exponent) * binding / total)
+        return (end + pad(end[..., :-1], (1, 0))) / 2
+
+    def _grid(self, like: Tensor) -> dict[str, Tensor]:
+        by_name = {p.name: p for p in self.parameters}
+        rows = like.new_tensor(list(itertools.product(*_GRID.values())))
+        return {key: by_name[key].median * torch.exp(by_name[key].spread * rows[:, i]) for i, key in enumerate(_GRID)}
+
+    def _best_kinetics(self, observed: Tensor, counts: Tensor, weights: Tensor, rate: Tensor) -> dict[str, Tensor]:
+        grid = self._grid(observed)
+        response = self._bound(counts[:, None], grid, rate[:, None])  # roi, candidate, time
+        n = weights.sum(-1, keepdim=True).clamp_min(1)
+        centred = (response - (response @ weights[..., None]).squeeze(-1)[..., None] / n[..., None]) * weights[:, None]
+        y = (observed - observed.sum(-1, keepdim=True) / n) * weights
+        xx, xy = (centred**2).sum(-1), (centred @ y[..., None]).squeeze(-1)
+        yy = (y**2).sum(-1, keepdim=True)
+        explained = xy.clamp_min(0) ** 2 / xx.clamp_min(torch.finfo(xx.dtype).tiny)
+        freedom = (n - 2).clamp_min(1)
+        noise_var = torch.maximum((yy - explained.amax(1, keepdim=True)) / freedom, 1e-6 * yy / freedom + 1e-10)
+        gain = shrunk_gain(xx, xy, noise_var, SATURATION)
+        deviation = observed.new_tensor(list(itertools.product(*_GRID.values())))
+        score = evidence(xx, xy, gain, noise_var, SATURATION) - 0.5 * (deviation**2).sum(-1)
+        best = score.argmax(1)
+        theta = {key: values[best] for key, values in grid.items()}
+        return theta | {"saturation": gain.gather(1, best[:, None]).squeeze(1)}
+
+
+def _busiest(counts: Float[Tensor, "roi time"], length: int) -> Num[Tensor, "roi frame"]:
+    """Indices of the ``length`` successive frames of each ROI that hold the most spikes."""
+    n_frames = counts.shape[-1]
+    length = min(length, n_frames)
+    before = pad(counts.cumsum(-1), (1, 0))
+    start = (before[:, length:] - before[:, : n_frames + 1 - length]).argmax(-1, keepdim=True)
+    return start + torch.arange(length, device=counts.device)
