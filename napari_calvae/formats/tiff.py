@@ -115,8 +115,9 @@ class _Pages:
     def __getitem__(self, key: Any) -> np.ndarray:
         frames, *rest = key if isinstance(key, tuple) else (key,)
         pages = np.arange(self.shape[0])[frames]
-        wanted = np.atleast_1d(pages)
-        stack = self.tiff.asarray(key=wanted.tolist(), series=0).reshape(len(wanted), *self.shape[1:])
+        wanted = np.atleast_1d(pages).tolist()
+        stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
+        stack = stack.reshape(len(wanted), *self.shape[1:])
         return stack[(slice(None) if pages.ndim else 0, *rest)]
 
 
