@@ -1,0 +1,1 @@
+"""The napari plugin: everything that knows napari or Qt lives here, and nothing here computes."""

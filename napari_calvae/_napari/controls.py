@@ -1,0 +1,199 @@
+"""The form at the left of the plots: what to infer from and how, nothing of when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from napari.layers import Layer
+from qtpy.QtCore import QSignalBlocker, Qt, Signal
+from qtpy.QtWidgets import (
+    QCheckBox,
+    QComboBox,
+    QDoubleSpinBox,
+    QFormLayout,
+    QHBoxLayout,
+    QLabel,
+    QLineEdit,
+    QProgressBar,
+    QPushButton,
+    QSizePolicy,
+    QSpinBox,
+    QVBoxLayout,
+    QWidget,
+)
+
+from napari_calvae._napari import session
+
+WIDTH = 286
+_ERROR = "color: #ff6b6b;"
+_ASK = "border: 1px solid #ff6b6b;"
+
+
+class Controls(QWidget):
+    """Choices of the user.
+
+    ``changed`` is emitted when a choice changes the result, ``layers_chosen`` when another movie or other ROIs were
+    chosen, ``frame_rate_typed`` when the user has typed a frame rate.
+    """
+
+    changed = Signal()
+    layers_chosen = Signal()
+    frame_rate_typed = Signal(str)
+
+    def __init__(self, parent: QWidget | None = None):
+        super().__init__(parent)
+        self.setFixedWidth(WIDTH)
+        self.movie = _layer_box("Image layer (time, y, x) to infer from")
+        self.rois = _layer_box("Labels or Shapes layer whose ROIs a click picks")
+        self.place = QCheckBox("click places a disc of")
+        self.place.setToolTip("A click beside all ROIs adds a disc to the Labels layer and infers its spikes")
+        self.diameter = QDoubleSpinBox(minimum=1, maximum=500, value=10, decimals=1, suffix=" px")
+        self.diameter.setToolTip("Diameter of a placed disc, in pixels of the movie")
+        self.frame_rate = QLineEdit()
+        self.frame_rate.setPlaceholderText("Hz")
+        self.frame_rate.setMaximumWidth(64)
+        self.frame_rate.setToolTip(
+            "Frames per second (Hz) of the recording; read from the file or typed, never guessed"
+        )
+        self.rate_source = QLabel()
+        self.neuropil = QDoubleSpinBox(minimum=0, maximum=2, value=0.7, decimals=2, singleStep=0.05)
+        self.neuropil.setToolTip("Share of the surrounding signal that is subtracted from each ROI; 0 turns it off")
+        self.samples = QSpinBox(minimum=2, maximum=1000, value=50)
+        self.samples.setToolTip("Number of spike trains drawn from the posterior")
+        self.model = QComboBox()
+        self.model.addItem("universal")
+        self.model.setToolTip("Trained network that infers the spikes")
+        self.device = QLabel("starting …")
+        self.device.setToolTip("Where inference is computed; the best device is chosen")
+        self.infer_all = QPushButton("Infer all ROIs")
+        self.infer_all.setToolTip("Infer every ROI of the layer, so that later clicks answer at once")
+        self.cancel = QPushButton("Cancel")
+        self.progress = QProgressBar(maximum=100)
+        self.progress.setTextVisible(False)
+        self.progress.setFixedHeight(6)
+        self.status = QLabel()
+        self.status.setWordWrap(True)
+        self.status.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
+        self.status.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.status.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Ignored)
+        self.status.setMinimumHeight(34)
+        self._lay_out()
+        self._connect()
+        self.set_running(False)
+
+    def _lay_out(self) -> None:
+        form = QFormLayout()
+        form.setContentsMargins(0, 0, 0, 0)
+        form.setVerticalSpacing(3)
+        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+        form.addRow("Movie", self.movie)
+        form.addRow("ROIs", self.rois)
+        form.addRow("", _beside(self.place, self.diameter))
+        form.addRow("Frame rate", _beside(self.frame_rate, QLabel("Hz"), self.rate_source, stretch=2))
+        form.addRow("Neuropil", _beside(self.neuropil, QLabel("Samples"), self.samples))
+        form.addRow("Model", _beside(self.model, self.device))
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(0, 0, 6, 0)
+        layout.setSpacing(4)
+        layout.addLayout(form)
+        layout.addWidget(_beside(self.infer_all, self.cancel))
+        layout.addWidget(self.progress)
+        layout.addWidget(self.status, 1)
+
+    def _connect(self) -> None:
+        self.movie.currentIndexChanged.connect(self.layers_chosen)
+        self.rois.currentIndexChanged.connect(self.layers_chosen)
+        self.frame_rate.editingFinished.connect(self._on_frame_rate)
+        for box in (self.neuropil, self.samples):
+            box.setKeyboardTracking(False)
+            box.valueChanged.connect(self.changed)
+        self.model.currentIndexChanged.connect(self.changed)
+
+    def _on_frame_rate(self) -> None:
+        if self.frame_rate.isModified():
+            self.frame_rate.setModified(False)
+            self.frame_rate_typed.emit(self.frame_rate.text())
+
+    def set_layers(self, movies: Sequence[Layer], rois: Sequence[Layer]) -> None:
+        """Offer these layers; what is chosen stays chosen if it is still there."""
+        for box, layers in ((self.movie, movies), (self.rois, rois)):
+            with _silent(box):
+                chosen = box.currentData()
+                box.clear()
+                for layer in layers:
+                    box.addItem(layer.name, layer)
+                index = next((i for i, layer in enumerate(layers) if layer is chosen), 0 if layers else -1)
+                box.setCurrentIndex(index)
+        self.layers_chosen.emit()
+
+    def choose_rois(self, layer: Layer) -> None:
+        """Choose a layer of ROIs that is offered."""
+        for index in range(self.rois.count()):
+            if self.rois.itemData(index) is layer:
+                self.rois.setCurrentIndex(index)
+
+    def set_models(self, names: Sequence[str]) -> None:
+        """Offer these models; the first is the default."""
+        with _silent(self.model):
+            chosen = self.model.currentText()
+            self.model.clear()
+            self.model.addItems(names)
+            self.model.setCurrentIndex(max(self.model.findText(chosen), 0))
+
+    def show_frame_rate(self, rate: session.FrameRate) -> None:
+        """Show the frame rate and its source; an unknown one is asked for."""
+        self.frame_rate.setText("" if rate.hz is None else f"{rate.hz:.6g}")
+        self.frame_rate.setModified(False)
+        self.frame_rate.setStyleSheet(_ASK if rate.hz is None else "")
+        self.rate_source.setStyleSheet(_ERROR if rate.hz is None else "")
+        self.rate_source.setText(rate.source)
+
+    def settings(self, hz: float) -> session.Settings:
+        """Everything that decides a result besides movie and ROIs."""
+        return session.Settings(
+            frame_rate=hz,
+            neuropil_coefficient=round(self.neuropil.value(), 4),
+            n_samples=self.samples.value(),
+            model=self.model.currentText(),
+        )
+
+    def say(self, sentence: str, error: bool = False) -> None:
+        """Write into the status line."""
+        self.status.setStyleSheet(_ERROR if error else "")
+        self.status.setText(sentence)
+        self.status.setToolTip(sentence)
+
+    def set_running(self, running: bool, fraction: float = 0.0) -> None:
+        """Show whether all ROIs are being inferred, and how far that is."""
+        self.infer_all.setEnabled(not running)
+        self.cancel.setEnabled(running)
+        self.progress.setValue(round(100 * fraction) if running else 0)
+
+
+def _layer_box(tip: str) -> QComboBox:
+    box = QComboBox()
+    box.setToolTip(tip)
+    box.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+    box.setMinimumContentsLength(10)
+    return box
+
+
+def _beside(*widgets: QWidget, stretch: int = -1) -> QWidget:
+    holder = QWidget()
+    layout = QHBoxLayout(holder)
+    layout.setContentsMargins(0, 0, 0, 0)
+    layout.setSpacing(6)
+    for index, widget in enumerate(widgets):
+        layout.addWidget(widget, int(index == stretch))
+    return holder
+
+
+@contextmanager
+def _silent(widget: QWidget) -> Any:
+    blocker = QSignalBlocker(widget)
+    try:
+        yield
+    finally:
+        blocker.unblock()

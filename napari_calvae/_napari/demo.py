@@ -1,0 +1,149 @@
+"""The plugin at work on the sample movie: in a window, or as a picture of it where there is no display."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import napari_calvae as calvae
+
+#: Size of the window (pixels), and of the display that is made where there is none.
+WINDOW, DISPLAY = (1280, 800), (1400, 900)
+PICTURE = Path("calvae-demo.png")
+#: Seconds to wait for a picture before giving up.
+PATIENCE = 300
+_NO_XVFB = (
+    "demo: expected a display, or Xvfb to make one, got neither. "
+    "Install it: sudo apt-get install -y xvfb libgl1-mesa-dri libegl1 libgl1 libxkbcommon-x11-0 libxcb-cursor0 "
+    "libxcb-icccm4 libxcb-keysyms1 libxcb-image0 libxcb-render-util0 libxcb-shape0 libxcb-xinerama0 libdbus-1-3"
+)
+
+
+def run(screenshot: Path | None = None, roi: int | None = None) -> Path | None:
+    """Open napari on the sample movie, click a cell and show its posterior.
+
+    Parameters
+    ----------
+    screenshot
+        Save a picture of the window to this file and end. By default the window stays open until it is closed;
+        without a display the picture goes to ``calvae-demo.png``.
+    roi
+        Id of the cell to click, by default one that shows the most.
+
+    Returns
+    -------
+    Path or None
+        The picture, if one was saved.
+    """
+    if has_display():
+        return _run(screenshot, roi)
+    with virtual_display():
+        return _run(screenshot or PICTURE, roi)
+
+
+def has_display() -> bool:
+    """Whether windows can be shown."""
+    return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+@contextmanager
+def virtual_display() -> Iterator[None]:
+    """Display in memory, by Xvfb."""
+    if shutil.which("Xvfb") is None:
+        raise calvae.RecordingError(_NO_XVFB)
+    from pyvirtualdisplay import Display
+
+    with Display(visible=False, size=DISPLAY, color_depth=24, extra_args=["+extension", "GLX"]):
+        yield
+
+
+def _run(screenshot: Path | None, roi: int | None) -> Path | None:
+    try:
+        import napari
+    except ImportError as error:
+        raise calvae.RecordingError(
+            'demo: expected napari, got none. Install it with: pip install "napari-calvae[all]"'
+        ) from error
+
+    viewer = napari.Viewer(show=False)
+    try:
+        widget = _open(viewer)
+        viewer.show()
+        sentence = _click(viewer, widget, roi)
+        if screenshot is None:
+            napari.run()
+            return None
+        if sentence:
+            raise calvae.RecordingError(sentence)
+        return _save(viewer, widget, Path(screenshot))
+    finally:
+        if screenshot is not None:
+            viewer.close()
+
+
+def _open(viewer: object) -> object:
+    from napari_calvae._napari.contributions import open_sample
+    from napari_calvae._napari.inference_widget import InferenceWidget
+
+    viewer.theme = "dark"
+    viewer.window.resize(*WINDOW)
+    for data, options, kind in open_sample():
+        getattr(viewer, f"add_{kind}")(data, **options)
+    widget = InferenceWidget(viewer)
+    viewer.window.add_dock_widget(widget, name="calvae: spike inference", area="bottom")
+    return widget
+
+
+def _click(viewer: object, widget: object, roi: int | None) -> str:
+    """Click a cell, wait for its posterior; return the sentence of what went wrong, if anything did."""
+    import numpy as np
+    from qtpy.QtCore import QEventLoop, QTimer
+
+    _settle(viewer)
+    movie, labels = viewer.layers[0], viewer.layers["ROIs"]
+    roi = roi or _liveliest(movie.data, labels.data)
+    y, x = np.argwhere(labels.data == roi).mean(axis=0)
+    loop, failed = QEventLoop(), []
+    widget.shown.connect(loop.quit)
+    widget.failed.connect(lambda sentence: (failed.append(sentence), loop.quit()))
+    QTimer.singleShot(PATIENCE * 1000, loop.quit)
+    QTimer.singleShot(0, lambda: widget.pick(np.array(movie.data_to_world((0, y, x)))))
+    loop.exec()
+    if not failed and widget.plots.picture is None:
+        return f"demo: expected a posterior within {PATIENCE} s, got none. Try again on a less busy computer."
+    return failed[0] if failed else ""
+
+
+def _settle(viewer: object) -> None:
+    """Arrange the window: the movie fills the canvas, ROIs are outlined."""
+    from qtpy.QtWidgets import QApplication
+
+    labels = viewer.layers["ROIs"]
+    labels.contour = 1
+    for _ in range(5):
+        QApplication.processEvents()
+    viewer.reset_view(margin=0.02)
+
+
+def _liveliest(movie: object, labels: object) -> int:
+    """Id of the ROI whose brightness changes most."""
+    traces = calvae.extract(movie, labels, frame_rate=1.0)
+    return int(traces.roi_ids[int((traces.values.std(axis=1) / traces.values.mean(axis=1)).argmax())])
+
+
+def _save(viewer: object, widget: object, path: Path) -> Path:
+    """Picture of the whole window with the slider on the first large transient."""
+    import numpy as np
+    from qtpy.QtWidgets import QApplication
+
+    picture = widget.plots.picture
+    busiest = int(np.argmax(picture.reconstruction[0]))
+    widget.plots.picked.emit(picture.traces.t0 + busiest / picture.frame_rate)
+    for _ in range(10):
+        QApplication.processEvents()
+    viewer.window.screenshot(str(path), canvas_only=False, flash=False)
+    return path

@@ -1,0 +1,357 @@
+"""The dock widget: click a ROI of a movie, see its spike posterior."""
+
+from __future__ import annotations
+
+import time
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from napari.layers import Image, Labels
+from napari.utils.notifications import show_error
+from napari.utils.theme import get_theme
+from napari.viewer import Viewer
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer, Signal
+from qtpy.QtWidgets import QApplication, QDockWidget, QHBoxLayout, QMainWindow, QWidget
+
+import napari_calvae as calvae
+from napari_calvae._napari import picking, session
+from napari_calvae._napari.controls import Controls
+from napari_calvae._napari.plots import Palette, PosteriorPlots
+from napari_calvae._napari.work import Worker
+
+#: Height (pixels) that the plots ask for when docked at the bottom.
+HEIGHT = 330
+
+
+class InferenceWidget(QWidget):
+    """Spike inference on the ROIs of a movie.
+
+    ``shown`` is emitted with the ROI's id when its posterior is on the screen, ``failed`` with the sentence that tells
+    why there is none.
+    """
+
+    shown = Signal(int)
+    failed = Signal(str)
+
+    def __init__(self, napari_viewer: Viewer):
+        super().__init__()
+        self._viewer = napari_viewer
+        self._closed = self._settled = False
+        self._requests, self._batches = session.Requests(), session.Requests()
+        self._results = session.Results()
+        self._asked: tuple[int, tuple] | None = None
+        self._batch_key: tuple = ()
+        self._batch_began = 0.0
+        self._typed: WeakKeyDictionary[Image, float] = WeakKeyDictionary()
+        self._found: WeakKeyDictionary[Image, session.FrameRate] = WeakKeyDictionary()
+        self._data: object = None
+        self.picked_roi: int | None = None
+        self.controls, self.plots = Controls(), PosteriorPlots()
+        layout = QHBoxLayout(self)
+        layout.setContentsMargins(6, 4, 4, 2)
+        layout.addWidget(self.controls)
+        layout.addWidget(self.plots, 1)
+        self.setMinimumHeight(HEIGHT)
+        self._clicked, self._batch = Worker(self), Worker(self)
+        self._reader = picking.RoiReader()
+        self._outline = picking.Outline(napari_viewer)
+        self._clicks = picking.Clicks(napari_viewer, self.pick)
+        self._connect()
+        self._on_theme()
+        self._on_layers()
+        self.controls.say("Click a ROI to see its spikes.")
+        self._clicked.start(session.iter_ready())
+
+    def _connect(self) -> None:
+        controls = self.controls
+        controls.layers_chosen.connect(self._on_layers_chosen)
+        controls.frame_rate_typed.connect(self._on_frame_rate_typed)
+        controls.changed.connect(self._again)
+        controls.infer_all.clicked.connect(self.infer_all)
+        controls.cancel.clicked.connect(self.cancel)
+        self.plots.picked.connect(self._on_moment_picked)
+        self._clicked.message.connect(self._on_message)
+        self._batch.message.connect(self._on_batch_message)
+        self._batch.idle.connect(lambda: self.controls.set_running(False))
+        QApplication.instance().aboutToQuit.connect(self.close_down)
+        for event, slot in self._viewer_slots():
+            event.connect(slot)
+
+    def _viewer_slots(self) -> list[tuple]:
+        layers, viewer = self._viewer.layers.events, self._viewer
+        return [
+            (layers.inserted, self._on_layers),
+            (layers.removed, self._on_layers),
+            (layers.renamed, self._on_layers),
+            (viewer.dims.events.point, self._on_slider),
+            (viewer.events.theme, self._on_theme),
+        ]
+
+    # What is chosen
+
+    @property
+    def movie(self) -> Image | None:
+        """The chosen movie."""
+        return self.controls.movie.currentData()
+
+    @property
+    def clock(self) -> session.Clock | None:
+        """Time of the chosen movie, if its frame rate is known."""
+        movie, rate = self.movie, self._frame_rate()
+        if movie is None or rate.hz is None or movie.ndim != 3:
+            return None
+        return session.Clock(rate.hz, movie.data.shape[0], float(movie.scale[0]), float(movie.translate[0]))
+
+    def _frame_rate(self) -> session.FrameRate:
+        movie = self.movie
+        if movie is None:
+            return session.FrameRate(None, "")
+        if movie in self._typed:
+            return session.FrameRate(self._typed[movie], "typed")
+        if movie not in self._found:
+            self._found[movie] = picking.frame_rate_of(movie)
+        return self._found[movie]
+
+    def _settings(self) -> session.Settings:
+        if self.movie is None:
+            raise calvae.RecordingError(
+                "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
+            )
+        session.check_movie(self.movie.data.shape, self.movie.rgb)
+        rate = self._frame_rate()
+        hz = session.typed_frame_rate("") if rate.hz is None else rate.hz
+        return self.controls.settings(hz)
+
+    def _rois(self) -> tuple[tuple, np.ndarray, calvae.RoiMasks]:
+        """Key of the results that hold for the present choices, the label image and the masks."""
+        settings, movie, layer = self._settings(), self.movie, self.controls.rois.currentData()
+        if layer is None:
+            raise calvae.RecordingError(
+                "ROIs: expected a Labels or Shapes layer, got none. Add one, or tick “click places a disc”."
+            )
+        if movie.data is not self._data:
+            self._data, self._results = movie.data, session.Results()
+        mark, labels, masks = self._reader.read(layer, movie)
+        return (mark, id(movie), settings), labels, masks
+
+    # Picking and inferring
+
+    def pick(self, position: np.ndarray) -> None:
+        """Do what a click at this world position asks for."""
+        try:
+            self._settings()
+            place = np.asarray(self.movie.world_to_data(position))[-2:]
+            inside = all(-0.5 <= p < n - 0.5 for p, n in zip(place, self.movie.data.shape[-2:], strict=True))
+            if not inside:
+                return
+            roi = self._roi_at(place)
+            if roi is None and self.controls.place.isChecked():
+                layer = self.controls.rois.currentData()
+                layer = layer if isinstance(layer, Labels) else None
+                layer = picking.add_disc(self._viewer, layer, self.movie, place, self.controls.diameter.value())
+                self.controls.choose_rois(layer)
+                roi = layer.selected_label
+            if roi is None:
+                self.controls.say("No ROI here. Click one, or tick “click places a disc”.")
+                return
+            self.ask(roi)
+        except (calvae.RecordingError, ValueError) as error:
+            self._fail(session.explain(error))
+
+    def _roi_at(self, place: np.ndarray) -> int | None:
+        layer = self.controls.rois.currentData()
+        if layer is None or (isinstance(layer, Labels) and not np.any(layer.data)):
+            if self.controls.place.isChecked():
+                return None
+            self._rois()
+        return session.roi_at(self._reader.read(layer, self.movie)[1], place)
+
+    def ask(self, roi: int) -> None:
+        """Show the posterior of a ROI: at once if it is known, else as soon as it has been inferred."""
+        key, _, masks = self._rois()
+        number = self._requests.new()
+        self.picked_roi = roi
+        known = self._results.get(key, roi)
+        if known is not None:
+            self._clicked.stop()
+            self._show(known)
+            return
+        settings: session.Settings = key[-1]
+        self._asked = number, key
+        self.controls.say(f"ROI {roi}: reading and inferring …")
+        request = session.Request(number, self.movie.data, masks, (roi,), settings)
+        self._clicked.start(session.iter_answers(request))
+
+    def infer_all(self) -> None:
+        """Infer all ROIs that are not known yet."""
+        try:
+            key, _, masks = self._rois()
+            wanted = tuple(roi for roi in masks.ids if roi not in self._results.known(key))
+            if not wanted:
+                self.controls.say(f"All {len(masks)} ROIs are inferred already: click any of them.")
+                return
+            self._batch_key, self._batch_began = key, time.monotonic()
+            request = session.Request(self._batches.new(), self.movie.data, masks, wanted, key[-1])
+            self.controls.set_running(True)
+            self._batch.start(session.iter_answers(request))
+        except (calvae.RecordingError, ValueError) as error:
+            self._fail(session.explain(error))
+
+    def cancel(self) -> None:
+        """Stop inferring all ROIs; what was inferred stays."""
+        self._batches.new()
+        self._batch.stop()
+        self.controls.set_running(False)
+        self.controls.say(f"Cancelled. {len(self._results.rows)} ROIs are inferred.")
+
+    def _on_message(self, message: session.Message) -> None:
+        if isinstance(message, session.Ready):
+            self.controls.set_models(message.models)
+            self.controls.device.setText(f"on {message.device}" if message.device else "starting …")
+        elif isinstance(message, session.Failure) and message.number == 0:
+            self._fail(message.sentence)
+        elif self._asked is None or not self._requests.wants(message.number):
+            return
+        elif isinstance(message, session.Answer):
+            self._results.add(self._asked[1], message.inference)
+            self._show(session.one_roi(message.inference, 0))
+        elif isinstance(message, session.Failure):
+            self._fail(message.sentence)
+
+    def _on_batch_message(self, message: session.Message) -> None:
+        if not self._batches.wants(message.number):
+            return
+        if isinstance(message, session.Progress):
+            self.controls.set_running(True, message.fraction)
+        elif isinstance(message, session.Failure):
+            self._fail(message.sentence)
+        elif isinstance(message, session.Answer):
+            if not self._still_holds(self._batch_key):
+                self.cancel()
+                self.controls.say("ROIs or settings changed while all were being inferred: stopped.", error=True)
+                return
+            self._results.add(self._batch_key, message.inference)
+            took = time.monotonic() - self._batch_began
+            self.controls.say(f"{len(self._results.rows)} ROIs inferred in {took:.1f} s: click any of them.")
+
+    def _still_holds(self, key: tuple) -> bool:
+        try:
+            return self._rois()[0] == key
+        except (calvae.RecordingError, ValueError):
+            return False
+
+    def _again(self) -> None:
+        if self.picked_roi is not None:
+            try:
+                self.ask(self.picked_roi)
+            except (calvae.RecordingError, ValueError) as error:
+                self._fail(session.explain(error))
+
+    # What is shown
+
+    def _show(self, picture: calvae.SpikeInference) -> None:
+        roi, layer = picture.roi_ids[0], self.controls.rois.currentData()
+        colour = "#ffffff"
+        if isinstance(layer, Labels):
+            layer.selected_label = roi
+        device = session.device_of(picture)
+        if device:
+            self.controls.device.setText(f"on {device}")
+        self._outline.show(self._reader.read(layer, self.movie)[1] == roi, self.movie, colour)
+        self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
+        self._on_slider()
+        self.controls.say(
+            f"ROI {roi}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
+        )
+        self.shown.emit(roi)
+
+    def _fail(self, sentence: str) -> None:
+        self.controls.say(sentence, error=True)
+        show_error(sentence)
+        self.failed.emit(sentence)
+
+    def _on_layers(self, *_: object) -> None:
+        self.controls.set_layers(picking.movies(self._viewer), picking.roi_layers(self._viewer))
+
+    def _on_layers_chosen(self) -> None:
+        rate = self._frame_rate()
+        self.controls.show_frame_rate(rate)
+        if self.movie is not None and rate.hz is None:
+            self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
+
+    def _on_frame_rate_typed(self, text: str) -> None:
+        try:
+            hz = session.typed_frame_rate(text)
+        except calvae.RecordingError as error:
+            self.controls.show_frame_rate(session.FrameRate(None, "please type it"))
+            self._fail(str(error))
+            return
+        if self.movie is not None:
+            self._typed[self.movie] = hz
+            self.controls.show_frame_rate(self._frame_rate())
+            self.controls.say("Click a ROI to see its spikes.")
+            self._again()
+
+    def _on_slider(self, *_: object) -> None:
+        clock = self.clock
+        if clock is not None and self._viewer.dims.ndim >= 3:
+            self.plots.set_cursor(clock.seconds(self._viewer.dims.point[self._viewer.dims.ndim - 3]))
+
+    def _on_moment_picked(self, seconds: float) -> None:
+        clock = self.clock
+        if clock is not None:
+            self._viewer.dims.set_point(self._viewer.dims.ndim - 3, clock.point(seconds))
+
+    def _on_theme(self, *_: object) -> None:
+        theme = get_theme(self._viewer.theme)
+        self.plots.set_palette(Palette.on(theme.background.as_hex(), theme.text.as_hex()))
+
+    # Coming and going
+
+    def event(self, event: QEvent) -> bool:
+        """Close down when the dock was closed, which takes this widget out of it (Qt)."""
+        if event.type() == QEvent.Type.ParentChange and self.parent() is None and self._settled:
+            QTimer.singleShot(0, self.close_down)
+        return super().event(event)
+
+    def showEvent(self, event: QEvent) -> None:  # noqa: N802 - Qt's name
+        """Move to the bottom of the window when shown for the first time: plots over time want width (Qt)."""
+        super().showEvent(event)
+        dock, window = self.parent(), self.window()
+        if self._settled or not (isinstance(dock, QDockWidget) and isinstance(window, QMainWindow)):
+            return
+        self._settled = True
+        window.installEventFilter(self)
+        QTimer.singleShot(0, lambda: self._settle(window, dock))
+
+    def _settle(self, window: QMainWindow, dock: QDockWidget) -> None:
+        if not self._closed and window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:
+            window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)
+            window.resizeDocks([dock], [HEIGHT + 20], Qt.Orientation.Vertical)
+
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802 - Qt's name
+        """Stop working when the window is being closed (Qt)."""
+        if event.type() == QEvent.Type.Close:
+            self._clicked.stop()
+            self.cancel()
+        return super().eventFilter(watched, event)
+
+    def closeEvent(self, event: QEvent) -> None:  # noqa: N802 - Qt's name
+        """Leave nothing behind (Qt)."""
+        self.close_down()
+        super().closeEvent(event)
+
+    def close_down(self) -> None:
+        """Stop all work, let go of the viewer and of the graphics; the widget is of no use afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        QApplication.instance().aboutToQuit.disconnect(self.close_down)
+        self._clicks.close()
+        for event, slot in self._viewer_slots():
+            event.disconnect(slot)
+        self._clicked.close()
+        self._batch.close()
+        self._outline.remove()
+        self.plots.dispose()
+        self.deleteLater()

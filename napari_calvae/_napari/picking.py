@@ -1,0 +1,178 @@
+"""Between napari's layers and the session: clicks on the canvas, ROIs of a layer, an outline around the picked ROI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from napari.components import ViewerModel
+from napari.layers import Image, Labels, Layer, Shapes
+
+import napari_calvae as calvae
+from napari_calvae._napari import drawing, session
+
+#: Marks the layers that the plugin draws itself, in their metadata.
+OWN = "napari-calvae"
+OUTLINE = "picked ROI"
+#: A press that moves further than this (screen pixels) is a drag.
+CLICK_PIXELS = 4
+
+
+class Clicks:
+    """Calls ``on_click`` with the world position of each plain left click on the canvas.
+
+    It acts on a click, not on a drag, in two dimensions, and only while the active layer pans and zooms, so that
+    painting labels or drawing shapes is left alone.
+    """
+
+    def __init__(self, viewer: ViewerModel, on_click: Callable[[np.ndarray], None]):
+        self._viewer = viewer
+        self._on_click = on_click
+        viewer.mouse_drag_callbacks.append(self._on_press)
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._on_press in self._viewer.mouse_drag_callbacks:
+            self._viewer.mouse_drag_callbacks.remove(self._on_press)
+
+    def _on_press(self, viewer: ViewerModel, event: Any) -> Iterator[None]:
+        active = viewer.layers.selection.active
+        mode = getattr(active, "mode", "pan_zoom")
+        if event.button != 1 or event.modifiers or viewer.dims.ndisplay != 2 or mode != "pan_zoom":
+            return
+        start = np.array(event.pos, float)
+        moved = 0.0
+        yield
+        while event.type == "mouse_move":
+            moved = max(moved, float(np.abs(np.array(event.pos, float) - start).max()))
+            yield
+        if moved <= CLICK_PIXELS:
+            self._on_click(np.array(event.position, float))
+
+
+class RoiReader:
+    """The ROIs of a Labels or Shapes layer on a movie's plane; read again only when they changed."""
+
+    def __init__(self) -> None:
+        self._key: tuple = ()
+        self._read: tuple[np.ndarray, calvae.RoiMasks] | None = None
+
+    def labels(self, layer: Layer, movie: Image) -> np.ndarray:
+        """(y, x) label image on the movie's plane; label n is shape n − 1 of a Shapes layer."""
+        plane = tuple(movie.data.shape[-2:])
+        if isinstance(layer, Labels):
+            return session.plane_of(layer.data, plane)
+        if layer.nshapes == 0:
+            raise calvae.RecordingError("ROIs: expected at least one shape, got an empty Shapes layer. Draw one.")
+        scale, shift = layer.scale[-2:] / movie.scale[-2:], (layer.translate - movie.translate[-layer.ndim :])[-2:]
+        flat = [np.asarray(points)[:, -2:] * scale + shift / movie.scale[-2:] for points in layer.data]
+        masks = Shapes(flat, shape_type=list(layer.shape_type)).to_masks(mask_shape=plane)
+        image = np.zeros(plane, np.int32)
+        for index, mask in enumerate(masks):
+            image[mask] = index + 1
+        return image
+
+    def read(self, layer: Layer, movie: Image) -> tuple[str, np.ndarray, calvae.RoiMasks]:
+        """Fingerprint of the ROIs, their (y, x) label image and their masks."""
+        mark = session.fingerprint(id(layer), *self._parts(layer), movie.data.shape, movie.scale[-2:].tolist())
+        if self._key != (mark,) or self._read is None:
+            image = self.labels(layer, movie)
+            self._read = image, calvae.RoiMasks.from_labels(image)
+            self._key = (mark,)
+        return mark, *self._read
+
+    @staticmethod
+    def _parts(layer: Layer) -> list[Any]:
+        placed = [layer.scale.tolist(), layer.translate.tolist()]
+        if isinstance(layer, Labels):
+            return [np.asarray(layer.data), *placed]
+        return [*(np.asarray(points) for points in layer.data), *layer.shape_type, *placed]
+
+
+class Outline:
+    """A thin line around the picked ROI, in a Shapes layer of its own that leaves the selection as it is."""
+
+    def __init__(self, viewer: ViewerModel):
+        self._viewer = viewer
+        self._layer: Shapes | None = None
+
+    def show(self, mask: np.ndarray, movie: Image, colour: str) -> None:
+        """Draw around a (y, x) mask."""
+        self.remove()
+        loops = [loop for loop in drawing.outlines(mask) if len(loop) > 3]
+        selection = set(self._viewer.layers.selection)
+        active = self._viewer.layers.selection.active
+        self._layer = Shapes(
+            loops,
+            shape_type="polygon",
+            edge_width=max(0.35, 0.004 * min(mask.shape)),
+            edge_color=colour,
+            face_color="transparent",
+            name=OUTLINE,
+            metadata={OWN: True},
+            scale=movie.scale[-2:],
+            translate=movie.translate[-2:],
+        )
+        self._viewer.add_layer(self._layer)
+        self._layer.editable = False
+        self._viewer.layers.selection = selection
+        self._viewer.layers.selection.active = active
+
+    def remove(self) -> None:
+        """Take the outline away."""
+        if self._layer is not None and self._layer in self._viewer.layers:
+            self._viewer.layers.remove(self._layer)
+        self._layer = None
+
+
+def movies(viewer: ViewerModel) -> list[Image]:
+    """Image layers that may be movies, the one on top first."""
+    return [layer for layer in reversed(viewer.layers) if isinstance(layer, Image)]
+
+
+def roi_layers(viewer: ViewerModel) -> list[Layer]:
+    """Layers that may hold ROIs, the one on top first."""
+    return [
+        layer for layer in reversed(viewer.layers) if isinstance(layer, Labels | Shapes) and OWN not in layer.metadata
+    ]
+
+
+def add_disc(viewer: ViewerModel, layer: Labels | None, movie: Image, position: np.ndarray, diameter: float) -> Labels:
+    """Add a disc ROI around a (y, x) position (pixels) to ``layer``, or to a new one; it becomes the selected label."""
+    if layer is None:
+        layer = Labels(
+            np.zeros(movie.data.shape[-2:], np.int32),
+            name=session.ROI_LAYER,
+            scale=movie.scale[-2:],
+            translate=movie.translate[-2:],
+        )
+        roi, pixels = session.disc_at(layer.data, position, diameter)
+        viewer.add_layer(layer)
+    else:
+        plane = session.plane_of(layer.data, movie.data.shape[-2:])
+        roi, pixels = session.disc_at(plane, position, diameter)
+        lead = (np.zeros(len(pixels[0]), int),) * (layer.data.ndim - 2)
+        pixels = (*lead, *pixels)
+    layer.data_setitem(pixels, roi)
+    layer.selected_label = roi
+    return layer
+
+
+def frame_rate_of(movie: Image) -> session.FrameRate:
+    """Frame rate of a layer, from its metadata, its file or its time axis."""
+    known = session.find_frame_rate(movie.metadata, 0.0, "", None)
+    if known.hz is not None:
+        return known
+    unit = str(movie.units[0]) if movie.units else ""
+    return session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, _frame_rate_in_file(movie))
+
+
+def _frame_rate_in_file(movie: Image) -> float | None:
+    path = movie.source.path
+    if path is None:
+        return None
+    try:
+        return calvae.read_movie(path)[1]
+    except (AttributeError, OSError, ValueError):
+        return None

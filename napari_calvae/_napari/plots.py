@@ -1,0 +1,336 @@
+"""Three plots on one time axis: fluorescence and its reconstruction, sampled spikes, spike rate with credible band."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyqtgraph as pg
+from qtpy.QtCore import QRectF, QSize, Qt, QTimer, Signal
+from qtpy.QtGui import QColor, QPainter, QPainterPath
+from qtpy.QtWidgets import QGraphicsTextItem, QLabel, QVBoxLayout, QWidget
+
+import napari_calvae as calvae
+from napari_calvae._napari import drawing
+
+AXIS_WIDTH, LEGEND_WIDTH = 50, 104
+SPREAD_ALPHA, BAND_ALPHA = 0.3, 0.4
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of the plots; told apart by colour-blind readers and by their lightness."""
+
+    background: str
+    text: str
+    trace: str
+    reconstruction: str
+    posterior: str
+
+    @classmethod
+    def on(cls, background: str, text: str) -> Palette:
+        """Palette that is legible on this background."""
+        if QColor(background).lightnessF() < 0.5:
+            return cls(background, text, trace="#aeb6c2", reconstruction="#ffa23a", posterior="#35c9b5")
+        return cls(background, text, trace="#6b7280", reconstruction="#d55e00", posterior="#00796b")
+
+
+def _shade(colour: str, alpha: float) -> QColor:
+    shade = QColor(colour)
+    shade.setAlphaF(alpha)
+    return shade
+
+
+def _on_background(colour: str, alpha: float, background: str) -> str:
+    """Opaque colour that a translucent one gives on the background."""
+    pairs = zip(QColor(colour).getRgb()[:3], QColor(background).getRgb()[:3], strict=True)
+    return QColor(*(round(alpha * c + (1 - alpha) * b) for c, b in pairs)).name()
+
+
+class BandItem(pg.GraphicsObject):
+    """A filled band between two curves of at most a few thousand points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = self.high = self.x = np.empty(0)
+        self._path = QPainterPath()
+        self._brush = pg.mkBrush(None)
+
+    def set_data(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Fill between ``low`` and ``high`` at the same ``x``; not where either is NaN."""
+        self.prepareGeometryChange()
+        self.x, self.low, self.high = x, low, high
+        known = np.isfinite(low) & np.isfinite(high)
+        ends = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]])))
+        self._path = QPainterPath()
+        for start, stop in ends.reshape(-1, 2):
+            run = slice(start, stop)
+            outline = np.concatenate([x[run], x[run][::-1]]), np.concatenate([high[run], low[run][::-1]])
+            self._path.addPath(pg.arrayToQPath(*(np.ascontiguousarray(a, float) for a in outline), connect="all"))
+        self.update()
+
+    def set_colour(self, colour: QColor) -> None:
+        """Fill with this colour."""
+        self._brush = pg.mkBrush(colour)
+        self.update()
+
+    def boundingRect(self) -> QRectF:  # noqa: N802 - Qt's name
+        """Extent of the band (Qt)."""
+        return self._path.boundingRect()
+
+    def paint(self, painter: QPainter, *_: object) -> None:
+        """Draw the band (Qt)."""
+        painter.fillPath(self._path, self._brush)
+
+
+class _Row:
+    """One of the plots: its axis, its view and its legend at the right."""
+
+    def __init__(self, layout: pg.GraphicsLayout, row: int, label: str):
+        self.view = pg.ViewBox(enableMenu=False)
+        self.view.setMouseEnabled(x=True, y=False)
+        self.view.disableAutoRange()
+        self.axis = pg.AxisItem("left", linkView=self.view, maxTickLength=-4)
+        self.axis.setLabel(label)
+        self.axis.enableAutoSIPrefix(False)
+        self.axis.setWidth(AXIS_WIDTH)
+        self.axis.setStyle(maxTickLevel=0)
+        self.missing = BandItem()
+        self.missing.setZValue(-10)
+        self.view.addItem(self.missing)
+        self.cursor = pg.InfiniteLine(angle=90, movable=False)
+        self.cursor.setZValue(10)
+        self.cursor.hide()
+        self.view.addItem(self.cursor)
+        self.legend = pg.GraphicsWidget()
+        self.legend.setFixedWidth(LEGEND_WIDTH)
+        self.words = QGraphicsTextItem(self.legend)
+        self.words.setTextWidth(LEGEND_WIDTH)
+        layout.addItem(self.axis, row, 0)
+        layout.addItem(self.view, row, 1)
+        layout.addItem(self.legend, row, 2)
+
+
+class PosteriorPlots(QWidget):
+    """The posterior of one ROI; the mouse wheel zooms in time, dragging moves, a click picks a moment.
+
+    ``picked`` is emitted with the clicked time (s), ``painted`` after every redrawing of the curves.
+    """
+
+    picked = Signal(float)
+    painted = Signal()
+
+    def __init__(self, parent: QWidget | None = None):
+        super().__init__(parent)
+        self.picture: calvae.SpikeInference | None = None
+        self.band: drawing.Band | None = None
+        self._palette = Palette.on("#262930", "#f0f1f2")
+        self.title = QLabel()
+        self.title.setTextFormat(Qt.TextFormat.RichText)
+        self.graphics = pg.GraphicsLayoutWidget(self)
+        self.graphics.setMinimumSize(QSize(240, 150))
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.setSpacing(2)
+        layout.addWidget(self.title)
+        layout.addWidget(self.graphics, 1)
+        self._build()
+        self._later = QTimer(self)
+        self._later.setSingleShot(True)
+        self._later.setInterval(0)
+        self._later.timeout.connect(self.redraw)
+        self.trace_row.view.sigXRangeChanged.connect(self._schedule)
+        self.trace_row.view.sigResized.connect(self._schedule)
+        self.graphics.scene().sigMouseClicked.connect(self._on_click)
+        self.set_palette(self._palette)
+
+    def _build(self) -> None:
+        grid = self.graphics.ci
+        grid.setContentsMargins(0, 2, 2, 0)
+        grid.layout.setVerticalSpacing(8)
+        grid.layout.setHorizontalSpacing(0)
+        self.trace_row, self.raster_row, self.rate_row = self.rows = [
+            _Row(grid, row, label) for row, label in enumerate(("ΔF/F", "sample", "spikes/s"))
+        ]
+        for row, stretch in enumerate((5, 4, 4)):
+            grid.layout.setRowStretchFactor(row, stretch)
+        for row in self.rows[1:]:
+            row.view.setXLink(self.trace_row.view)
+        self.time_axis = pg.AxisItem("bottom", linkView=self.rate_row.view, maxTickLength=-4)
+        self.time_axis.setLabel("time (s)")
+        self.time_axis.enableAutoSIPrefix(False)
+        self.time_axis.setStyle(maxTickLevel=0)
+        self.time_axis.setHeight(34)
+        grid.addItem(self.time_axis, 3, 1)
+        self.spread, self.rate_band = BandItem(), BandItem()
+        self.trace, self.reconstruction = pg.PlotCurveItem(), pg.PlotCurveItem()
+        self.rate = pg.PlotCurveItem()
+        self.raster = pg.ImageItem(axisOrder="row-major")
+        for row, items in (
+            (self.trace_row, (self.spread, self.trace, self.reconstruction)),
+            (self.raster_row, (self.raster,)),
+            (self.rate_row, (self.rate_band, self.rate)),
+        ):
+            for item in items:
+                row.view.addItem(item)
+
+    def set_palette(self, palette: Palette) -> None:
+        """Draw in these colours."""
+        self._palette = palette
+        self.graphics.setBackground(palette.background)
+        for axis in (self.time_axis, *(row.axis for row in self.rows)):
+            axis.setPen(_shade(palette.text, 0.45))
+            axis.setTextPen(_shade(palette.text, 0.9))
+        for row in self.rows:
+            row.cursor.setPen(pg.mkPen(_shade(palette.text, 0.8), width=1))
+            row.missing.set_colour(_shade(palette.text, 0.12))
+            row.words.setDefaultTextColor(QColor(palette.text))
+        self.trace.setPen(pg.mkPen(palette.trace, width=1))
+        self.reconstruction.setPen(pg.mkPen(palette.reconstruction, width=1))
+        self.spread.set_colour(_shade(palette.reconstruction, SPREAD_ALPHA))
+        self.rate.setPen(pg.mkPen(palette.posterior, width=1))
+        self.rate_band.set_colour(_shade(palette.posterior, BAND_ALPHA))
+        dot = QColor(palette.posterior)
+        table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
+        table[:, 3] = np.arange(256)
+        self.raster.setLookupTable(table)
+        self._write_legends()
+
+    def set_picture(self, picture: calvae.SpikeInference, title: str = "") -> None:
+        """Show a result of one ROI; the stretch of time in view stays if the recording is as long as before."""
+        before, self.picture = self.picture, picture
+        self.title.setText(title)
+        ends = self._ends(picture)
+        self.trace_row.view.setLimits(
+            xMin=ends[0], xMax=ends[1], minXRange=min(10 / picture.frame_rate, ends[1] - ends[0])
+        )
+        if before is None or self._ends(before) != ends:
+            self.trace_row.view.setXRange(*ends, padding=0)
+        self.redraw()
+
+    def clear(self) -> None:
+        """Show nothing."""
+        self.picture = self.band = None
+        self.title.clear()
+        empty = np.empty(0)
+        for curve in (self.trace, self.reconstruction, self.rate):
+            curve.setData(empty, empty)
+        for item in (self.spread, self.rate_band, *(row.missing for row in self.rows)):
+            item.set_data(empty, empty, empty)
+        self.raster.clear()
+        for row in self.rows:
+            row.cursor.hide()
+        self._write_legends()
+
+    def set_cursor(self, seconds: float) -> None:
+        """Move the vertical line of all plots to this time (s)."""
+        for row in self.rows:
+            row.cursor.setValue(seconds)
+            row.cursor.setVisible(self.picture is not None)
+
+    def redraw(self) -> None:
+        """Draw the stretch of time in view."""
+        self._later.stop()
+        if self.picture is None:
+            return
+        picture, width = self.picture, max(int(self.trace_row.view.width()), 1)
+        seconds = tuple(self.trace_row.view.viewRange()[0])
+        columns = drawing.columns(picture.traces, seconds, width)
+        self._draw_fluorescence(columns)
+        self._draw_raster(columns)
+        window = drawing.band_window(seconds[1] - seconds[0], width, picture.frame_rate)
+        self._draw_rate(columns, window)
+        self._draw_missing(columns)
+        self._write_legends()
+        self.painted.emit()
+
+    def _draw_fluorescence(self, columns: drawing.Columns) -> None:
+        values, mean, std = (
+            a[0] for a in (self.picture.traces.values, self.picture.reconstruction, self.picture.reconstruction_std)
+        )
+        self.trace.setData(*drawing.curve(values, columns), connect="finite")
+        self.reconstruction.setData(*drawing.curve(mean, columns), connect="finite")
+        low, high = drawing.extremes(mean - 2 * std, columns)[0], drawing.extremes(mean + 2 * std, columns)[1]
+        self.spread.set_data(columns.centres, low, high)
+        shown = drawing.extremes(values, columns)
+        self.trace_row.view.setYRange(*drawing.limits([*shown, low, high]), padding=0)
+
+    def _draw_raster(self, columns: drawing.Columns) -> None:
+        image = drawing.raster(self.picture.events, self.picture.n_samples, columns)
+        self.raster.setImage(image, levels=(0, 255), autoLevels=False)
+        start = columns.boundaries[0]
+        per_column = (columns.edges[1] - columns.edges[0]) / columns.frame_rate
+        self.raster.setRect(QRectF(start, 0.5, per_column * image.shape[1], self.picture.n_samples))
+        self.raster_row.view.setYRange(0.5, self.picture.n_samples + 0.5, padding=0.02)
+
+    def _draw_rate(self, columns: drawing.Columns, window: float) -> None:
+        self.band = drawing.band(self.picture, columns, window)
+        if self.band is None:
+            self.rate.setData(*drawing.curve(self.picture.rate[0], columns))
+            self.rate_band.set_data(*(np.empty(0),) * 3)
+            top = drawing.extremes(self.picture.rate[0], columns)
+        else:
+            x, mean = drawing.steps(self.band.boundaries, self.band.mean)
+            self.rate.setData(x, mean)
+            self.rate_band.set_data(x, np.repeat(self.band.low, 2), np.repeat(self.band.high, 2))
+            top = self.band.high, self.band.mean
+        self.rate_row.view.setYRange(0, max(drawing.limits(top)[1], 0.5), padding=0.02)
+
+    def _draw_missing(self, columns: drawing.Columns) -> None:
+        missing = drawing.extremes(~self.picture.traces.valid[0], columns)[1].astype(bool)
+        x, height = drawing.steps(columns.boundaries, np.where(missing, 1e4, np.nan))
+        for row in self.rows:
+            row.missing.set_data(x, -height, height)
+
+    def _write_legends(self) -> None:
+        palette = self._palette
+
+        def words(*lines: tuple[str, str, str]) -> str:
+            return "".join(
+                f'<div style="font-size:8pt"><span style="color:{c}">{m}</span> {t}</div>' for c, m, t in lines
+            )
+
+        if self.picture is None:
+            texts = ["", "", ""]
+        else:
+            per = f"per {self.band.window:.3g} s" if self.band is not None else "per frame"
+            texts = [
+                words(
+                    (palette.trace, "━", "ΔF/F"),
+                    (palette.reconstruction, "━", "reconstruction"),
+                    (_on_background(palette.reconstruction, SPREAD_ALPHA, palette.background), "■", "± 2 sd"),
+                ),
+                words(
+                    (palette.posterior, "■", f"spikes in {self.picture.n_samples}"),
+                    (palette.background, "■", "samples"),
+                ),
+                words(
+                    (palette.posterior, "━", f"mean {per}"),
+                    (_on_background(palette.posterior, BAND_ALPHA, palette.background), "■", "90 % credible"),
+                ),
+            ]
+        for row, text in zip(self.rows, texts, strict=True):
+            row.words.setHtml(text)
+
+    def _schedule(self, *_: object) -> None:
+        self._later.start()
+
+    def _on_click(self, event: object) -> None:
+        if self.picture is None or event.button() != Qt.MouseButton.LeftButton:
+            return
+        view = self.trace_row.view
+        if event.double():
+            view.setXRange(*self._ends(self.picture), padding=0)
+        elif any(row.view.sceneBoundingRect().contains(event.scenePos()) for row in self.rows):
+            self.picked.emit(float(view.mapSceneToView(event.scenePos()).x()))
+
+    @staticmethod
+    def _ends(picture: calvae.SpikeInference) -> tuple[float, float]:
+        traces = picture.traces
+        return traces.t0 - 0.5 / traces.frame_rate, traces.t0 + (traces.n_frames - 0.5) / traces.frame_rate
+
+    def dispose(self) -> None:
+        """Give up all graphics; the widget is of no use afterwards."""
+        self._later.stop()
+        self.graphics.close()
+        self.graphics.deleteLater()
