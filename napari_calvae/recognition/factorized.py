@@ -186,6 +186,10 @@ class FactorizedNetwork(RecognitionNetwork):
         k = torch.arange(max_count + 1.0)
         self.register_buffer("log_factorial", torch.lgamma(k + 1), persistent=False)
 
+    def set_gain_scale(self, gain_scale: float) -> None:
+        """Widen the posterior of the log-gain by this factor."""
+        self.gain_scale = self.config["gain_scale"] = float(gain_scale)
+
     def summarise(self, features: Tensor, log_rate: Tensor) -> Tensor:
         """Mean and spread of the coarsest level over time."""
         x = self._encode(features, self._rate(log_rate))[-1]
@@ -204,10 +208,13 @@ class FactorizedNetwork(RecognitionNetwork):
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
-        log_mean = local[:, :1] - log_rate[:, None, None]  # expected spikes per frame, before the residual
+        # Expected spikes per frame, before the residual. Both are kept within what counts can mean: early in training a
+        # single wild frame would otherwise outweigh all others.
+        log_mean = (local[:, :1] - log_rate[:, None, None]).clamp(-16.0, 3.5)
+        residual = 8 * torch.tanh(local[:, 1:] / 8)
         k = torch.arange(self.max_count + 1, device=local.device, dtype=local.dtype)[:, None]
         logits = k * log_mean - self.log_factorial[:, None].to(local.dtype)
-        logits = torch.cat([logits[:, :1], logits[:, 1:] + local[:, 1:]], 1)
+        logits = torch.cat([logits[:, :1], logits[:, 1:] + residual], 1)
         mean, log_std = self.gain(torch.cat([self._rate(log_rate), summary], 1)).unbind(-1)
         return GainCategorical(logits, mean, self.gain_scale * log_std.clamp(-4, 1.5).exp())
 

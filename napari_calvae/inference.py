@@ -1,0 +1,172 @@
+"""From traces to spike posteriors: blocks of ROIs through a trained model, on the best device there is."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from napari_calvae import __version__
+from napari_calvae.metrics import Explained, quality_table
+from napari_calvae.recognition import SpikePosterior
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
+from napari_calvae.vae import SpikeVAE, load_model
+
+#: Trace-frames per block of ROIs: small enough to stop soon, large enough to keep a core busy.
+BLOCK_FRAMES = 262_144
+#: Frames that pass through the network at once.
+CHUNK = 65_536
+
+
+class InferConfig(BaseModel):
+    """How to infer; unknown settings are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_samples: int = Field(50, ge=0, le=1000, title="Samples", description="Spike trains drawn per ROI")
+    seed: int = Field(0, ge=0, title="Seed", description="Of the samples; each ROI has a stream of its own")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", title="Device", description="Where to compute")
+
+
+def infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> SpikeInference:
+    """Spike posterior of every trace.
+
+    Parameters
+    ----------
+    traces
+        Fluorescence of some ROIs; raw traces become ΔF/F as the model wants it.
+    model
+        Name of a shipped model, a file, or a ``SpikeVAE``.
+    **settings
+        Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``.
+
+    Raises
+    ------
+    RecordingError
+        If no spikes can be inferred from a trace.
+    ModelError
+        If the model cannot be read.
+    """
+    return SpikeInference.concatenate(list(iter_infer(traces, model, **settings)))
+
+
+def iter_infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> Iterator[SpikeInference]:
+    """Like ``infer``, a block of ROIs at a time; stop consuming it to stop computing."""
+    config = InferConfig(**settings)
+    vae = load_model(model)
+    device = pick_device(config.device)
+    vae.recognition.to(device).eval()
+    dff = vae.preprocessing.apply(traces)
+    provenance = _provenance(vae, traces, config, device)
+    step = max(1, BLOCK_FRAMES // dff.n_frames)
+    for start in range(0, dff.n_rois, step):
+        yield _infer_block(dff.select(slice(start, start + step)), vae, config, device, provenance)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to compute on: CUDA, then Apple's MPS, then the CPU, unless one is asked for."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, available in there.items() if available))
+    if not there.get(name, False):
+        raise RecordingError(
+            f"device: expected one of {', '.join(d for d, ok in there.items() if ok)} on this machine, got {name!r}. "
+            "Choose 'auto' to take the best one."
+        )
+    return torch.device(name)
+
+
+@torch.inference_mode()
+def _infer_block(
+    dff: Traces, vae: SpikeVAE, config: InferConfig, device: torch.device, provenance: dict[str, Any]
+) -> SpikeInference:
+    observed = torch.from_numpy(dff.values.copy()).to(device)
+    valid = torch.from_numpy(dff.valid.copy()).to(device)
+    posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
+    mean = posterior.mean
+    estimated = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
+    known = {name: torch.full_like(estimated[name], value) for name, value in vae.theta.items()}
+    theta = {**estimated, **known}
+    expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
+    noise = theta["noise_density"] * dff.frame_rate**0.5
+    events, centre, spread = [], [], []
+    for row, roi in enumerate(dff.roi_ids):
+        one = {name: value[row] for name, value in theta.items()}
+        samples = _sample(posterior.select(slice(row, row + 1)), config, roi)
+        events.append(_to_events(samples, row))
+        if config.n_samples:
+            traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
+            traces = _own_amplitude(traces, observed[row], valid[row])
+            centre.append(traces.mean(0))
+            spread.append((traces.var(0, unbiased=False) + noise[row] ** 2).sqrt())
+        else:
+            centre.append(expected[row])
+            spread.append(noise[row].expand(dff.n_frames))
+    rate = (mean * dff.frame_rate).cpu().numpy()
+    reconstruction = torch.stack(centre).cpu().numpy()
+    reconstruction_std = torch.stack(spread).cpu().numpy()
+    return SpikeInference(
+        traces=dff,
+        rate=rate,
+        events=np.concatenate(events),
+        n_samples=config.n_samples,
+        reconstruction=reconstruction,
+        reconstruction_std=reconstruction_std,
+        theta={name: value.cpu().numpy() for name, value in theta.items()},
+        quality=quality_table(Explained(dff.values, rate, reconstruction, reconstruction_std, dff.frame_rate)),
+        provenance=provenance,
+    )
+
+
+def _sample(posterior: SpikePosterior, config: InferConfig, roi: int) -> Tensor:
+    """(sample, time) counts of one ROI, from a stream that depends on seed and ROI id alone."""
+    digest = hashlib.sha256(f"{config.seed}:{roi}".encode()).digest()
+    device = posterior.mean.device
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return posterior.sample(config.n_samples, generator)[:, 0]
+
+
+def _to_events(samples: Tensor, row: int) -> np.ndarray:
+    where = samples.nonzero()
+    events = np.zeros(len(where), EVENT_DTYPE)
+    events["sample"], events["frame"] = where.cpu().numpy().T
+    events["count"] = samples[where[:, 0], where[:, 1]].cpu().numpy()
+    events["roi"] = row
+    return events
+
+
+def _own_amplitude(traces: Tensor, observed: Tensor, valid: Tensor) -> Tensor:
+    """Let each sampled trace explain the fluorescence with the amplitude and baseline that suit it best.
+
+    Spikes and amplitude trade against each other: a train of twice the spikes goes with half the response to each. One
+    amplitude for all samples would show that freedom, which the data do not constrain, as misfit.
+    """
+    weight = valid.to(traces.dtype)
+    n = weight.sum().clamp_min(1)
+    target = torch.where(valid, observed, 0.0)
+    target = (target - target.sum() / n) * weight
+    mean = (traces * weight).sum(-1, keepdim=True) / n
+    centred = (traces - mean) * weight
+    power = (centred**2).sum(-1, keepdim=True)
+    slope = torch.where(power > 0, (centred * target).sum(-1, keepdim=True) / power.clamp_min(1e-12), 1.0)
+    offset = torch.where(valid, observed, 0.0).sum() / n
+    return offset + slope.clamp_min(0) * (traces - mean)
+
+
+def _provenance(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torch.device) -> dict[str, Any]:
+    return {
+        "model": vae.description,
+        "model_sha256": vae.sha256,
+        "generative_model": vae.generative.name,
+        "settings": config.model_dump() | {"device": str(device)},
+        "preprocessing": vae.preprocessing.model_dump() | {"input_unit": traces.unit},
+        "input": dict(traces.provenance),
+        "versions": {"napari-calvae": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }

@@ -1,0 +1,96 @@
+"""Train the universal model: ``python -m napari_calvae.pretrained.train --data FOLDER --out FILE``.
+
+Resumes from its checkpoint when called again with the same settings.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from napari_calvae.formats.ground_truth import read_ground_truth
+from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.pretrained.recordings import FRAME_RATES, RecordingSampler, Snippets
+from napari_calvae.pretrained.simulations import SimulationSampler
+from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.training import TrainConfig, iter_train
+from napari_calvae.vae import Preprocessing, SpikeVAE
+
+log = logging.getLogger("napari_calvae.train")
+
+#: Frames per batch; snippets are 512 to 4,096 frames long, so that the gain is learned over short and long recordings.
+BATCH_FRAMES = 12288
+
+
+def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, simulated: float, seed: int) -> Snippets:
+    """Snippets of one common length, a share ``simulated`` of them from the generative models."""
+    rng = np.random.default_rng(seed)
+    window = int(rng.choice([512, 1024, 2048, 4096], p=[0.35, 0.4, 0.15, 0.1]))
+    n = BATCH_FRAMES // window
+    out = Snippets(n, window)
+    from_model = rng.random(n) < simulated
+    simulations.fill(out, np.flatnonzero(from_model), rng)
+    recordings.fill(out, np.flatnonzero(~from_model), rng)
+    return out
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with the ground-truth .npz files")],
+    out: Annotated[Path, typer.Option(help="Model file to write (.safetensors)")],
+    steps: Annotated[int, typer.Option(help="Updates")] = 16000,
+    hold_out: Annotated[str, typer.Option(help="Data sets to leave out, by prefix, comma-separated")] = "",
+    simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.2,
+    simulated: Annotated[float, typer.Option(help="Share of simulated snippets afterwards")] = 0.25,
+    gain_scale: Annotated[float, typer.Option(help="Widening of the gain, calibrated on left-out data sets")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of every random number")] = 0,
+) -> None:
+    """Train the universal recognition network on recordings with known spikes and on simulations."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    left_out = tuple(name for name in hold_out.split(",") if name)
+    sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
+    recordings, simulations = RecordingSampler(sweeps), SimulationSampler()
+    torch.manual_seed(seed)
+    network = FactorizedNetwork()
+    config = TrainConfig(
+        n_steps=steps, learning_rate=2e-3, warmup=0.02, ema=0.999, clip=0.3, seed=seed, checkpoint_every=250
+    )
+    step = 0
+
+    def loss(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        share = 1.0 if step < simulation_steps * steps else simulated
+        batch_seed = int(torch.randint(2**62, (), generator=generator))
+        batch = draw_batch(recordings, simulations, share, batch_seed)
+        counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)
+        scored = torch.from_numpy(batch.scored)
+        posterior = network(torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate))
+        log_p = posterior.log_prob(counts, scored)
+        return -log_p.sum() / scored.sum(), {}
+
+    checkpoint = out.with_suffix(".checkpoint")
+    if checkpoint.is_file():
+        step = int(torch.load(checkpoint, weights_only=True)["step"])
+    recent = []
+    for record in iter_train(network, loss, config, checkpoint):
+        step = record.step
+        recent.append(record.loss)
+        if step % 100 == 0:
+            log.info("step %d of %d, loss %.4f, %.0f s", step, steps, np.mean(recent[-500:]), record.seconds)
+    network.set_gain_scale(gain_scale)
+    model = SpikeVAE(
+        recognition=network,
+        generative=MODELS["linear_ar"](),
+        prior=SpikePrior(rate=1.0, max_count=network.max_count),
+        preprocessing=Preprocessing(min_frame_rate=FRAME_RATES[0], max_frame_rate=FRAME_RATES[1]),
+        description=f"universal; {steps} steps, seed {seed}, left out: {hold_out or 'nothing'}",
+    )
+    model.save(out)
+    log.info("saved %s", out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,206 @@
+"""A spike VAE: prior, generative model, recognition network and the preprocessing that they assume. What one saves."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from napari_calvae.generative import MODELS, GenerativeModel, SpikePrior
+from napari_calvae.preprocess import check_traces, delta_f_over_f
+from napari_calvae.recognition import NETWORKS, RecognitionNetwork
+from napari_calvae.recording import RecordingError, Traces
+
+SCHEMA = 1
+
+
+class ModelError(ValueError):
+    """A model that cannot be read or used; the message says what was expected, what came, what to do."""
+
+
+class Preprocessing(BaseModel):
+    """What must happen to traces before the recognition network sees them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    baseline_window: float = Field(60.0, gt=0, title="Baseline window", description="Running percentile over (s)")
+    baseline_percentile: float = Field(10.0, ge=0, le=100, title="Baseline percentile", description="Of the window (%)")
+    min_frame_rate: float = Field(3.0, gt=0, title="Lowest frame rate", description="Seen in training (Hz)")
+    max_frame_rate: float = Field(120.0, gt=0, title="Highest frame rate", description="Seen in training (Hz)")
+
+    def apply(self, traces: Traces) -> Traces:
+        """ΔF/F of the traces, or an error that says why no spikes can be inferred from them."""
+        check_traces(traces)
+        low, high = self.min_frame_rate, self.max_frame_rate
+        if not low * 0.999 <= traces.frame_rate <= high * 1.001:
+            raise RecordingError(
+                f"frame rate: expected {low:g} to {high:g} Hz, where this model was trained, got {traces.frame_rate:g} "
+                "Hz. Resample the traces into that range, for example with napari_calvae.preprocess.resample."
+            )
+        if traces.unit == "dff":
+            return traces
+        return delta_f_over_f(traces, self.baseline_window, self.baseline_percentile)
+
+
+@dataclass(eq=False)
+class SpikeVAE:
+    """Prior p(s), generative model p(F | s, θ) and recognition network q(s | F), with the preprocessing they assume.
+
+    Parameters
+    ----------
+    recognition, generative, prior, preprocessing
+        The parts.
+    theta
+        Parameters of the generative model that were learned for all cells, in physical units; those not named are
+        estimated for each cell when it is inferred.
+    description
+        One line for people.
+    """
+
+    recognition: RecognitionNetwork
+    generative: GenerativeModel
+    prior: SpikePrior
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    theta: Mapping[str, float] = field(default_factory=dict)
+    description: str = ""
+    #: SHA-256 of the file it was read from or written to, empty if none.
+    sha256: str = ""
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: weights, and a JSON description with their checksum in its header."""
+        path = Path(path)
+        weights = {name: t.detach().cpu().contiguous() for name, t in self.recognition.state_dict().items()}
+        spec = {
+            "schema": SCHEMA,
+            "recognition": {"kind": self.recognition.name, "config": self.recognition.config},
+            "generative": self.generative.name,
+            "prior": {"rate": self.prior.rate, "max_count": self.prior.max_count},
+            "preprocessing": self.preprocessing.model_dump(),
+            "theta": {name: float(value) for name, value in self.theta.items()},
+            "description": self.description,
+            "weights_sha256": _checksum(weights),
+        }
+        data = save_tensors(weights, metadata={"calvae": json.dumps(spec, sort_keys=True)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> SpikeVAE:
+        """Read what ``save`` wrote.
+
+        Raises
+        ------
+        ModelError
+            If the file is missing, damaged or of another kind.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ModelError(f"model: expected a .safetensors file, found none at {path}. Check the name or the path.")
+        data = path.read_bytes()
+        try:
+            spec = _read_spec(data)
+            weights = load_tensors(data)
+            if spec["schema"] != SCHEMA:
+                raise ModelError(
+                    f"model {path.name}: expected schema {SCHEMA}, got {spec['schema']}. "
+                    "Update napari-calvae, or save the model again with this version."
+                )
+            if _checksum(weights) != spec["weights_sha256"]:
+                raise ModelError(
+                    f"model {path.name}: the weights do not match their checksum, so the file is damaged. "
+                    "Copy or download it again."
+                )
+            recognition = NETWORKS[spec["recognition"]["kind"]](**spec["recognition"]["config"])
+            recognition.load_state_dict(weights)
+            model = cls(
+                recognition=recognition.eval(),
+                generative=MODELS[spec["generative"]](),
+                prior=SpikePrior(**spec["prior"]),
+                preprocessing=Preprocessing(**spec["preprocessing"]),
+                theta=spec["theta"],
+                description=str(spec["description"]),
+            )
+        except ModelError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, ValidationError, struct.error, MemoryError) as error:
+            raise ModelError(
+                f"model {path.name}: expected a file written by napari-calvae, got one that cannot be read "
+                f"({type(error).__name__}: {str(error)[:120]}). Choose another file or save the model again."
+            ) from error
+        except Exception as error:
+            # safetensors raises a class of its own for a damaged header.
+            if type(error).__module__.startswith("safetensors"):
+                raise ModelError(
+                    f"model {path.name}: expected a safetensors file, got a damaged or foreign one ({error}). "
+                    "Copy or download it again."
+                ) from error
+            raise
+        model.sha256 = hashlib.sha256(data).hexdigest()
+        return model
+
+
+def models() -> dict[str, Path]:
+    """Shipped models by name, the default first."""
+    folder = resources.files("napari_calvae.pretrained")
+    found = {
+        p.name.removesuffix(".safetensors"): Path(str(p)) for p in folder.iterdir() if p.name.endswith(".safetensors")
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "universal", item[0])))
+
+
+def load_model(model: str | Path | SpikeVAE = "universal") -> SpikeVAE:
+    """A model by the name under which it ships, by file, or as it is."""
+    if isinstance(model, SpikeVAE):
+        return model
+    shipped = models()
+    if str(model) in shipped:
+        path = shipped[str(model)]
+    else:
+        path = Path(model)
+        if not path.is_file():
+            raise ModelError(
+                f"model: expected one of {', '.join(shipped) or '(none shipped)'} or a .safetensors file, "
+                f"got {str(model)!r}."
+            )
+    stat = path.stat()
+    return _load_cached(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_cached(path: Path, _modified: int, _size: int) -> SpikeVAE:
+    return SpikeVAE.load(path)
+
+
+def _read_spec(data: bytes) -> dict[str, Any]:
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(len(data) - 8, 1_000_000):
+        raise ModelError("model: expected a safetensors header, got a damaged or foreign file. Copy it again.")
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["calvae"])
+
+
+def _checksum(weights: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name].numpy())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
