@@ -17,8 +17,8 @@ from torch import Tensor
 def elbo(log_joint: Float[Tensor, "sample roi"], log_posterior: Float[Tensor, "sample roi"]) -> Float[Tensor, ""]:
     """Minus the evidence lower bound, with the score-function gradient.
 
-    The learning signal of each sample is its log-weight less the mean of the others' (Mnih & Rezende 2016, eq. 4, with
-    the leave-one-out mean as baseline); a single sample has no baseline.
+    ∇ E_q[log w] = E_q[(log w − b) ∇ log q + ∇ log p], where the baseline b of each sample is the mean of the others'
+    log-weights (Kool, van Hoof & Welling 2019); a single sample has none.
     """
     log_weight = log_joint - log_posterior
     n = _check(log_joint, log_posterior, least=1)
@@ -39,10 +39,10 @@ def iwae(log_joint: Float[Tensor, "sample roi"], log_posterior: Float[Tensor, "s
 
 
 def vimco(log_joint: Float[Tensor, "sample roi"], log_posterior: Float[Tensor, "sample roi"]) -> Float[Tensor, ""]:
-    """Minus the importance-weighted bound, with the VIMCO gradient (Mnih & Rezende 2016, eqs. 5 to 10).
+    """Minus the importance-weighted bound, with the VIMCO gradient (Mnih & Rezende 2016, "local learning signals").
 
-    Each sample's learning signal is the bound less what it would be had that sample the geometric mean of the others'
-    weights (eqs. 8 and 9). Needs two samples or more.
+    With L = log (1/K) Σ_k w_k: ∇ E[L] = E[Σ_k (L − L_{−k}) ∇ log q(s_k) + Σ_k (w_k / Σ_j w_j) ∇ log w_k], where L_{−k}
+    is L with the geometric mean of the other weights in place of w_k. Needs two samples or more.
     """
     n = _check(log_joint, log_posterior, least=2)
     log_weight = log_joint - log_posterior

@@ -75,10 +75,10 @@ class DyeBinding(GenerativeModel):
         counts = counts.to(observed.dtype).nan_to_num()
         measured, weights = measured_frames(observed, valid)
         window = _busiest(counts * weights, _FRAMES)
-        pieces = [x.gather(1, window) for x in (measured, counts, weights)]
+        y, s, w = (x.gather(1, window) for x in (measured, counts, weights))
         step = max(1, _BUDGET // (window.shape[1] * len(self._grid(observed)["k_on"])))
         parts = [
-            self._best_kinetics(*(p[i : i + step] for p in pieces), rate[i : i + step])
+            self._best_kinetics(y[i : i + step], s[i : i + step], w[i : i + step], rate[i : i + step])
             for i in range(0, len(observed), step)
         ]
         theta = {key: torch.cat([p[key] for p in parts]) for key in parts[0]}

@@ -79,8 +79,7 @@ class SpikePrior:
         k = torch.arange(self.max_count + 1, dtype=mean.dtype, device=device)
         poisson = k * mean.log() - mean - torch.lgamma(k + 1)
         # P(K ≥ m) = P(m) (1 + λ/(m+1) + λ²/((m+1)(m+2)) + …): exact where 1 − P(K < m) would round to zero.
-        terms = (mean.log() - torch.log(self.max_count + torch.arange(1, 200, dtype=mean.dtype, device=device))).cumsum(
-            -1
-        )
+        later = self.max_count + torch.arange(1, 200, dtype=mean.dtype, device=device)
+        terms = (mean.log() - later.log()).cumsum(-1)
         tail = torch.logsumexp(torch.cat([torch.zeros_like(mean), terms], -1), -1, keepdim=True)
         return torch.cat([poisson[..., :-1], poisson[..., -1:] + tail], -1)

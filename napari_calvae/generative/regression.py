@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from napari_calvae.generative.base import BASELINE, NOISE, Parameter, Theta, as_rate
+from napari_calvae.generative.base import BASELINE, NOISE, Parameter, as_rate
 
 
 def measured_frames(
@@ -66,7 +66,7 @@ def baseline_and_noise(
     predicted: Float[Tensor, "roi time"],
     weights: Float[Tensor, "roi time"],
     frame_rate: float | Shaped[Tensor, "*rate"],
-) -> Theta:
+) -> dict[str, Tensor]:
     """Baseline and noise density from what ``predicted`` (ΔF/F above baseline) leaves over.
 
     Both are weighted means of data and prior, with the precision that each has.
