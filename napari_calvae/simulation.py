@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy import ndimage, signal
-from scipy.special import expit
+from pydantic import ValidationError
+from scipy import signal
 
+from napari_calvae._movie_scene import MovieConfig, compose_scene, place_cells, render
+from napari_calvae.formats import check_output, write_arrays, write_movie
 from napari_calvae.generative import MODELS, GenerativeModel
 from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_frame_rate
-
-#: Frames of a movie that are rendered at a time.
-_BLOCK = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,26 +58,6 @@ class SimulatedMovie:
     movie: np.ndarray
     labels: np.ndarray
     truth: Simulation
-
-
-class MovieConfig(BaseModel):
-    """What a simulated movie looks like; unknown settings are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size: int = Field(96, ge=16, le=1024, title="Size", description="Width and height (pixels)")
-    n_cells: int = Field(12, ge=1, le=500, title="Cells", description="Number of cells; fewer if they do not fit")
-    diameter: float = Field(10.0, ge=3, le=100, title="Diameter", description="Of the somata (pixels)")
-    duration: float = Field(60.0, ge=1, title="Duration", description="Length of the recording (s)")
-    frame_rate: float = Field(30.0, gt=0, title="Frame rate", description="Frames per second (Hz)")
-    model: str = Field("dye_binding", title="Model", description="Generative model of the fluorescence")
-    rate: float = Field(0.5, gt=0, le=50, title="Rate", description="Median firing rate of the cells (spikes/s)")
-    theta: dict[str, float] = Field({}, title="Parameters", description="Of the generative model: the cells' medians")
-    photons: float = Field(6.0, gt=0, title="Photons", description="Of a resting soma, per pixel and frame")
-    gain: float = Field(20.0, gt=0, title="Gain", description="Grey values per photon")
-    neuropil: float = Field(0.4, ge=0, le=2, title="Neuropil", description="Its brightness, relative to a resting soma")
-    motion: float = Field(0.4, ge=0, le=5, title="Motion", description="Standard deviation of the shifts (pixels)")
-    seed: int = Field(0, ge=0, title="Seed", description="Of every random number")
 
 
 def simulate(
@@ -132,15 +111,40 @@ def simulate_movie(config: MovieConfig | None = None, **settings: Any) -> Simula
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}."
         ) from None
     rng = np.random.default_rng(c.seed)
-    centres = _place(c, rng)
+    centres = place_cells(c, rng)
     simulated, clean = _simulate(len(centres), c.duration, c.frame_rate, (c.model, c.rate, c.theta, 0.35, c.seed))
     rois = RoiMasks.from_discs(centres, c.diameter, (c.size, c.size))
     labels = rois.to_labels().astype(np.uint16)
     clean = clean - simulated.theta["baseline"][:, None]
-    still, sources, signals = _scene(c, centres, clean, rng)
-    movie = _render(c, still, sources, signals, rng)
+    still, sources, signals = compose_scene(c, centres, clean, rng)
+    movie = render(c, still, sources, signals, rng)
     truth = Simulation(simulated.traces.replace(values=clean), simulated.counts, simulated.spike_times, simulated.theta)
     return SimulatedMovie(movie, labels, truth)
+
+
+def write_simulation(simulated: Simulation | SimulatedMovie, path: str | Path, overwrite: bool = False) -> list[Path]:
+    """Write simulated traces as ``NAME.npz``, or a movie as ``NAME.tif``, ``NAME_rois.tif`` and ``NAME_spikes.npz``.
+
+    The ``.npz`` holds ``dff`` (roi, time), ``frame_rate`` (Hz), ``roi_ids``, ``counts`` (roi, time),
+    ``spike_times_<id>`` (s) and ``theta_<name>`` (roi,). Returns the files written.
+    """
+    path = Path(path)
+    suffix = ".npz" if isinstance(simulated, Simulation) else ".tif"
+    if path.suffix.lower() != suffix:
+        raise RecordingError(f"output: expected a name that ends in {suffix}, got {path.name!r}.")
+    if isinstance(simulated, Simulation):
+        return [write_arrays(_arrays(simulated), path, overwrite)]
+    rate = simulated.truth.traces.frame_rate
+    # Photon counts often fit a byte.
+    movie = simulated.movie.astype(np.min_scalar_type(simulated.movie.max()))
+    rois, spikes = path.with_name(f"{path.stem}_rois.tif"), path.with_name(f"{path.stem}_spikes.npz")
+    for file in (path, rois, spikes):
+        check_output(file, overwrite)
+    return [
+        write_movie(movie, path, rate, overwrite),
+        write_movie(simulated.labels, rois, None, overwrite),
+        write_arrays(_arrays(simulated.truth), spikes, overwrite),
+    ]
 
 
 def simulate_spike_times(
@@ -182,6 +186,20 @@ def simulate_spike_times(
     return start + times[np.diff(times, prepend=-np.inf) >= 0.002]
 
 
+def _arrays(simulated: Simulation) -> dict[str, np.ndarray]:
+    """Name what is to be written."""
+    traces = simulated.traces
+    return {
+        "dff": traces.values,
+        "frame_rate": np.asarray(traces.frame_rate),
+        "t0": np.asarray(traces.t0),
+        "roi_ids": np.asarray(traces.roi_ids),
+        "counts": simulated.counts,
+        **{f"spike_times_{roi}": t for roi, t in zip(traces.roi_ids, simulated.spike_times, strict=True)},
+        **{f"theta_{name}": values for name, values in simulated.theta.items()},
+    }
+
+
 def _simulate(
     n_rois: int, duration: float, frame_rate: float, cell: tuple[str, float, Mapping[str, float], float, int]
 ) -> tuple[Simulation, np.ndarray]:
@@ -214,84 +232,15 @@ def _simulate(
 def _draw_theta(
     model: GenerativeModel, n: int, known: Mapping[str, float], variability: float, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Parameters of ``n`` cells around those ``known`` or the prior's medians, ``variability`` times its spread away."""
+    """Parameters of ``n`` cells, around those ``known`` and else around the prior's medians."""
     names = [p.name for p in model.parameters]
     unknown = sorted(set(known) - set(names))
     if unknown or any(p.positive and not known.get(p.name, 1) > 0 for p in model.parameters):
         raise RecordingError(
-            f"theta of {model.name}: expected some of {', '.join(names)}, all but the baseline above 0, got {dict(known)}."
+            f"theta of {model.name}: expected some of {', '.join(names)}, above 0 but for the baseline, "
+            f"got {dict(known)}."
         )
     drawn = model.unconstrain(model.sample_prior(n, generator))
     medians = {p.name: torch.tensor(float(known.get(p.name, p.median))) for p in model.parameters}
     prior = torch.tensor([p.centre for p in model.parameters])
     return model.constrain(model.unconstrain(medians) + variability * (drawn - prior))
-
-
-def _place(c: MovieConfig, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres (y, x) of cells that do not touch."""
-    margin = c.diameter / 2 + 1
-    centres: list[tuple[float, float]] = []
-    for y, x in rng.uniform(margin, c.size - 1 - margin, (200 * c.n_cells, 2)):
-        if all(np.hypot(y - v, x - u) > c.diameter + 1.5 for v, u in centres):
-            centres.append((float(y), float(x)))
-        if len(centres) == c.n_cells:
-            break
-    return centres
-
-
-def _scene(
-    c: MovieConfig, centres: list[tuple[float, float]], clean: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Resting image (y, x), changing sources (source, y, x) and their signals (source, time), in resting somata."""
-    n_frames = clean.shape[1]
-    y, x = np.mgrid[: c.size, : c.size].astype(np.float32)
-    middle = (c.size - 1) / 2
-    shading = 1 - 0.35 * ((y - middle) ** 2 + (x - middle) ** 2) / (2 * middle**2)
-
-    def blob(cy: float, cx: float, radius: float, edge: float) -> np.ndarray:
-        return expit((radius - np.hypot(y - cy, x - cx)) / edge)
-
-    def texture(scale: float) -> np.ndarray:
-        image = ndimage.gaussian_filter(rng.standard_normal((c.size, c.size)), scale, mode="wrap")
-        return (image / image.std()).astype(np.float32)
-
-    radius = c.diameter / 2
-    brightness = rng.uniform(0.45, 1.3, len(centres))
-    somata = np.stack(
-        [
-            b * (blob(cy, cx, radius - 0.4, 0.45) - 0.45 * blob(cy, cx, 0.45 * radius, 0.6))
-            for b, (cy, cx) in zip(brightness, centres, strict=True)
-        ]
-    )
-    # Neurites and the processes of cells elsewhere: fine texture, dark vessels, and a few cells out of focus.
-    felt = np.clip(1 + 0.25 * texture(0.9) + 0.15 * texture(3.0), 0.2, None)
-    felt *= 1 - 0.6 * expit((0.12 - np.abs(texture(c.size / 8))) / 0.04)
-    blurred = [blob(*rng.uniform(0, c.size, 2), 0.8 * radius, 0.35 * radius) for _ in range(max(len(centres) // 3, 1))]
-    neuropil = c.neuropil * np.clip(felt + 0.7 * np.sum(blurred, axis=0), 0, None)
-    neuropil *= 1 - np.clip(somata.sum(0), 0, 1) * 0.8
-    wave = ndimage.gaussian_filter1d(rng.standard_normal(n_frames), 0.4 * c.frame_rate, mode="reflect")
-    follows = clean.mean(0) - clean.mean()
-    wave = 0.12 * wave / max(wave.std(), 1e-9) + 0.5 * follows
-    # Light from the felt above and below a soma is seen through it as well.
-    haze = neuropil + 0.35 * c.neuropil * np.clip(somata.sum(0), 0, 1)
-    sources = np.concatenate([somata, haze[None]]) * shading
-    signals = np.concatenate([np.maximum(clean, -0.9), wave[None]])
-    return sources.sum(0), sources, signals
-
-
-def _render(
-    c: MovieConfig, still: np.ndarray, sources: np.ndarray, signals: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """(time, y, x) uint16 movie: the scene, moved a little and counted photon by photon."""
-    n_frames = signals.shape[1]
-    walk = ndimage.gaussian_filter1d(rng.standard_normal((2, n_frames)), 0.7 * c.frame_rate, axis=1, mode="reflect")
-    shifts = c.motion * walk / np.maximum(walk.std(axis=1, keepdims=True), 1e-9)
-    movie = np.empty((n_frames, c.size, c.size), np.uint16)
-    for start in range(0, n_frames, _BLOCK):
-        stop = min(start + _BLOCK, n_frames)
-        clean = still + np.tensordot(signals[:, start:stop].T, sources, axes=1)
-        for frame, shift in zip(clean, shifts[:, start:stop].T, strict=True):
-            frame[:] = ndimage.shift(frame, shift, order=1, mode="nearest")
-        photons = rng.poisson(c.photons * np.clip(clean, 0, None))
-        movie[start:stop] = np.minimum(np.round(c.gain * photons), np.iinfo(np.uint16).max)
-    return movie

@@ -11,10 +11,23 @@ from types import ModuleType
 
 from napari_calvae.formats import csv_table, hdf5, numpy_table
 from napari_calvae.formats._files import check_output, existing
-from napari_calvae.formats.tiff import is_movie, read_labels, read_movie
+from napari_calvae.formats.numpy_table import read_spikes, write_arrays
+from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
-__all__ = ["FORMATS", "check_output", "is_movie", "read", "read_labels", "read_movie", "write", "writer_of"]
+__all__ = [
+    "FORMATS",
+    "check_output",
+    "is_movie",
+    "read",
+    "read_labels",
+    "read_movie",
+    "read_spikes",
+    "write",
+    "write_arrays",
+    "write_movie",
+    "writer_of",
+]
 
 FORMATS: dict[str, ModuleType] = {"numpy": numpy_table, "csv": csv_table, "hdf5": hdf5}
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from napari_calvae.formats._files import arrays_of, provenance_json, traces_of, whole_files
+from napari_calvae.formats._files import arrays_of, check_output, existing, provenance_json, traces_of, whole_files
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.npy", "*.npz")
@@ -42,3 +43,28 @@ def write(result: SpikeInference, path: Path) -> None:
     """Write a result as named arrays (see ``arrays_of``), with ``provenance`` as JSON text."""
     with whole_files(path) as (temporary,), open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays_of(result), provenance=np.asarray(provenance_json(result)))
+
+
+def write_arrays(arrays: Mapping[str, np.ndarray], path: str | Path, overwrite: bool = False) -> Path:
+    """Write named arrays of plain numbers as ``.npz``, whole or not at all."""
+    target = check_output(path, overwrite)
+    with whole_files(target) as (temporary,), open(temporary, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return target
+
+
+def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
+    """Read known spikes, as ``calvae simulate`` writes them: per ROI id its spike times (s)."""
+    file = existing(path)
+    try:
+        with np.load(file, allow_pickle=False) as z:
+            names = [name for name in z.files if name.startswith("spike_times_") and name[12:].isdigit()]
+            times = {int(name[12:]): np.asarray(z[name], float) for name in names}
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise RecordingError(f"{file.name}: expected an .npz file of spike times, got another ({error}).") from error
+    if not times:
+        raise RecordingError(
+            f"{file.name}: expected arrays spike_times_<ROI id> (s), got none. "
+            "Save the spike times of each ROI under that name with numpy.savez."
+        )
+    return times

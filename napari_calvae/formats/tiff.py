@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from napari_calvae.formats._files import existing
+from napari_calvae.formats._files import check_output, existing, whole_files
 from napari_calvae.recording import RecordingError
 
 PATTERNS = ("*.tif", "*.tiff")
@@ -76,6 +76,17 @@ def read_labels(path: str | Path) -> np.ndarray:
     if labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)):
         labels = labels.astype(np.int64)
     return labels
+
+
+def write_movie(movie: np.ndarray, path: str | Path, frame_rate: float | None, overwrite: bool = False) -> Path:
+    """Write a (time, y, x) movie, or a (y, x) image without frame rate, as a compressed TIFF that ImageJ can read."""
+    target = check_output(path, overwrite)
+    metadata = {"axes": "TYX", "finterval": 1 / frame_rate, "tunit": "s"} if frame_rate else {"axes": "YX"}
+    with whole_files(target) as (temporary,):
+        tifffile.imwrite(
+            temporary, movie, imagej=True, compression="zlib", compressionargs={"level": 9}, metadata=metadata
+        )
+    return target
 
 
 def _open_npy(file: Path) -> np.ndarray:

@@ -1,0 +1,404 @@
+"""The command line: the same words as the Python interface. What is slow to import is imported in the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from napari_calvae.recording import Traces
+
+Result = TypeVar("Result")
+
+
+class Unit(StrEnum):
+    """What the numbers in a file are."""
+
+    raw = "raw"
+    dff = "dff"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Objective(StrEnum):
+    """What to train for."""
+
+    vimco = "vimco"
+    supervised = "supervised"
+
+
+class _Commands(TyperGroup):
+    """Commands whose expected errors are one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            _fail(str(error))
+        except ValueError as error:  # all errors of this package, and pydantic's
+            if type(error).__name__ not in ("RecordingError", "ModelError", "ValidationError"):
+                raise
+            _fail(str(error))
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Spike posteriors from calcium imaging.",
+)
+
+Input = Annotated[Path, typer.Argument(help="Movie (.tif, .npy) or table of traces (.npy, .npz, .csv, .h5)")]
+Rois = Annotated[Path | None, typer.Option(help="Label image of the ROIs (.tif, .npy); needed for a movie")]
+FrameRate = Annotated[float | None, typer.Option(help="Frames per second (Hz), if the file does not say")]
+UnitOption = Annotated[Unit | None, typer.Option(help="What the numbers are; by default what the file says, else dff")]
+Neuropil = Annotated[float, typer.Option(help="Share of the ring's signal to subtract, for a movie; 0 is none")]
+Seed = Annotated[int, typer.Option(min=0, help="Of every random number")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from napari_calvae import __version__
+
+        typer.echo(f"calvae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit")
+    ] = False,
+) -> None:
+    """Spike posteriors from calcium imaging."""
+
+
+@app.command()
+def infer(  # noqa: PLR0913 - every option is a word of the documented command line
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=Input.__metadata__[0].help)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Result to write: .npz, .csv or .h5")],
+    rois: Rois = None,
+    frame_rate: FrameRate = None,
+    model: Annotated[str, typer.Option(help="Name of a shipped model (see `calvae models`) or a file")] = "universal",
+    samples: Annotated[int, typer.Option(min=0, max=1000, help="Spike trains to draw per ROI")] = 50,
+    device: Annotated[Device, typer.Option(help="Where to compute")] = Device.auto,
+    seed: Seed = 0,
+    unit: UnitOption = None,
+    neuropil: Neuropil = 0.7,
+    overwrite: Overwrite = False,
+) -> None:
+    """Infer spikes from a movie with its ROIs, or from traces."""
+    from napari_calvae.formats import check_output, write, writer_of
+
+    writer_of(output)
+    check_output(output, overwrite)
+    with _progress() as report:
+        traces = _traces(source, rois, (frame_rate, unit, neuropil), report)
+        report("Loading the model", None)
+        from napari_calvae.inference import iter_infer
+        from napari_calvae.recording import SpikeInference
+
+        parts: list[SpikeInference] = []
+        for part in iter_infer(traces, model, n_samples=samples, seed=seed, device=device.value):
+            parts.append(part)
+            report("Inferring", sum(p.traces.n_rois for p in parts) / traces.n_rois)
+        result = SpikeInference.concatenate(parts)
+        report("Writing", None)
+        write(result, output, overwrite)
+    typer.echo(
+        f"{output}: {traces.n_rois} ROIs, {traces.duration:.1f} s at {traces.frame_rate:g} Hz, "
+        f"{result.rate.sum() / traces.frame_rate:.0f} spikes expected"
+    )
+
+
+@app.command()
+def simulate(  # noqa: PLR0913 - every option is one field of the simulation
+    output: Annotated[Path, typer.Argument(help="File to write: .npz, or .tif with --movie")],
+    movie: Annotated[bool, typer.Option("--movie", help="A two-photon movie, with label image and spikes")] = False,
+    cells: Annotated[int, typer.Option(min=1, help="Number of cells")] = 10,
+    duration: Annotated[float, typer.Option(help="Length of the recording (s)")] = 60.0,
+    frame_rate: Annotated[float, typer.Option(help="Frames per second (Hz)")] = 30.0,
+    model: Annotated[str, typer.Option(help="Generative model: linear_ar or dye_binding")] = "dye_binding",
+    rate: Annotated[float, typer.Option(help="Median firing rate of the cells (spikes/s)")] = 0.5,
+    theta: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="Median of a parameter of the model")] = [],  # noqa: B006
+    size: Annotated[int, typer.Option(help="Width and height of the movie (pixels)")] = 96,
+    diameter: Annotated[float, typer.Option(help="Diameter of the somata (pixels)")] = 10.0,
+    photons: Annotated[float, typer.Option(help="Photons of a resting soma, per pixel and frame")] = 6.0,
+    gain: Annotated[float, typer.Option(help="Grey values per photon")] = 20.0,
+    neuropil: Annotated[float, typer.Option(help="Brightness of the neuropil, relative to a resting soma")] = 0.4,
+    motion: Annotated[float, typer.Option(help="Standard deviation of the shifts (pixels)")] = 0.4,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Simulate traces or a movie whose spikes are known."""
+    values = _parameters(theta)
+    from napari_calvae import simulation
+
+    common: dict[str, Any] = {"model": model, "rate": rate, "theta": values, "seed": seed}
+    with _progress() as report:
+        report("Simulating", None)
+        if movie:
+            look = {"size": size, "diameter": diameter, "photons": photons, "gain": gain}
+            simulated = simulation.simulate_movie(
+                n_cells=cells,
+                duration=duration,
+                frame_rate=frame_rate,
+                neuropil=neuropil,
+                motion=motion,
+                **look,
+                **common,
+            )
+        else:
+            simulated = simulation.simulate(cells, duration, frame_rate, **common)
+        files = simulation.write_simulation(simulated, output, overwrite)
+    for file in files:
+        typer.echo(str(file))
+
+
+@app.command()
+def train(  # noqa: PLR0913 - every option is a word of the documented command line
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=Input.__metadata__[0].help)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model to write (.safetensors)")],
+    spikes: Annotated[Path | None, typer.Option(help="True spikes (.npz) for the supervised objective")] = None,
+    objective: Annotated[Objective, typer.Option(help="vimco needs no spikes")] = Objective.vimco,
+    base: Annotated[str, typer.Option(help="Model to start from: a shipped name or a file")] = "universal",
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the parameters")] = 300,
+    learning_rate: Annotated[float, typer.Option(help="Of the updates")] = 5e-4,
+    rois: Rois = None,
+    frame_rate: FrameRate = None,
+    unit: UnitOption = None,
+    neuropil: Neuropil = 0.7,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model further on a recording."""
+    from napari_calvae.formats import check_output, read_spikes
+    from napari_calvae.preprocess import bin_spikes
+    from napari_calvae.recording import RecordingError
+
+    if output.suffix != ".safetensors":
+        raise RecordingError(f"output: expected a name that ends in .safetensors, got {output.name!r}.")
+    if (objective is Objective.supervised) != (spikes is not None):
+        raise RecordingError(
+            f"spikes: expected a file with --objective supervised and none otherwise, "
+            f"got {spikes} for {objective.value}."
+        )
+    check_output(output, overwrite)
+    with _progress() as report:
+        traces = _traces(source, rois, (frame_rate, unit, neuropil), report)
+        known: dict[str, Any] = {}
+        if spikes is not None:
+            import numpy as np
+
+            times = read_spikes(spikes)
+            missing = [roi for roi in traces.roi_ids if roi not in times]
+            if missing:
+                raise RecordingError(f"{spikes.name}: expected spikes of every ROI, got none of ROI {missing[0]}.")
+            clock = (traces.t0, traces.frame_rate, traces.n_frames)
+            known["counts"] = np.stack([bin_spikes(times[roi], *clock) for roi in traces.roi_ids])
+        report("Loading the model", None)
+        from napari_calvae.training import TrainConfig, iter_fit
+
+        config = TrainConfig(n_steps=steps, learning_rate=learning_rate, seed=seed)
+        records = iter_fit(traces, base, objective.value, config, **known)
+        model = _finish(records, lambda r: report(f"Training, loss {r.loss:.4g}", r.step / r.n_steps))
+        model.save(output)
+    typer.echo(f"{output}: trained for {steps} steps on {traces.n_rois} ROIs")
+
+
+@app.command()
+def models() -> None:
+    """List the models that ship with the package."""
+    from napari_calvae.vae import load_model
+    from napari_calvae.vae import models as shipped
+
+    def rows() -> Iterator[dict[str, object]]:
+        for name, path in shipped().items():
+            model = load_model(name)
+            span = f"{model.preprocessing.min_frame_rate:g} to {model.preprocessing.max_frame_rate:g}"
+            yield {
+                "name": name,
+                "network": model.recognition.name,
+                "fluorescence": model.generative.name,
+                "Hz": span,
+                "MB": path.stat().st_size / 1e6,
+                "description": model.description,
+            }
+
+    _show(rows())
+
+
+@app.command()
+def demo(
+    screenshot: Annotated[
+        Path | None, typer.Option(help="Write a picture and exit, without a display if there is none")
+    ] = None,
+) -> None:
+    """Open the sample movie in napari, click a cell and show its spikes."""
+    if screenshot is not None:
+        from napari_calvae.formats import check_output
+
+        check_output(screenshot, overwrite=True)
+    try:
+        from napari_calvae._napari import demo as window
+    except ImportError as error:
+        _fail(f"demo: expected napari to be installed, got {error}. Run: pip install 'napari-calvae[all]'")
+    window.run(screenshot)
+
+
+benchmark = typer.Typer(cls=_Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")
+app.add_typer(benchmark, name="benchmark")
+
+Data = Annotated[Path, typer.Argument(help="Folder or file of ground truth (.npz)")]
+Model = Annotated[str, typer.Option(help="Name of a shipped model or a file")]
+Only = Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")]
+
+
+@benchmark.command()
+def accuracy(
+    data: Data,
+    model: Model = "universal",
+    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.025,
+    noise: Annotated[float, typer.Option(help="White noise to add first (%/√Hz)")] = 0.0,
+    only: Only = "",
+) -> None:
+    """Correlation with true spikes, per data set."""
+    from napari_calvae import benchmark as measure
+
+    _show(measure.accuracy(data, model, sigma=sigma, noise=noise, only=only), summary=True)
+
+
+@benchmark.command("movie")
+def movie_accuracy(
+    movie: Annotated[Path, typer.Argument(help="Movie (.tif)")],
+    rois: Annotated[Path, typer.Argument(help="Label image")],
+    spikes: Annotated[Path, typer.Argument(help="True spikes: .npz with spike_times_<ROI id> (s)")],
+    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.05,
+) -> None:
+    """Correlation with true spikes, per cell of a movie."""
+    from napari_calvae import benchmark as measure
+
+    _show(measure.movie(movie, rois, spikes, sigma=sigma), summary=True)
+
+
+@benchmark.command()
+def coverage(
+    data: Data,
+    model: Model = "universal",
+    window: Annotated[float, typer.Option(help="Length of the windows in which spikes are counted (s)")] = 1.0,
+    level: Annotated[float, typer.Option(help="Probability of the credible interval")] = 0.9,
+    only: Only = "",
+) -> None:
+    """Share of windows whose true spike count lies in the credible interval."""
+    from napari_calvae import benchmark as measure
+
+    _show(measure.coverage(data, model, window=window, level=level, only=only), summary=True)
+
+
+@benchmark.command()
+def speed(
+    model: Model = "universal",
+    frames: Annotated[int, typer.Option(min=100, help="Length of the trace")] = 54_000,
+    repeats: Annotated[int, typer.Option(min=1, help="The median of so many runs is shown")] = 5,
+) -> None:
+    """Seconds per trace on one core."""
+    from napari_calvae import benchmark as measure
+
+    _show(measure.speed(model, frames, repeats))
+
+
+def _fail(message: str) -> None:
+    """Show an error as one line and leave."""
+    typer.secho(f"Error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(2)
+
+
+def _traces(source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any) -> Traces:
+    """Traces of a movie with its label image, or those in a table."""
+    from napari_calvae.formats import is_movie, read, read_labels, read_movie
+    from napari_calvae.preprocess import iter_extract
+    from napari_calvae.recording import RecordingError
+
+    frame_rate, unit, neuropil = settings
+    if not is_movie(source):
+        if rois is not None:
+            raise RecordingError(f"rois: expected a movie to go with them, got {source.name}. Leave out --rois.")
+        return read(source, frame_rate, unit.value if unit else None)
+    movie, stated = read_movie(source)
+    if rois is None:
+        raise RecordingError(
+            f"{source.name}: expected ROIs for a movie, got none. Give a label image with --rois FILE."
+        )
+    labels = read_labels(rois)
+    steps = iter_extract(movie, labels, frame_rate or stated, neuropil_coefficient=neuropil)  # type: ignore[arg-type]
+    traces = _finish(steps, lambda fraction: report("Reading the movie", fraction))
+    provenance = {**traces.provenance, "source": source.name, "rois": rois.name}
+    return traces.replace(unit=unit.value if unit else "raw", provenance=provenance)
+
+
+def _finish(steps: Generator[Any, None, Result], report: Any) -> Result:
+    """Consume a generator, report what it yields and return what it returns."""
+    while True:
+        try:
+            report(next(steps))
+        except StopIteration as end:
+            return end.value
+
+
+def _parameters(assignments: list[str]) -> dict[str, float]:
+    """Read ``NAME=VALUE`` options."""
+    found: dict[str, float] = {}
+    for text in assignments:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"expected NAME=VALUE with a number, got {text!r}.") from None
+    return found
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Show a bar on stderr where that is a terminal; gives a function of a text and a fraction (None: unknown)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(text: str, fraction: float | None) -> None:
+            bar.update(task, description=text, total=None if fraction is None else 1.0, completed=fraction or 0.0)
+
+        yield report
+
+
+def _show(rows: Iterable[Mapping[str, object]], summary: bool = False) -> None:
+    """Print a table, and below it, if wanted, the medians of its columns of numbers."""
+    import statistics
+
+    from rich.console import Console
+    from rich.table import Table
+
+    found = list(rows)
+    table = Table(*(found[0] if found else ["nothing"]))
+    if summary and len(found) > 1:
+        first, *others = found[0]
+        found.append({first: "median"} | {key: statistics.median(row[key] for row in found) for key in others})  # type: ignore[type-var]
+    for row in found:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
