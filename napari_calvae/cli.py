@@ -127,7 +127,7 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
 
 @app.command()
 def simulate(  # noqa: PLR0913 - every option is one field of the simulation
-    output: Annotated[Path, typer.Argument(help="File to write: .npz, or .tif with --movie")],
+    output: Annotated[Path, typer.Argument(help="File to write (.npz), or folder with --movie")],
     movie: Annotated[bool, typer.Option("--movie", help="A two-photon movie, with label image and spikes")] = False,
     cells: Annotated[int, typer.Option(min=1, help="Number of cells")] = 10,
     duration: Annotated[float, typer.Option(help="Length of the recording (s)")] = 60.0,

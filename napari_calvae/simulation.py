@@ -123,25 +123,27 @@ def simulate_movie(config: MovieConfig | None = None, **settings: Any) -> Simula
 
 
 def write_simulation(simulated: Simulation | SimulatedMovie, path: str | Path, overwrite: bool = False) -> list[Path]:
-    """Write simulated traces as ``NAME.npz``, or a movie as ``NAME.tif``, ``NAME_rois.tif`` and ``NAME_spikes.npz``.
+    """Write simulated traces as an ``.npz``, or a movie as a folder of ``movie.tif``, ``rois.tif`` and ``spikes.npz``.
 
-    The ``.npz`` holds ``dff`` (roi, time), ``frame_rate`` (Hz), ``roi_ids``, ``counts`` (roi, time),
+    An ``.npz`` holds ``dff`` (roi, time), ``frame_rate`` (Hz), ``t0`` (s), ``roi_ids``, ``counts`` (roi, time),
     ``spike_times_<id>`` (s) and ``theta_<name>`` (roi,). Returns the files written.
     """
     path = Path(path)
-    suffix = ".npz" if isinstance(simulated, Simulation) else ".tif"
-    if path.suffix.lower() != suffix:
-        raise RecordingError(f"output: expected a name that ends in {suffix}, got {path.name!r}.")
     if isinstance(simulated, Simulation):
+        if path.suffix.lower() != ".npz":
+            raise RecordingError(f"output: expected a name that ends in .npz for traces, got {path.name!r}.")
         return [write_arrays(_arrays(simulated), path, overwrite)]
-    rate = simulated.truth.traces.frame_rate
+    if path.suffix:
+        raise RecordingError(
+            f"output: expected the name of a folder for a movie with its ROIs and spikes, got {path.name!r}."
+        )
+    check_output(path.with_suffix(".folder"), overwrite=True)  # its parent must be there
+    path.mkdir(exist_ok=True)
+    movie, rois, spikes = (check_output(path / name, overwrite) for name in ("movie.tif", "rois.tif", "spikes.npz"))
     # Photon counts often fit a byte.
-    movie = simulated.movie.astype(np.min_scalar_type(simulated.movie.max()))
-    rois, spikes = path.with_name(f"{path.stem}_rois.tif"), path.with_name(f"{path.stem}_spikes.npz")
-    for file in (path, rois, spikes):
-        check_output(file, overwrite)
+    small = simulated.movie.astype(np.min_scalar_type(simulated.movie.max()))
     return [
-        write_movie(movie, path, rate, overwrite),
+        write_movie(small, movie, simulated.truth.traces.frame_rate, overwrite),
         write_movie(simulated.labels, rois, None, overwrite),
         write_arrays(_arrays(simulated.truth), spikes, overwrite),
     ]
