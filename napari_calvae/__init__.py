@@ -17,10 +17,10 @@ _HOME = {
     "Traces": "recording",
     "SpikeVAE": "vae",
     "extract": "preprocess",
-    "fit": "training",
+    "fit": "fitting",
     "infer": "inference",
     "iter_extract": "preprocess",
-    "iter_fit": "training",
+    "iter_fit": "fitting",
     "iter_infer": "inference",
     "load_model": "vae",
     "models": "vae",
@@ -32,12 +32,12 @@ _HOME = {
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
+    from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.formats import read, write
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.preprocess import extract, iter_extract
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.simulation import simulate
-    from napari_calvae.training import fit, iter_fit
     from napari_calvae.vae import SpikeVAE, load_model, models
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from napari_calvae import __version__
 from napari_calvae.metrics import Explained, quality_table
 from napari_calvae.recognition import SpikePosterior
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
@@ -168,5 +168,9 @@ def _provenance(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torc
         "settings": config.model_dump() | {"device": str(device)},
         "preprocessing": vae.preprocessing.model_dump() | {"input_unit": traces.unit},
         "input": dict(traces.provenance),
-        "versions": {"napari-calvae": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "napari-calvae": importlib.metadata.version("napari-calvae"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
