@@ -70,7 +70,10 @@ def compose_scene(
     # Neurites and the processes of cells elsewhere: fine texture, dark vessels, and a few cells out of focus.
     felt = np.clip(1 + 0.25 * texture(0.9) + 0.15 * texture(3.0), 0.2, None)
     felt *= 1 - 0.6 * expit((0.12 - np.abs(texture(c.size / 8))) / 0.04)
-    blurred = [blob(*rng.uniform(0, c.size, 2), 0.8 * radius, 0.35 * radius) for _ in range(max(len(centres) // 3, 1))]
+    blurred = [
+        blob(rng.uniform(0, c.size), rng.uniform(0, c.size), 0.8 * radius, 0.35 * radius)
+        for _ in range(max(len(centres) // 3, 1))
+    ]
     neuropil = c.neuropil * np.clip(felt + 0.7 * np.sum(blurred, axis=0), 0, None)
     neuropil *= 1 - np.clip(somata.sum(0), 0, 1) * 0.8
     wave = ndimage.gaussian_filter1d(rng.standard_normal(n_frames), 0.4 * c.frame_rate, mode="reflect")

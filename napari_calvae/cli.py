@@ -152,19 +152,13 @@ def simulate(  # noqa: PLR0913 - every option is one field of the simulation
     with _progress() as report:
         report("Simulating", None)
         if movie:
-            look = {"size": size, "diameter": diameter, "photons": photons, "gain": gain}
-            simulated = simulation.simulate_movie(
-                n_cells=cells,
-                duration=duration,
-                frame_rate=frame_rate,
-                neuropil=neuropil,
-                motion=motion,
-                **look,
-                **common,
-            )
+            look: dict[str, Any] = {"size": size, "diameter": diameter, "photons": photons, "gain": gain}
+            look |= {"n_cells": cells, "duration": duration, "frame_rate": frame_rate}
+            recording = simulation.simulate_movie(neuropil=neuropil, motion=motion, **look, **common)
+            files = simulation.write_simulation(recording, output, overwrite)
         else:
-            simulated = simulation.simulate(cells, duration, frame_rate, **common)
-        files = simulation.write_simulation(simulated, output, overwrite)
+            traces = simulation.simulate(cells, duration, frame_rate, **common)
+            files = simulation.write_simulation(traces, output, overwrite)
     for file in files:
         typer.echo(str(file))
 
@@ -176,6 +170,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
     spikes: Annotated[Path | None, typer.Option(help="True spikes (.npz) for the supervised objective")] = None,
     objective: Annotated[Objective, typer.Option(help="vimco needs no spikes")] = Objective.vimco,
     base: Annotated[str, typer.Option(help="Model to start from: a shipped name or a file")] = "universal",
+    generative: Annotated[str | None, typer.Option(help="Generative model, by default the base's")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Updates of the parameters")] = 300,
     learning_rate: Annotated[float, typer.Option(help="Of the updates")] = 5e-4,
     rois: Rois = None,
@@ -200,7 +195,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
     check_output(output, overwrite)
     with _progress() as report:
         traces = _traces(source, rois, (frame_rate, unit, neuropil), report)
-        known: dict[str, Any] = {}
+        counts = None
         if spikes is not None:
             import numpy as np
 
@@ -209,12 +204,13 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
             if missing:
                 raise RecordingError(f"{spikes.name}: expected spikes of every ROI, got none of ROI {missing[0]}.")
             clock = (traces.t0, traces.frame_rate, traces.n_frames)
-            known["counts"] = np.stack([bin_spikes(times[roi], *clock) for roi in traces.roi_ids])
+            counts = np.stack([bin_spikes(times[roi], *clock) for roi in traces.roi_ids])
         report("Loading the model", None)
-        from napari_calvae.training import TrainConfig, iter_fit
+        from napari_calvae.fitting import iter_fit
+        from napari_calvae.training import TrainConfig
 
         config = TrainConfig(n_steps=steps, learning_rate=learning_rate, seed=seed)
-        records = iter_fit(traces, base, objective.value, config, **known)
+        records = iter_fit(traces, base, objective.value, spikes=counts, generative=generative, config=config)
         model = _finish(records, lambda r: report(f"Training, loss {r.loss:.4g}", r.step / r.n_steps))
         model.save(output)
     typer.echo(f"{output}: trained for {steps} steps on {traces.n_rois} ROIs")
@@ -257,7 +253,9 @@ def demo(
         from napari_calvae._napari import demo as window
     except ImportError as error:
         _fail(f"demo: expected napari to be installed, got {error}. Run: pip install 'napari-calvae[all]'")
-    window.run(screenshot)
+    picture = window.run(screenshot)
+    if picture is not None:
+        typer.echo(str(picture))
 
 
 benchmark = typer.Typer(cls=_Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")

@@ -41,7 +41,7 @@ def check_traces(traces: Traces) -> None:
         )
     low = np.min(traces.values, axis=1, where=traces.valid, initial=np.inf)
     high = np.max(traces.values, axis=1, where=traces.valid, initial=-np.inf)
-    constant = ~(high > low)
+    constant = np.asarray(high <= low)
     if constant.any():
         row = int(np.flatnonzero(constant)[0])
         raise RecordingError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces, Unit
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
@@ -89,7 +89,7 @@ def arrays_of(result: SpikeInference) -> dict[str, np.ndarray]:
         "reconstruction": result.reconstruction,
         "reconstruction_std": result.reconstruction_std,
         "n_samples": np.asarray(result.n_samples),
-        **{f"events_{field}": result.events[field] for field in result.events.dtype.names},
+        **{f"events_{field}": result.events[field] for field in EVENT_DTYPE.names or ()},
         **{f"theta_{name}": np.asarray(values) for name, values in result.theta.items()},
         **{f"quality_{name}": result.quality[name] for name in result.quality.dtype.names or ()},
     }

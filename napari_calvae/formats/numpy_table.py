@@ -42,7 +42,8 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
 def write(result: SpikeInference, path: Path) -> None:
     """Write a result as named arrays (see ``arrays_of``), with ``provenance`` as JSON text."""
     with whole_files(path) as (temporary,), open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays_of(result), provenance=np.asarray(provenance_json(result)))
+        arrays = arrays_of(result) | {"provenance": np.asarray(provenance_json(result))}
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray], path: str | Path, overwrite: bool = False) -> Path:

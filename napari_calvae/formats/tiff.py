@@ -158,7 +158,7 @@ def _imagej_interval(tiff: tifffile.TiffFile) -> float | None:
 
 def _ome_interval(tiff: tifffile.TiffFile) -> float | None:
     """Seconds per frame that OME metadata state."""
-    if not tiff.is_ome:
+    if not tiff.is_ome or not tiff.ome_metadata:
         return None
     image = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", {})
     pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
