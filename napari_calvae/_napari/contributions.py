@@ -58,5 +58,12 @@ def movie_layers(movie: np.ndarray, labels: np.ndarray, frame_rate: float) -> li
         "contrast_limits": (float(low), float(high)),
         "interpolation2d": "linear",
     }
-    rois = {"name": session.ROI_LAYER, "opacity": 0.55, "axis_labels": ("y", "x")}
+    from napari.utils.colormaps import DirectLabelColormap
+
+    rois = {
+        "name": session.ROI_LAYER,
+        "opacity": 0.5,
+        "axis_labels": ("y", "x"),
+        "colormap": DirectLabelColormap(color_dict={None: "#8fb8de", 0: "transparent"}),
+    }
     return [(movie, image, "image"), (labels.astype(np.int32), rois, "labels")]

@@ -24,9 +24,9 @@ from qtpy.QtWidgets import (
     QWidget,
 )
 
-from napari_calvae._napari import session
+from napari_calvae._napari import answers, session
 
-WIDTH = 286
+WIDTH = 262
 _ERROR = "color: #ff6b6b;"
 _ASK = "border: 1px solid #ff6b6b;"
 
@@ -47,13 +47,13 @@ class Controls(QWidget):
         self.setFixedWidth(WIDTH)
         self.movie = _layer_box("Image layer (time, y, x) to infer from")
         self.rois = _layer_box("Labels or Shapes layer whose ROIs a click picks")
-        self.place = QCheckBox("click places a disc of")
+        self.place = QCheckBox("click adds a disc of")
         self.place.setToolTip("A click beside all ROIs adds a disc to the Labels layer and infers its spikes")
-        self.diameter = QDoubleSpinBox(minimum=1, maximum=500, value=10, decimals=1, suffix=" px")
+        self.diameter = QDoubleSpinBox(minimum=1, maximum=500, value=10, decimals=0, suffix=" px")
         self.diameter.setToolTip("Diameter of a placed disc, in pixels of the movie")
         self.frame_rate = QLineEdit()
         self.frame_rate.setPlaceholderText("Hz")
-        self.frame_rate.setMaximumWidth(64)
+        self.frame_rate.setFixedWidth(58)
         self.frame_rate.setToolTip(
             "Frames per second (Hz) of the recording; read from the file or typed, never guessed"
         )
@@ -90,10 +90,11 @@ class Controls(QWidget):
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
         form.addRow("Movie", self.movie)
         form.addRow("ROIs", self.rois)
-        form.addRow("", _beside(self.place, self.diameter))
-        form.addRow("Frame rate", _beside(self.frame_rate, QLabel("Hz"), self.rate_source, stretch=2))
-        form.addRow("Neuropil", _beside(self.neuropil, QLabel("Samples"), self.samples))
-        form.addRow("Model", _beside(self.model, self.device))
+        form.addRow(_beside(self.place, self.diameter, stretch=1))
+        form.addRow("Frame rate", _beside(self.frame_rate, self.rate_source, stretch=1))
+        form.addRow("Neuropil", self.neuropil)
+        form.addRow("Samples", self.samples)
+        form.addRow("Model", _beside(self.model, self.device, stretch=0))
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 6, 0)
         layout.setSpacing(4)
@@ -118,6 +119,7 @@ class Controls(QWidget):
 
     def set_layers(self, movies: Sequence[Layer], rois: Sequence[Layer]) -> None:
         """Offer these layers; what is chosen stays chosen if it is still there."""
+        changed = False
         for box, layers in ((self.movie, movies), (self.rois, rois)):
             with _silent(box):
                 chosen = box.currentData()
@@ -126,7 +128,9 @@ class Controls(QWidget):
                     box.addItem(layer.name, layer)
                 index = next((i for i, layer in enumerate(layers) if layer is chosen), 0 if layers else -1)
                 box.setCurrentIndex(index)
-        self.layers_chosen.emit()
+                changed |= box.currentData() is not chosen
+        if changed:
+            self.layers_chosen.emit()
 
     def choose_rois(self, layer: Layer) -> None:
         """Choose a layer of ROIs that is offered."""
@@ -148,11 +152,14 @@ class Controls(QWidget):
         self.frame_rate.setModified(False)
         self.frame_rate.setStyleSheet(_ASK if rate.hz is None else "")
         self.rate_source.setStyleSheet(_ERROR if rate.hz is None else "")
-        self.rate_source.setText(rate.source)
+        self.rate_source.setText("Hz, type it" if rate.hz is None else f"Hz ({rate.source})")
+        self.rate_source.setToolTip(
+            "The file does not state it" if rate.hz is None else f"{rate.hz:g} Hz, {rate.source}"
+        )
 
-    def settings(self, hz: float) -> session.Settings:
+    def settings(self, hz: float) -> answers.Settings:
         """Everything that decides a result besides movie and ROIs."""
-        return session.Settings(
+        return answers.Settings(
             frame_rate=hz,
             neuropil_coefficient=round(self.neuropil.value(), 4),
             n_samples=self.samples.value(),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import napari_calvae as calvae
+
+logger = logging.getLogger(__name__)
 
 #: Size of the window (pixels), and of the display that is made where there is none.
 WINDOW, DISPLAY = (1280, 800), (1400, 900)
@@ -41,8 +45,18 @@ def run(screenshot: Path | None = None, roi: int | None = None) -> Path | None:
     """
     if has_display():
         return _run(screenshot, roi)
+    path = Path(screenshot or PICTURE).absolute()
+    arguments = [str(path), *([str(roi)] if roi else [])]
     with virtual_display():
-        return _run(screenshot or PICTURE, roi)
+        # In a process of its own: Qt must be gone before its display is.
+        child = subprocess.run(
+            [sys.executable, "-m", __name__, *arguments], stderr=subprocess.PIPE, text=True, check=False
+        )
+    if child.returncode or not path.is_file():
+        logger.info("demo failed: %s", child.stderr)
+        lines = child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"]
+        raise calvae.RecordingError(lines[-1].removeprefix("napari_calvae.recording.RecordingError: "))
+    return path
 
 
 def has_display() -> bool:
@@ -94,7 +108,7 @@ def _open(viewer: object) -> object:
     for data, options, kind in open_sample():
         getattr(viewer, f"add_{kind}")(data, **options)
     widget = InferenceWidget(viewer)
-    viewer.window.add_dock_widget(widget, name="calvae: spike inference", area="bottom")
+    viewer.window.add_dock_widget(widget, name="spike inference (napari-calvae)", area="bottom")
     return widget
 
 
@@ -125,6 +139,7 @@ def _settle(viewer: object) -> None:
     labels = viewer.layers["ROIs"]
     labels.contour = 1
     for _ in range(5):
+        viewer.window.resize(*WINDOW)
         QApplication.processEvents()
     viewer.reset_view(margin=0.02)
 
@@ -147,3 +162,7 @@ def _save(viewer: object, widget: object, path: Path) -> Path:
         QApplication.processEvents()
     viewer.window.screenshot(str(path), canvas_only=False, flash=False)
     return path
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from napari.layers import Image, Labels
 from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
-from qtpy.QtCore import QEvent, QObject, Qt, QTimer, Signal
-from qtpy.QtWidgets import QApplication, QDockWidget, QHBoxLayout, QMainWindow, QWidget
+from qtpy.QtCore import Signal
+from qtpy.QtWidgets import QApplication, QHBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import picking, session
+from napari_calvae._napari import answers, picking, session
 from napari_calvae._napari.controls import Controls
+from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.plots import Palette, PosteriorPlots
 from napari_calvae._napari.work import Worker
 
@@ -36,14 +36,13 @@ class InferenceWidget(QWidget):
     def __init__(self, napari_viewer: Viewer):
         super().__init__()
         self._viewer = napari_viewer
-        self._closed = self._settled = False
-        self._requests, self._batches = session.Requests(), session.Requests()
-        self._results = session.Results()
+        self._closed = False
+        self._requests, self._batches = answers.Requests(), answers.Requests()
+        self._results = answers.Results()
         self._asked: tuple[int, tuple] | None = None
         self._batch_key: tuple = ()
         self._batch_began = 0.0
-        self._typed: WeakKeyDictionary[Image, float] = WeakKeyDictionary()
-        self._found: WeakKeyDictionary[Image, session.FrameRate] = WeakKeyDictionary()
+        self._rates = picking.FrameRates()
         self._data: object = None
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
@@ -56,11 +55,12 @@ class InferenceWidget(QWidget):
         self._reader = picking.RoiReader()
         self._outline = picking.Outline(napari_viewer)
         self._clicks = picking.Clicks(napari_viewer, self.pick)
+        self._manners = DockManners(self, HEIGHT, stop=self._stop_working, gone=self.close_down)
         self._connect()
         self._on_theme()
         self._on_layers()
         self.controls.say("Click a ROI to see its spikes.")
-        self._clicked.start(session.iter_ready())
+        self._clicked.start(answers.iter_ready())
 
     def _connect(self) -> None:
         controls = self.controls
@@ -106,13 +106,9 @@ class InferenceWidget(QWidget):
         movie = self.movie
         if movie is None:
             return session.FrameRate(None, "")
-        if movie in self._typed:
-            return session.FrameRate(self._typed[movie], "typed")
-        if movie not in self._found:
-            self._found[movie] = picking.frame_rate_of(movie)
-        return self._found[movie]
+        return self._rates.of(movie)
 
-    def _settings(self) -> session.Settings:
+    def _settings(self) -> answers.Settings:
         if self.movie is None:
             raise calvae.RecordingError(
                 "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
@@ -130,7 +126,7 @@ class InferenceWidget(QWidget):
                 "ROIs: expected a Labels or Shapes layer, got none. Add one, or tick “click places a disc”."
             )
         if movie.data is not self._data:
-            self._data, self._results = movie.data, session.Results()
+            self._data, self._results = movie.data, answers.Results()
         mark, labels, masks = self._reader.read(layer, movie)
         return (mark, id(movie), settings), labels, masks
 
@@ -176,11 +172,11 @@ class InferenceWidget(QWidget):
             self._clicked.stop()
             self._show(known)
             return
-        settings: session.Settings = key[-1]
+        settings: answers.Settings = key[-1]
         self._asked = number, key
         self.controls.say(f"ROI {roi}: reading and inferring …")
-        request = session.Request(number, self.movie.data, masks, (roi,), settings)
-        self._clicked.start(session.iter_answers(request))
+        request = answers.Request(number, self.movie.data, masks, (roi,), settings)
+        self._clicked.start(answers.iter_answers(request))
 
     def infer_all(self) -> None:
         """Infer all ROIs that are not known yet."""
@@ -191,9 +187,9 @@ class InferenceWidget(QWidget):
                 self.controls.say(f"All {len(masks)} ROIs are inferred already: click any of them.")
                 return
             self._batch_key, self._batch_began = key, time.monotonic()
-            request = session.Request(self._batches.new(), self.movie.data, masks, wanted, key[-1])
+            request = answers.Request(self._batches.new(), self.movie.data, masks, wanted, key[-1])
             self.controls.set_running(True)
-            self._batch.start(session.iter_answers(request))
+            self._batch.start(answers.iter_answers(request))
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
 
@@ -204,28 +200,28 @@ class InferenceWidget(QWidget):
         self.controls.set_running(False)
         self.controls.say(f"Cancelled. {len(self._results.rows)} ROIs are inferred.")
 
-    def _on_message(self, message: session.Message) -> None:
-        if isinstance(message, session.Ready):
+    def _on_message(self, message: answers.Message) -> None:
+        if isinstance(message, answers.Ready):
             self.controls.set_models(message.models)
             self.controls.device.setText(f"on {message.device}" if message.device else "starting …")
-        elif isinstance(message, session.Failure) and message.number == 0:
+        elif isinstance(message, answers.Failure) and message.number == 0:
             self._fail(message.sentence)
         elif self._asked is None or not self._requests.wants(message.number):
             return
-        elif isinstance(message, session.Answer):
+        elif isinstance(message, answers.Answer):
             self._results.add(self._asked[1], message.inference)
-            self._show(session.one_roi(message.inference, 0))
-        elif isinstance(message, session.Failure):
+            self._show(answers.one_roi(message.inference, 0))
+        elif isinstance(message, answers.Failure):
             self._fail(message.sentence)
 
-    def _on_batch_message(self, message: session.Message) -> None:
+    def _on_batch_message(self, message: answers.Message) -> None:
         if not self._batches.wants(message.number):
             return
-        if isinstance(message, session.Progress):
+        if isinstance(message, answers.Progress):
             self.controls.set_running(True, message.fraction)
-        elif isinstance(message, session.Failure):
+        elif isinstance(message, answers.Failure):
             self._fail(message.sentence)
-        elif isinstance(message, session.Answer):
+        elif isinstance(message, answers.Answer):
             if not self._still_holds(self._batch_key):
                 self.cancel()
                 self.controls.say("ROIs or settings changed while all were being inferred: stopped.", error=True)
@@ -251,13 +247,12 @@ class InferenceWidget(QWidget):
 
     def _show(self, picture: calvae.SpikeInference) -> None:
         roi, layer = picture.roi_ids[0], self.controls.rois.currentData()
-        colour = "#ffffff"
         if isinstance(layer, Labels):
             layer.selected_label = roi
-        device = session.device_of(picture)
+        device = answers.device_of(picture)
         if device:
             self.controls.device.setText(f"on {device}")
-        self._outline.show(self._reader.read(layer, self.movie)[1] == roi, self.movie, colour)
+        self._outline.show(self._reader.read(layer, self.movie)[1] == roi, self.movie)
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self._on_slider()
         self.controls.say(
@@ -283,11 +278,11 @@ class InferenceWidget(QWidget):
         try:
             hz = session.typed_frame_rate(text)
         except calvae.RecordingError as error:
-            self.controls.show_frame_rate(session.FrameRate(None, "please type it"))
+            self.controls.show_frame_rate(session.FrameRate(None, "unknown"))
             self._fail(str(error))
             return
         if self.movie is not None:
-            self._typed[self.movie] = hz
+            self._rates.type(self.movie, hz)
             self.controls.show_frame_rate(self._frame_rate())
             self.controls.say("Click a ROI to see its spikes.")
             self._again()
@@ -306,41 +301,6 @@ class InferenceWidget(QWidget):
         theme = get_theme(self._viewer.theme)
         self.plots.set_palette(Palette.on(theme.background.as_hex(), theme.text.as_hex()))
 
-    # Coming and going
-
-    def event(self, event: QEvent) -> bool:
-        """Close down when the dock was closed, which takes this widget out of it (Qt)."""
-        if event.type() == QEvent.Type.ParentChange and self.parent() is None and self._settled:
-            QTimer.singleShot(0, self.close_down)
-        return super().event(event)
-
-    def showEvent(self, event: QEvent) -> None:  # noqa: N802 - Qt's name
-        """Move to the bottom of the window when shown for the first time: plots over time want width (Qt)."""
-        super().showEvent(event)
-        dock, window = self.parent(), self.window()
-        if self._settled or not (isinstance(dock, QDockWidget) and isinstance(window, QMainWindow)):
-            return
-        self._settled = True
-        window.installEventFilter(self)
-        QTimer.singleShot(0, lambda: self._settle(window, dock))
-
-    def _settle(self, window: QMainWindow, dock: QDockWidget) -> None:
-        if not self._closed and window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:
-            window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)
-            window.resizeDocks([dock], [HEIGHT + 20], Qt.Orientation.Vertical)
-
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802 - Qt's name
-        """Stop working when the window is being closed (Qt)."""
-        if event.type() == QEvent.Type.Close:
-            self._clicked.stop()
-            self.cancel()
-        return super().eventFilter(watched, event)
-
-    def closeEvent(self, event: QEvent) -> None:  # noqa: N802 - Qt's name
-        """Leave nothing behind (Qt)."""
-        self.close_down()
-        super().closeEvent(event)
-
     def close_down(self) -> None:
         """Stop all work, let go of the viewer and of the graphics; the widget is of no use afterwards."""
         if self._closed:
@@ -355,3 +315,7 @@ class InferenceWidget(QWidget):
         self._outline.remove()
         self.plots.dispose()
         self.deleteLater()
+
+    def _stop_working(self) -> None:
+        self._clicked.stop()
+        self._batch.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from napari.components import ViewerModel
@@ -14,7 +15,7 @@ from napari_calvae._napari import drawing, session
 
 #: Marks the layers that the plugin draws itself, in their metadata.
 OWN = "napari-calvae"
-OUTLINE = "picked ROI"
+OUTLINE, OUTLINE_COLOUR = "picked ROI", "#ffa23a"
 #: A press that moves further than this (screen pixels) is a drag.
 CLICK_PIXELS = 4
 
@@ -97,17 +98,20 @@ class Outline:
         self._viewer = viewer
         self._layer: Shapes | None = None
 
-    def show(self, mask: np.ndarray, movie: Image, colour: str) -> None:
+    def show(self, mask: np.ndarray, movie: Image) -> None:
         """Draw around a (y, x) mask."""
-        self.remove()
         loops = [loop for loop in drawing.outlines(mask) if len(loop) > 3]
+        if self._layer is not None and self._layer in self._viewer.layers:
+            self._layer.data = loops, "polygon"
+            self._layer.scale, self._layer.translate = movie.scale[-2:], movie.translate[-2:]
+            return
         selection = set(self._viewer.layers.selection)
         active = self._viewer.layers.selection.active
         self._layer = Shapes(
             loops,
             shape_type="polygon",
             edge_width=max(0.35, 0.004 * min(mask.shape)),
-            edge_color=colour,
+            edge_color=OUTLINE_COLOUR,
             face_color="transparent",
             name=OUTLINE,
             metadata={OWN: True},
@@ -159,13 +163,23 @@ def add_disc(viewer: ViewerModel, layer: Labels | None, movie: Image, position: 
     return layer
 
 
-def frame_rate_of(movie: Image) -> session.FrameRate:
-    """Frame rate of a layer, from its metadata, its file or its time axis."""
-    known = session.find_frame_rate(movie.metadata, 0.0, "", None)
-    if known.hz is not None:
-        return known
-    unit = str(movie.units[0]) if movie.units else ""
-    return session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, _frame_rate_in_file(movie))
+class FrameRates:
+    """Frame rates of movies: as typed by the user, else as found in metadata, file or time axis."""
+
+    def __init__(self) -> None:
+        self._rates: WeakKeyDictionary[Image, session.FrameRate] = WeakKeyDictionary()
+
+    def type(self, movie: Image, hz: float) -> None:
+        """Believe the user from now on."""
+        self._rates[movie] = session.FrameRate(hz, "typed")
+
+    def of(self, movie: Image) -> session.FrameRate:
+        """Frame rate of a layer; read once."""
+        if movie not in self._rates:
+            unit = str(movie.units[0]) if movie.units else ""
+            in_file = None if "frame_rate" in movie.metadata else _frame_rate_in_file(movie)
+            self._rates[movie] = session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, in_file)
+        return self._rates[movie]
 
 
 def _frame_rate_in_file(movie: Image) -> float | None:
@@ -174,5 +188,5 @@ def _frame_rate_in_file(movie: Image) -> float | None:
         return None
     try:
         return calvae.read_movie(path)[1]
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):  # not a file that we read: napari did
         return None

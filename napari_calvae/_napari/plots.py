@@ -2,113 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pyqtgraph as pg
 from qtpy.QtCore import QRectF, QSize, Qt, QTimer, Signal
-from qtpy.QtGui import QColor, QPainter, QPainterPath
-from qtpy.QtWidgets import QGraphicsTextItem, QLabel, QVBoxLayout, QWidget
+from qtpy.QtGui import QColor
+from qtpy.QtWidgets import QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing
+from napari_calvae._napari.plot_items import BandItem, Palette, Row, on_background, shade
 
-AXIS_WIDTH, LEGEND_WIDTH = 50, 104
 SPREAD_ALPHA, BAND_ALPHA = 0.3, 0.4
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colours of the plots; told apart by colour-blind readers and by their lightness."""
-
-    background: str
-    text: str
-    trace: str
-    reconstruction: str
-    posterior: str
-
-    @classmethod
-    def on(cls, background: str, text: str) -> Palette:
-        """Palette that is legible on this background."""
-        if QColor(background).lightnessF() < 0.5:
-            return cls(background, text, trace="#aeb6c2", reconstruction="#ffa23a", posterior="#35c9b5")
-        return cls(background, text, trace="#6b7280", reconstruction="#d55e00", posterior="#00796b")
-
-
-def _shade(colour: str, alpha: float) -> QColor:
-    shade = QColor(colour)
-    shade.setAlphaF(alpha)
-    return shade
-
-
-def _on_background(colour: str, alpha: float, background: str) -> str:
-    """Opaque colour that a translucent one gives on the background."""
-    pairs = zip(QColor(colour).getRgb()[:3], QColor(background).getRgb()[:3], strict=True)
-    return QColor(*(round(alpha * c + (1 - alpha) * b) for c, b in pairs)).name()
-
-
-class BandItem(pg.GraphicsObject):
-    """A filled band between two curves of at most a few thousand points."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low = self.high = self.x = np.empty(0)
-        self._path = QPainterPath()
-        self._brush = pg.mkBrush(None)
-
-    def set_data(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Fill between ``low`` and ``high`` at the same ``x``; not where either is NaN."""
-        self.prepareGeometryChange()
-        self.x, self.low, self.high = x, low, high
-        known = np.isfinite(low) & np.isfinite(high)
-        ends = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]])))
-        self._path = QPainterPath()
-        for start, stop in ends.reshape(-1, 2):
-            run = slice(start, stop)
-            outline = np.concatenate([x[run], x[run][::-1]]), np.concatenate([high[run], low[run][::-1]])
-            self._path.addPath(pg.arrayToQPath(*(np.ascontiguousarray(a, float) for a in outline), connect="all"))
-        self.update()
-
-    def set_colour(self, colour: QColor) -> None:
-        """Fill with this colour."""
-        self._brush = pg.mkBrush(colour)
-        self.update()
-
-    def boundingRect(self) -> QRectF:  # noqa: N802 - Qt's name
-        """Extent of the band (Qt)."""
-        return self._path.boundingRect()
-
-    def paint(self, painter: QPainter, *_: object) -> None:
-        """Draw the band (Qt)."""
-        painter.fillPath(self._path, self._brush)
-
-
-class _Row:
-    """One of the plots: its axis, its view and its legend at the right."""
-
-    def __init__(self, layout: pg.GraphicsLayout, row: int, label: str):
-        self.view = pg.ViewBox(enableMenu=False)
-        self.view.setMouseEnabled(x=True, y=False)
-        self.view.disableAutoRange()
-        self.axis = pg.AxisItem("left", linkView=self.view, maxTickLength=-4)
-        self.axis.setLabel(label)
-        self.axis.enableAutoSIPrefix(False)
-        self.axis.setWidth(AXIS_WIDTH)
-        self.axis.setStyle(maxTickLevel=0)
-        self.missing = BandItem()
-        self.missing.setZValue(-10)
-        self.view.addItem(self.missing)
-        self.cursor = pg.InfiniteLine(angle=90, movable=False)
-        self.cursor.setZValue(10)
-        self.cursor.hide()
-        self.view.addItem(self.cursor)
-        self.legend = pg.GraphicsWidget()
-        self.legend.setFixedWidth(LEGEND_WIDTH)
-        self.words = QGraphicsTextItem(self.legend)
-        self.words.setTextWidth(LEGEND_WIDTH)
-        layout.addItem(self.axis, row, 0)
-        layout.addItem(self.view, row, 1)
-        layout.addItem(self.legend, row, 2)
 
 
 class PosteriorPlots(QWidget):
@@ -150,7 +54,7 @@ class PosteriorPlots(QWidget):
         grid.layout.setVerticalSpacing(8)
         grid.layout.setHorizontalSpacing(0)
         self.trace_row, self.raster_row, self.rate_row = self.rows = [
-            _Row(grid, row, label) for row, label in enumerate(("ΔF/F", "sample", "spikes/s"))
+            Row(grid, row, label) for row, label in enumerate(("ΔF/F", "sample", "spikes/s"))
         ]
         for row, stretch in enumerate((5, 4, 4)):
             grid.layout.setRowStretchFactor(row, stretch)
@@ -160,10 +64,10 @@ class PosteriorPlots(QWidget):
         self.time_axis.setLabel("time (s)")
         self.time_axis.enableAutoSIPrefix(False)
         self.time_axis.setStyle(maxTickLevel=0)
-        self.time_axis.setHeight(34)
+        self.time_axis.setHeight(38)
         grid.addItem(self.time_axis, 3, 1)
         self.spread, self.rate_band = BandItem(), BandItem()
-        self.trace, self.reconstruction = pg.PlotCurveItem(), pg.PlotCurveItem()
+        self.trace, self.reconstruction = pg.PlotCurveItem(antialias=True), pg.PlotCurveItem(antialias=True)
         self.rate = pg.PlotCurveItem()
         self.raster = pg.ImageItem(axisOrder="row-major")
         for row, items in (
@@ -179,17 +83,17 @@ class PosteriorPlots(QWidget):
         self._palette = palette
         self.graphics.setBackground(palette.background)
         for axis in (self.time_axis, *(row.axis for row in self.rows)):
-            axis.setPen(_shade(palette.text, 0.45))
-            axis.setTextPen(_shade(palette.text, 0.9))
+            axis.setPen(shade(palette.text, 0.45))
+            axis.setTextPen(shade(palette.text, 0.9))
         for row in self.rows:
-            row.cursor.setPen(pg.mkPen(_shade(palette.text, 0.8), width=1))
-            row.missing.set_colour(_shade(palette.text, 0.12))
+            row.cursor.setPen(pg.mkPen(shade(palette.text, 0.8), width=1))
+            row.missing.set_colour(shade(palette.text, 0.12))
             row.words.setDefaultTextColor(QColor(palette.text))
         self.trace.setPen(pg.mkPen(palette.trace, width=1))
         self.reconstruction.setPen(pg.mkPen(palette.reconstruction, width=1))
-        self.spread.set_colour(_shade(palette.reconstruction, SPREAD_ALPHA))
+        self.spread.set_colour(shade(palette.reconstruction, SPREAD_ALPHA))
         self.rate.setPen(pg.mkPen(palette.posterior, width=1))
-        self.rate_band.set_colour(_shade(palette.posterior, BAND_ALPHA))
+        self.rate_band.set_colour(shade(palette.posterior, BAND_ALPHA))
         dot = QColor(palette.posterior)
         table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
         table[:, 3] = np.arange(256)
@@ -298,15 +202,12 @@ class PosteriorPlots(QWidget):
                 words(
                     (palette.trace, "━", "ΔF/F"),
                     (palette.reconstruction, "━", "reconstruction"),
-                    (_on_background(palette.reconstruction, SPREAD_ALPHA, palette.background), "■", "± 2 sd"),
+                    (on_background(palette.reconstruction, SPREAD_ALPHA, palette.background), "■", "± 2 sd"),
                 ),
-                words(
-                    (palette.posterior, "■", f"spikes in {self.picture.n_samples}"),
-                    (palette.background, "■", "samples"),
-                ),
+                words((palette.posterior, "■", "sampled spikes")),
                 words(
                     (palette.posterior, "━", f"mean {per}"),
-                    (_on_background(palette.posterior, BAND_ALPHA, palette.background), "■", "90 % credible"),
+                    (on_background(palette.posterior, BAND_ALPHA, palette.background), "■", "90 % credible"),
                 ),
             ]
         for row, text in zip(self.rows, texts, strict=True):

@@ -6,17 +6,14 @@ A widget asks here and draws what it is told. The science is reached through the
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import napari_calvae as calvae
-
-logger = logging.getLogger(__name__)
 
 #: Name of the label layer to which clicked discs are added.
 ROI_LAYER = "ROIs"
@@ -30,81 +27,6 @@ class FrameRate:
 
     hz: float | None
     source: str
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a result besides movie and ROIs; equal settings give equal results."""
-
-    frame_rate: float
-    neuropil_coefficient: float = 0.7
-    n_samples: int = 50
-    model: str = "universal"
-    device: str = "auto"
-    seed: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One question to the network: the posteriors of ``wanted`` (ROI ids) of a movie."""
-
-    number: int
-    movie: Any
-    rois: calvae.RoiMasks
-    wanted: tuple[int, ...]
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a request is, from 0 to 1, and what is being done."""
-
-    number: int
-    fraction: float
-    doing: str
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """Posteriors of some of the wanted ROIs."""
-
-    number: int
-    inference: calvae.SpikeInference
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request that could not be answered, and the sentence to show."""
-
-    number: int
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What can be used on this machine: names of the models, the default first, and the device."""
-
-    models: tuple[str, ...]
-    device: str
-
-
-Message = Progress | Answer | Failure | Ready
-
-
-class Requests:
-    """Running numbers: only the answer to the newest request is wanted."""
-
-    def __init__(self) -> None:
-        self._newest = 0
-
-    def new(self) -> int:
-        """Number of a new request; all earlier ones are obsolete from now on."""
-        self._newest += 1
-        return self._newest
-
-    def wants(self, number: int) -> bool:
-        """Whether this request is the newest."""
-        return number == self._newest
 
 
 @dataclass(frozen=True)
@@ -138,33 +60,6 @@ class Clock:
         return int(min(max(math.floor(frame + 0.5), 0), self.n_frames - 1))
 
 
-@dataclass
-class Results:
-    """What has been inferred already, so that a second click is instant.
-
-    Results are kept for one ``key`` (movie, ROIs, settings); with another key they are dropped.
-    """
-
-    key: tuple = ()
-    rows: dict[int, tuple[calvae.SpikeInference, int]] = field(default_factory=dict)
-
-    def get(self, key: tuple, roi: int) -> calvae.SpikeInference | None:
-        """Return the posterior of this ROI alone, or None."""
-        if key != self.key or roi not in self.rows:
-            return None
-        return one_roi(*self.rows[roi])
-
-    def add(self, key: tuple, inference: calvae.SpikeInference) -> None:
-        """Keep the posteriors of all ROIs of ``inference``."""
-        if key != self.key:
-            self.key, self.rows = key, {}
-        self.rows.update({roi: (inference, row) for row, roi in enumerate(inference.roi_ids)})
-
-    def known(self, key: tuple) -> set[int]:
-        """Ids of the ROIs whose posteriors are kept under this key."""
-        return set(self.rows) if key == self.key else set()
-
-
 def typed_frame_rate(text: str) -> float:
     """Frame rate (Hz) that the user typed, or the sentence that asks for it."""
     try:
@@ -192,11 +87,11 @@ def find_frame_rate(metadata: Mapping[str, Any], scale: float, unit: str, in_fil
         Frame rate (Hz) in the metadata of the file that the layer was read from.
     """
     candidates = [
-        (metadata.get("frame_rate"), "from the layer's metadata"),
-        (in_file, "from the file's metadata"),
+        (metadata.get("frame_rate"), "metadata"),
+        (in_file, "file"),
     ]
     if unit in _SECONDS and scale > 0:
-        candidates.append((1 / (scale * _SECONDS[unit]), "from the time axis of the layer"))
+        candidates.append((1 / (scale * _SECONDS[unit]), "time axis"))
     for value, source in candidates:
         try:
             hz = float(value) if value is not None else math.nan
@@ -204,7 +99,7 @@ def find_frame_rate(metadata: Mapping[str, Any], scale: float, unit: str, in_fil
             continue
         if math.isfinite(hz) and hz > 0:
             return FrameRate(hz, source)
-    return FrameRate(None, "not in the file: please type it")
+    return FrameRate(None, "unknown")
 
 
 def check_movie(shape: Sequence[int], rgb: bool = False) -> None:
@@ -263,25 +158,6 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def one_roi(inference: calvae.SpikeInference, row: int) -> calvae.SpikeInference:
-    """Posterior of one ROI (row) as a result of its own."""
-    if inference.rate.shape[0] == 1:
-        return inference
-    events = inference.events_of(row).copy()
-    events["roi"] = 0
-    rows = slice(row, row + 1)
-    return replace(
-        inference,
-        traces=inference.traces.select(rows),
-        rate=inference.rate[rows],
-        events=events,
-        reconstruction=inference.reconstruction[rows],
-        reconstruction_std=inference.reconstruction_std[rows],
-        theta={name: values[rows] for name, values in inference.theta.items()},
-        quality=inference.quality[rows],
-    )
-
-
 def explain(error: BaseException) -> str:
     """Sentence for the user: what was expected, what came, what to do."""
     text = str(error).strip()
@@ -290,63 +166,3 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "The computer ran out of memory. Use fewer samples or fewer ROIs, or close other programs."
     return f"Unexpected {type(error).__name__}: {text or 'no details'}. Earlier results stay; the log has the details."
-
-
-def iter_ready(number: int = 0) -> Iterator[Message]:
-    """Load what the first click would have to wait for, and tell what there is."""
-    try:
-        names = tuple(calvae.models())
-        yield Ready(names, "")
-        wave = np.sin(np.linspace(0, 20, 128)) + np.linspace(0, 1, 128)
-        result = calvae.infer(calvae.Traces(wave, frame_rate=30.0), model=names[0], n_samples=2)
-        yield Ready(names, device_of(result))
-    except Exception as error:
-        logger.info("warming up failed", exc_info=True)
-        yield Failure(number, explain(error))
-
-
-def device_of(inference: calvae.SpikeInference) -> str:
-    """Device on which a result was computed, as far as its provenance says."""
-    return str(inference.provenance.get("settings", {}).get("device", ""))
-
-
-def iter_answers(request: Request) -> Iterator[Message]:
-    """Answer a request step by step; to stop consuming is to cancel. Errors come as a ``Failure``."""
-    number, settings = request.number, request.settings
-    try:
-        yield Progress(number, 0.0, "reading the traces")
-        traces = yield from _iter_traces(request)
-        yield Progress(number, 0.5, "inferring spikes")
-        parts = calvae.iter_infer(
-            traces,
-            model=settings.model,
-            n_samples=settings.n_samples,
-            seed=settings.seed,
-            device=settings.device,
-        )
-        done = 0
-        for part in parts:
-            done += part.traces.n_rois
-            yield Answer(number, part)
-            yield Progress(number, 0.5 + 0.5 * done / len(request.wanted), "inferring spikes")
-    except Exception as error:
-        logger.info("request %d failed", number, exc_info=True)
-        yield Failure(number, explain(error))
-
-
-def _iter_traces(request: Request) -> Iterator[Progress]:
-    settings = request.settings
-    steps = calvae.iter_extract(
-        request.movie,
-        request.rois,
-        frame_rate=settings.frame_rate,
-        neuropil_coefficient=settings.neuropil_coefficient,
-    )
-    while True:
-        try:
-            fraction = next(steps)
-        except StopIteration as end:
-            traces = end.value
-            break
-        yield Progress(request.number, 0.5 * fraction, "reading the traces")
-    return traces.select([traces.index(roi) for roi in request.wanted])

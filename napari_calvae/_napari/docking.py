@@ -1,0 +1,64 @@
+"""How the widget behaves as a dock: where it goes, and when it has to leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qtpy.QtCore import QEvent, QObject, Qt, QTimer
+from qtpy.QtWidgets import QDockWidget, QMainWindow, QWidget
+
+
+class DockManners(QObject):
+    """Puts a wide widget at the bottom of napari's window, and tells it when its dock or the window is closed.
+
+    Parameters
+    ----------
+    widget
+        The widget, before it is docked.
+    height
+        Height (pixels) that it asks for.
+    stop
+        Called when the window is about to close.
+    gone
+        Called when the dock was closed, which takes the widget out of it, or the window is gone.
+    """
+
+    def __init__(self, widget: QWidget, height: int, stop: Callable[[], None], gone: Callable[[], None]):
+        super().__init__(widget)
+        self._widget, self._height, self._stop, self._gone = widget, height, stop, gone
+        self._window: QMainWindow | None = None
+        widget.installEventFilter(self)
+
+    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802 - Qt's name
+        """Listen to the widget and to its window (Qt)."""
+        kind = event.type()
+        if watched is self._widget:
+            if kind == QEvent.Type.ParentChange:
+                QTimer.singleShot(0, self._on_moved)
+            elif kind == QEvent.Type.Close:
+                self._gone()
+        elif kind == QEvent.Type.Close:
+            self._stop()
+            QTimer.singleShot(0, self._on_window_closed)
+        return False
+
+    def _on_moved(self) -> None:
+        dock, window = self._widget.parent(), self._widget.window()
+        if dock is None and self._window is not None:
+            self._window.removeEventFilter(self)
+            self._gone()
+        elif self._window is None and isinstance(dock, QDockWidget) and isinstance(window, QMainWindow):
+            self._window = window
+            window.installEventFilter(self)
+            self._settle(dock, window)
+
+    def _settle(self, dock: QDockWidget, window: QMainWindow) -> None:
+        """Plots over time want width: the bottom, beside the layer list rather than below it."""
+        window.setCorner(Qt.Corner.BottomLeftCorner, Qt.DockWidgetArea.LeftDockWidgetArea)
+        if window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:
+            window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)
+        window.resizeDocks([dock], [self._height], Qt.Orientation.Vertical)
+
+    def _on_window_closed(self) -> None:
+        if self._window is not None and not self._window.isVisible():
+            self._gone()

@@ -1,0 +1,108 @@
+"""What the plots are made of: colours, filled bands, and rows of axis, view and legend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyqtgraph as pg
+from qtpy.QtCore import QRectF
+from qtpy.QtGui import QColor, QPainter, QPainterPath
+from qtpy.QtWidgets import QGraphicsTextItem
+
+AXIS_WIDTH, LEGEND_WIDTH = 50, 98
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of the plots; told apart by colour-blind readers and by their lightness."""
+
+    background: str
+    text: str
+    trace: str
+    reconstruction: str
+    posterior: str
+
+    @classmethod
+    def on(cls, background: str, text: str) -> Palette:
+        """Palette that is legible on this background."""
+        if QColor(background).lightnessF() < 0.5:
+            return cls(background, text, trace="#aeb6c2", reconstruction="#ffa23a", posterior="#35c9b5")
+        return cls(background, text, trace="#6b7280", reconstruction="#d55e00", posterior="#00796b")
+
+
+def shade(colour: str, alpha: float) -> QColor:
+    """Translucent colour."""
+    tinted = QColor(colour)
+    tinted.setAlphaF(alpha)
+    return tinted
+
+
+def on_background(colour: str, alpha: float, background: str) -> str:
+    """Opaque colour that a translucent one gives on the background."""
+    pairs = zip(QColor(colour).getRgb()[:3], QColor(background).getRgb()[:3], strict=True)
+    return QColor(*(round(alpha * c + (1 - alpha) * b) for c, b in pairs)).name()
+
+
+class BandItem(pg.GraphicsObject):
+    """A filled band between two curves of at most a few thousand points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = self.high = self.x = np.empty(0)
+        self._path = QPainterPath()
+        self._brush = pg.mkBrush(None)
+
+    def set_data(self, x: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Fill between ``low`` and ``high`` at the same ``x``; not where either is NaN."""
+        self.prepareGeometryChange()
+        self.x, self.low, self.high = x, low, high
+        known = np.isfinite(low) & np.isfinite(high)
+        ends = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]])))
+        self._path = QPainterPath()
+        for start, stop in ends.reshape(-1, 2):
+            run = slice(start, stop)
+            outline = np.concatenate([x[run], x[run][::-1]]), np.concatenate([high[run], low[run][::-1]])
+            self._path.addPath(pg.arrayToQPath(*(np.ascontiguousarray(a, float) for a in outline), connect="all"))
+        self.update()
+
+    def set_colour(self, colour: QColor) -> None:
+        """Fill with this colour."""
+        self._brush = pg.mkBrush(colour)
+        self.update()
+
+    def boundingRect(self) -> QRectF:  # noqa: N802 - Qt's name
+        """Extent of the band (Qt)."""
+        return self._path.boundingRect()
+
+    def paint(self, painter: QPainter, *_: object) -> None:
+        """Draw the band (Qt)."""
+        painter.fillPath(self._path, self._brush)
+
+
+class Row:
+    """One of the plots: its axis, its view and its legend at the right."""
+
+    def __init__(self, layout: pg.GraphicsLayout, row: int, label: str):
+        self.view = pg.ViewBox(enableMenu=False)
+        self.view.setMouseEnabled(x=True, y=False)
+        self.view.disableAutoRange()
+        self.axis = pg.AxisItem("left", linkView=self.view, maxTickLength=-4)
+        self.axis.setLabel(label)
+        self.axis.enableAutoSIPrefix(False)
+        self.axis.setWidth(AXIS_WIDTH)
+        self.axis.setStyle(maxTickLevel=0)
+        self.missing = BandItem()
+        self.missing.setZValue(-10)
+        self.view.addItem(self.missing)
+        self.cursor = pg.InfiniteLine(angle=90, movable=False)
+        self.cursor.setZValue(10)
+        self.cursor.hide()
+        self.view.addItem(self.cursor)
+        self.legend = pg.GraphicsWidget()
+        self.legend.setFixedWidth(LEGEND_WIDTH)
+        self.words = QGraphicsTextItem(self.legend)
+        self.words.setTextWidth(LEGEND_WIDTH)
+        layout.addItem(self.axis, row, 0)
+        layout.addItem(self.view, row, 1)
+        layout.addItem(self.legend, row, 2)
