@@ -30,7 +30,7 @@ class GainCategorical(SpikePosterior):
         (roi,) of the log-gain. The integral over the gain is a Gauss–Hermite quadrature.
     """
 
-    n_nodes: ClassVar[int] = 7
+    n_nodes: int = 7
 
     def __init__(
         self,

@@ -1,0 +1,56 @@
+"""Scores and quality metrics against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from napari_calvae import metrics
+
+
+def test_correlation_equals_numpy_and_is_nan_for_constants():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(3, 50)), rng.normal(size=(3, 50))
+    expected = [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(metrics.score_correlation(a, b), expected)
+    assert np.isnan(metrics.score_correlation(np.ones(5), np.arange(5)))
+
+
+def test_smoothing_keeps_the_number_of_spikes():
+    counts = np.zeros(400)
+    counts[[150, 200, 201]] = 1, 2, 1
+    rate = metrics.smooth_spikes(counts, 30.0, 0.2)
+    assert rate.sum() / 30 == pytest.approx(4)
+    assert np.argmax(rate) in (199, 200)
+
+
+def test_error_and_bias_of_a_doubled_rate_are_one():
+    truth = np.abs(np.random.default_rng(0).normal(size=(2, 30)))
+    np.testing.assert_allclose(metrics.score_error(2 * truth, truth), 1)
+    np.testing.assert_allclose(metrics.score_bias(2 * truth, truth), 1)
+    assert np.isnan(metrics.score_bias(truth, 0 * truth)).all()
+
+
+def test_pit_is_uniform_when_truth_is_another_sample():
+    rng = np.random.default_rng(0)
+    draws = rng.poisson(1.0, size=(21, 20_000))
+    pit = metrics.randomised_pit(draws[1:], draws[0], rng)
+    expected, _ = np.histogram(pit, 10, (0, 1))
+    # Each bin is binomial(20,000, 0.1): standard deviation 42.
+    assert np.abs(expected - 2000).max() < 5 * 42
+
+
+def test_quality_of_a_perfect_explanation():
+    rng = np.random.default_rng(0)
+    clean = np.sin(np.arange(30_000) / 50)[None]
+    dff = clean + 0.1 * rng.normal(size=clean.shape)
+    dff[0, :100] = np.nan
+    x = metrics.Explained(dff, np.full_like(dff, 2.0), clean, np.full_like(dff, 0.1), 25.0)
+    table = metrics.quality_table(x)
+    assert table.dtype.names == tuple(metrics.QC)
+    row = table[0]
+    assert row["spike_rate"] == pytest.approx(2.0)
+    assert row["reconstruction_r2"] == pytest.approx(1 - 0.01 / (0.5 + 0.01), abs=0.003)
+    assert row["residual_autocorrelation"] == pytest.approx(0, abs=0.03)
+    assert row["band_coverage"] == pytest.approx(0.9545, abs=0.01)
+    assert row["noise_level"] == pytest.approx(100 * 0.954 * 0.1 / 5, rel=0.05)

@@ -1,0 +1,133 @@
+"""Every recognition network keeps the same oath; the factorised one has exact answers besides."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from napari_calvae.recognition import NETWORKS
+from napari_calvae.recognition.base import trace_features
+from napari_calvae.recognition.factorized import GainCategorical
+
+SMALL = {
+    "factorized": {"widths": (4, 6, 8), "max_count": 2},
+    "autoregressive": {"max_count": 2},
+}
+
+
+@pytest.fixture(params=sorted(NETWORKS))
+def network(request):
+    torch.manual_seed(0)
+    net = NETWORKS[request.param](**SMALL[request.param]).double().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+def traces(n_rois: int, n_frames: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n_rois, n_frames, generator=generator, dtype=torch.float64).cumsum(-1) * 0.2
+
+
+def test_log_prob_sums_to_one_over_all_short_trains(network):
+    posterior = network(traces(2, 5), 30.0)
+    trains = torch.tensor(list(itertools.product(range(3), repeat=5)))[:, None].expand(-1, 2, -1)
+    total = torch.logsumexp(posterior.log_prob(trains), 0)
+    torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-9, rtol=0)
+
+
+def test_masked_frames_are_marginalised_out_or_left_out(network):
+    posterior = network(traces(1, 3), 30.0)
+    valid = torch.tensor([[True, False, True]])
+    trains = torch.tensor([[[a, 0, b]] for a in range(3) for b in range(3)])
+    total = torch.logsumexp(posterior.log_prob(trains, valid), 0)
+    assert torch.isfinite(total).all()
+    if isinstance(posterior, GainCategorical):
+        torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-9, rtol=0)
+
+
+def test_mean_of_samples_is_the_mean(network):
+    posterior = network(traces(2, 40), 30.0)
+    samples = posterior.sample(4000, torch.Generator().manual_seed(2)).double()
+    error = (samples.mean(0) - posterior.mean).abs()
+    # Five standard errors of each frame, and the share of the tilt that seven nodes leave out.
+    assert (error <= 5 * samples.std(0) / 4000**0.5 + 2e-3).all()
+
+
+def test_roi_order_is_irrelevant(network):
+    f = traces(3, 64)
+    order = torch.tensor([2, 0, 1])
+    a = network(f, torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)).mean[order]
+    b = network(f[order], torch.tensor([30.0, 10.0, 20.0], dtype=torch.float64)).mean
+    torch.testing.assert_close(a, b)
+
+
+def test_chunks_with_halo_equal_the_whole(network):
+    f = traces(2, 1000)
+    counts = torch.randint(0, 3, (2, 1000), generator=torch.Generator().manual_seed(3))
+    whole, pieces = network(f, 30.0), network(f, 30.0, chunk=256)
+    exact = network.name == "factorized"
+    a, b = whole.log_prob(counts), pieces.log_prob(counts)
+    torch.testing.assert_close(a, b, rtol=1e-9 if exact else 1e-3, atol=0)
+
+
+def test_local_outputs_reach_no_further_than_the_halo(network):
+    if network.name != "factorized":
+        pytest.skip("a recurrent network's memory has no end; its halo is where it has faded")
+    features = trace_features(traces(1, 800))
+    rate = torch.zeros(1, dtype=torch.float64)
+    summary = network.summarise(features, rate)
+    other = features.clone()
+    other[..., 400] += 1
+    moved = (network.local(features, rate, summary) != network.local(other, rate, summary)).any(1)[0].nonzero()
+    assert 400 - network.halo <= int(moved.min()) < 400 < int(moved.max()) <= 400 + network.halo
+
+
+def test_scale_offset_and_missing_frames_of_dff_do_not_matter(network):
+    f = traces(2, 200)
+    torch.testing.assert_close(network(f, 30.0).mean, network(3.0 * f + 5.0, 30.0).mean)
+    gap = f.clone()
+    gap[:, 50:60] = torch.nan
+    valid = torch.isfinite(gap)
+    other = torch.where(valid, f, 1e6)
+    torch.testing.assert_close(network(gap, 30.0).mean, network(other, 30.0, valid).mean)
+
+
+@pytest.mark.parametrize("values", [torch.zeros(1, 30), torch.full((1, 30), torch.nan), torch.eye(1, 30)])
+def test_features_are_finite_for_traces_without_noise(values):
+    assert torch.isfinite(trace_features(values)).all()
+
+
+def test_gain_posterior_agrees_with_a_fine_integral():
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(size=(1, 4, 6)))
+    logits[:, 1:] -= torch.lgamma(torch.arange(2.0, 5.0, dtype=torch.float64))[:, None]
+    posterior = GainCategorical(logits, torch.tensor([0.2]).double(), torch.tensor([0.5]).double())
+    counts = torch.tensor([[1, 0, 2, 0, 3, 0]])
+    g = torch.linspace(0.2 - 4, 0.2 + 4, 20001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * ((g - 0.2) / 0.5) ** 2)
+    k = torch.arange(4.0, dtype=torch.float64)
+    table = torch.log_softmax(logits[0] + k[:, None] * g[:, None, None], 1)
+    log_p = table.gather(1, counts.expand(len(g), -1)[:, None]).sum((1, 2))
+    expected = torch.log((weight * log_p.exp()).sum() / weight.sum())
+    # The seven nodes of every day are good to 1 % of the probability, and the error is the quadrature's alone.
+    torch.testing.assert_close(posterior.log_prob(counts)[0], expected, rtol=0, atol=0.01)
+    posterior.n_nodes = 61
+    torch.testing.assert_close(posterior.log_prob(counts)[0], expected, rtol=0, atol=1e-6)
+    mean = ((k[:, None] * table.exp()).sum(1) * (weight / weight.sum())[:, None]).sum(0)
+    torch.testing.assert_close(posterior.mean[0], mean, rtol=0, atol=1e-6)
+
+
+def test_samples_share_the_gain_of_their_cell():
+    logits = torch.tensor([0.0, -3.0])[None, :, None].expand(1, 2, 2000)
+    tight = GainCategorical(logits, torch.zeros(1), torch.full((1,), 0.01))
+    wide = GainCategorical(logits, torch.zeros(1), torch.full((1,), 0.7))
+    spread = [p.sample(400, torch.Generator().manual_seed(0)).float().sum(-1).std() for p in (tight, wide)]
+    p = torch.sigmoid(torch.tensor(-3.0))
+    binomial = float((2000 * p * (1 - p)).sqrt())
+    assert spread[0] == pytest.approx(binomial, rel=0.15)
+    assert spread[1] > 4 * binomial
