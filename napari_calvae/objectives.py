@@ -20,8 +20,8 @@ def elbo(log_joint: Float[Tensor, "sample roi"], log_posterior: Float[Tensor, "s
     ∇ E_q[log w] = E_q[(log w − b) ∇ log q + ∇ log p], where the baseline b of each sample is the mean of the others'
     log-weights (Kool, van Hoof & Welling 2019); a single sample has none.
     """
-    log_weight = log_joint - log_posterior
     n = _check(log_joint, log_posterior, least=1)
+    log_weight = log_joint - log_posterior
     signal = log_weight.detach()
     if n > 1:
         signal = signal - (signal.sum(0) - signal) / (n - 1)

@@ -42,11 +42,12 @@ class DyeBinding(GenerativeModel):
     c' = −c/τ_calcium, d' = k_on c^h (1 − d) − d/τ_unbind, F = saturation · d + baseline, where d in [0, 1] is the bound
     share of the dye (the paper's d/d_max; its α is saturation/d_max).
 
-    In each frame c is its mean over frame and spike times, in closed form, and d relaxes exactly as it does at constant
-    c: with r = k_on c^h + 1/τ_unbind, d ← d∞ + (d − d∞) e^{−r dt}, d∞ = k_on c^h / r. This is stable and within [0, 1]
-    however large k_on c^h dt. Expanded to first order in dt it is the step of Speiser et al. (2017), section 2.2,
+    In each frame d relaxes exactly as it does at constant binding: with r = k_on c^h + 1/τ_unbind,
+    d ← d∞ + (d − d∞) e^{−r dt}, d∞ = k_on c^h / r. This is stable and within [0, 1] however large k_on c^h dt.
+    c^h is its average over the frame, half of which lies before the frame's spikes and half after, wherever they are.
+    Expanded to first order in dt this is the step of Speiser et al. (2017), section 2.2,
     d_t = k_on dt c_t^h (1 − d_{t−1}) + κ d_{t−1} with κ = 1 − dt/τ_unbind. F is taken at the middle of the frame,
-    halfway between d at its two ends. Two frame rates agree to first order in dt.
+    halfway between d at its two ends. Two frame rates agree to first order in dt and better.
     """
 
     name: ClassVar[str] = "dye_binding"
@@ -91,12 +92,16 @@ class DyeBinding(GenerativeModel):
         """Bound share of the dye at the middle of each frame."""
         dt = 1 / as_rate(frame_rate, theta["tau_calcium"])
         x = dt / theta["tau_calcium"]
-        left = -torch.expm1(-x) / x  # at the end of a spike's frame, averaged over where in it the spike was
-        first = (1 - left) / x  # and averaged over the frame as well
-        calcium = exponential_filter(counts.to(x.dtype), first, (left**2).unsqueeze(-1), torch.exp(-x).unsqueeze(-1))
-        # Keeps the slope of c^h finite at c = 0 for h < 1.
-        powered = calcium.clamp_min(1e-9) ** theta["hill"].unsqueeze(-1)
-        binding = theta["k_on"].unsqueeze(-1) * powered * (calcium > 0)
+        counts = counts.to(x.dtype)
+        left = (
+            -torch.expm1(-x) / x
+        )  # of a spike's calcium at the end of its frame, averaged over where in it the spike was
+        start = exponential_filter(counts, torch.zeros_like(x), left.unsqueeze(-1), torch.exp(-x).unsqueeze(-1))
+        third = torch.exp(-x / 3).unsqueeze(-1)
+        hill = theta["hill"].unsqueeze(-1)
+        before = _power(start * third, hill)
+        after = _power((start * third + counts) * third, hill)
+        binding = theta["k_on"].unsqueeze(-1) * (before + after) / 2
         total = binding + 1 / theta["tau_unbind"].unsqueeze(-1)
         exponent = -total * dt.unsqueeze(-1)
         end = linear_scan(torch.exp(exponent), -torch.expm1(exponent) * binding / total)
@@ -124,6 +129,11 @@ class DyeBinding(GenerativeModel):
         best = score.argmax(1)
         theta = {key: values[best] for key, values in grid.items()}
         return theta | {"saturation": gain.gather(1, best[:, None]).squeeze(1)}
+
+
+def _power(c: Tensor, exponent: Tensor) -> Tensor:
+    """c^h, whose slope at c = 0 is taken as zero (for h < 1 it is infinite)."""
+    return c.clamp_min(1e-9) ** exponent * (c > 0)
 
 
 def _busiest(counts: Float[Tensor, "roi time"], length: int) -> Num[Tensor, "roi frame"]:
