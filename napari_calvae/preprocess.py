@@ -193,7 +193,7 @@ def bin_spikes(spike_times: ArrayLike, t0: float, frame_rate: float, n_frames: i
     return np.bincount(frames[inside].astype(np.int64), minlength=n_frames)
 
 
-def _which(traces: Traces, rows: np.ndarray) -> str:
+def _which(traces: Traces, rows: ArrayLike) -> str:
     """Name the ROIs of the rows that are marked, the first few of them."""
     ids = [traces.roi_ids[row] for row in np.flatnonzero(rows)]
     more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""

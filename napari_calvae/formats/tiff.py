@@ -8,6 +8,7 @@ time.
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def read_movie(path: str | Path) -> tuple[Any, float | None]:
 
         pages[0:1]  # a file that cannot be decoded says so now
         step = max(CHUNK_BYTES // (pages.dtype.itemsize * pages.shape[1] * pages.shape[2]), 1)
-        stack = da.from_array(pages, chunks=(step, -1, -1), lock=True, asarray=False, name=False)
+        stack = da.from_array(pages, chunks=(step, -1, -1), asarray=False, name=False)
         movie = stack if pages.full_shape == pages.shape else stack.reshape(pages.full_shape)
     except (tifffile.TiffFileError, ValueError, IndexError) as error:
         hint = " Install imagecodecs." if "imagecodecs" in str(error) else " Save it again, for example with Fiji."
@@ -105,20 +106,20 @@ class _Pages:
 
     def __init__(self, file: Path):
         self.file = file
-        self.tiff = tifffile.TiffFile(file)
-        self.series = self.tiff.series[0]
-        self.full_shape = self.series.shape
-        self.dtype = np.dtype(self.series.dtype)
-        self.mapped = self.series.dataoffset is not None
-        self.frame_rate = _frame_rate(self.tiff)
-        page = self.series.keyframe.shape
-        n_pages = len(self.series.pages)
-        if not self.mapped and (len(page) != 2 or n_pages * np.prod(page) != np.prod(self.full_shape)):
+        self.lock = threading.Lock()  # one file handle has one position, whoever asks
+        # Where its pages are is known from here on; the file itself is only open while it is read.
+        with tifffile.TiffFile(file) as self.tiff:
+            series = self.tiff.series[0]
+            self.frame_rate = _frame_rate(self.tiff)
+            self.full_shape, self.dtype = series.shape, np.dtype(series.dtype)
+            self.mapped = series.dataoffset is not None
+            page = series.keyframe.shape
+            self.shape = (len(series.pages), *page[:2])
+        if not self.mapped and (len(page) != 2 or np.prod(self.shape) != np.prod(self.full_shape)):
             raise RecordingError(
                 f"{file.name}: expected one grey image per frame, got pages of shape {page} in a series of shape "
                 f"{self.full_shape}. Convert it to a grey-scale stack."
             )
-        self.shape = (n_pages, *page[:2])
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return _Pages, (self.file,)
@@ -127,7 +128,9 @@ class _Pages:
         frames, *rest = key if isinstance(key, tuple) else (key,)
         pages = np.arange(self.shape[0])[frames]
         wanted = np.atleast_1d(pages).tolist()
-        stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
+        with self.lock, self.tiff.filehandle as handle:
+            handle.open()
+            stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
         stack = stack.reshape(len(wanted), *self.shape[1:])
         return stack[(slice(None) if pages.ndim else 0, *rest)]
 

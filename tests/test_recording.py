@@ -1,0 +1,116 @@
+"""The values that everything else stands on: what they refuse, and what they compute."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces
+
+
+def a_result(n_rois: int = 2, n_frames: int = 40, n_samples: int = 3, seed: int = 0) -> SpikeInference:
+    rng = np.random.default_rng(seed)
+    dense = rng.poisson(0.2, (n_samples, n_rois, n_frames)).astype(np.uint8)
+    sample, roi, frame = np.nonzero(dense)
+    events = np.zeros(len(sample), EVENT_DTYPE)
+    events["sample"], events["roi"], events["frame"], events["count"] = sample, roi, frame, dense[sample, roi, frame]
+    events = events[np.lexsort((events["frame"], events["sample"], events["roi"]))]
+    values = rng.standard_normal((n_rois, n_frames)).astype(np.float32)
+    return SpikeInference(
+        traces=Traces(values, 10.0, roi_ids=tuple(range(5, 5 + n_rois)), t0=2.0),
+        rate=dense.mean(0, dtype=np.float32) * 10,
+        events=events,
+        n_samples=n_samples,
+        reconstruction=values * 0.5,
+        reconstruction_std=np.ones_like(values),
+        theta={"amplitude": rng.random(n_rois)},
+        quality=np.array([(0.5,)] * n_rois, dtype=[("explained", "f4")]),
+        provenance={"seed": seed, "array": np.arange(2)},
+    )
+
+
+def test_importing_the_package_loads_neither_torch_nor_qt():
+    code = "import sys, napari_calvae; print([m for m in ('torch', 'qtpy', 'napari', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_traces_are_frozen_float32_with_missing_frames_as_nan():
+    traces = Traces([[1, 2, np.inf, 4]], frame_rate=2, valid=[[True, False, True, True]])
+    assert traces.values.dtype == np.float32
+    np.testing.assert_array_equal(traces.valid, [[True, False, False, True]])
+    assert np.isnan(traces.values[0, 1:3]).all()
+    np.testing.assert_array_equal(traces.times, [0, 0.5, 1, 1.5])
+    with pytest.raises(ValueError, match="read-only"):
+        traces.values[0, 0] = 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"frame_rate": None}, "frame_rate: expected the frames per second.*got none.*--frame-rate"),
+        ({"frame_rate": 0}, "frame_rate: expected a positive number.*got 0"),
+        ({"values": np.zeros((2, 3, 4))}, r"expected an array \(roi, time\).*got shape \(2, 3, 4\)"),
+        ({"values": np.zeros((2, 0))}, r"at least one ROI and one frame, got shape \(2, 0\)"),
+        ({"values": np.array([["a"]])}, "expected real numbers, got dtype"),
+        ({"unit": "percent"}, "unit: expected 'raw' or 'dff', got 'percent'"),
+        ({"roi_ids": (1, 1)}, "roi_ids: expected 2 different integers"),
+        ({"valid": np.ones(3)}, r"valid: expected shape \(2, 50\), got \(3,\)"),
+    ],
+)
+def test_traces_refuse(arguments, message):
+    with pytest.raises(RecordingError, match=message):
+        Traces(**({"values": np.zeros((2, 50)), "frame_rate": 30.0} | arguments))
+
+
+def test_label_images_and_masks_agree():
+    labels = np.array([[0, 7, 7], [3, 0, 7]])
+    rois = RoiMasks.from_labels(labels)
+    assert rois.ids == (3, 7)
+    np.testing.assert_array_equal(rois.to_labels(), labels)
+    disc = RoiMasks.from_discs([(0, 0)], 3, (5, 5))
+    np.testing.assert_array_equal(disc.pixels[0], [0, 1, 5, 6])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RoiMasks.from_labels(np.zeros((4, 4), int)), "at least one label above 0"),
+        (lambda: RoiMasks.from_labels(np.zeros((4, 4))), "expected integers, got dtype float64"),
+        (lambda: RoiMasks.from_labels(np.zeros((2, 4, 4), int)), "expected two dimensions"),
+        (lambda: RoiMasks((4, 4), ([],)), "ROI 1: expected at least one pixel.*got an empty ROI"),
+        (lambda: RoiMasks.from_discs([(40, 40)], 3, (5, 5)), "ROI 1: expected at least one pixel.*5 × 5"),
+        (lambda: RoiMasks((4, 4), ()), "expected at least one, got none"),
+        (lambda: RoiMasks((4, 4), ([16],)), "ROI 1: expected pixels inside the image"),
+    ],
+)
+def test_rois_refuse(make, message):
+    with pytest.raises(RecordingError, match=message):
+        make()
+
+
+def test_dense_samples_windows_and_intervals_agree():
+    result = a_result(n_frames=45)
+    dense = result.samples()
+    np.testing.assert_allclose(dense.mean(0) * 10, result.rate, rtol=1e-6)
+    np.testing.assert_array_equal(result.samples([1])[:, 0], dense[:, 1])
+    np.testing.assert_array_equal(result.window_counts(1.0), dense[..., :40].reshape(3, 2, 4, 10).sum(-1))
+    expected = np.quantile(dense[..., :40].reshape(3, 2, 4, 10).sum(-1), [0.05, 0.95], axis=0)
+    np.testing.assert_allclose(result.interval(0.9, 1.0), expected)
+
+
+def test_blocks_join_to_the_whole():
+    parts = [a_result(seed=1), a_result(n_rois=1, seed=2)]
+    parts[1] = SpikeInference(**{**vars(parts[1]), "traces": parts[1].traces.replace(roi_ids=(40,))})
+    whole = SpikeInference.concatenate(parts)
+    assert whole.roi_ids == (5, 6, 40)
+    np.testing.assert_array_equal(whole.samples()[:, :2], parts[0].samples())
+    np.testing.assert_array_equal(whole.samples()[:, 2:], parts[1].samples())
+
+
+@pytest.mark.parametrize(("level", "window"), [(1.0, 1.0), (0.9, 0.01), (0.9, 100.0)])
+def test_intervals_refuse(level, window):
+    with pytest.raises(RecordingError, match=r"level: expected|window: expected"):
+        a_result().interval(level, window)
