@@ -367,8 +367,10 @@ def test_dye_agrees_with_a_fine_integration():
             c -= h * c / 0.2
     expected = torch.tensor(expected, dtype=torch.float64)
     trace = DyeBinding().fluorescence(counts, theta, frame_rate)
-    # dt/(2 τ_calcium) = 2.5 % would be first order; what is left is (h dt/τ_calcium)² = 1 %.
-    assert (trace - expected).abs().max() < 0.01 * expected.max()
+    # Within a spike's own frame the model averages over where it may be. Elsewhere dt/(2 τ_calcium) = 2.5 % would be
+    # first order, (h dt/τ_calcium)² = 1 % is second.
+    error = (trace - expected).abs()[counts == 0]
+    assert error.max() < 0.01 * expected.max(), error.max() / expected.max()
 
 
 def test_dye_stays_bound_between_none_and_all():

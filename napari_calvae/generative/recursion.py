@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 BLOCK = 32
 
 
-def linear_scan(a: Float[Tensor, "*a time"], b: Float[Tensor, "*b time"]) -> Float[Tensor, "*out time"]:
+def linear_scan(a: Float[Tensor, "*a #time"], b: Float[Tensor, "*b time"]) -> Float[Tensor, "*out time"]:
     """Solve x_t = a_t x_{t−1} + b_t with x_{−1} = 0.
 
     Neighbouring steps are merged pairwise until one is left, or until the merged factors vanish: a recursion that
