@@ -85,6 +85,10 @@ def main(
     ] = False,
 ) -> None:
     """Spike posteriors from calcium imaging."""
+    import logging
+
+    # What tifffile has to say of a damaged file is said by our own error.
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 @app.command()

@@ -61,7 +61,7 @@ def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
         with np.load(file, allow_pickle=False) as z:
             names = [name for name in z.files if name.startswith("spike_times_") and name[12:].isdigit()]
             times = {int(name[12:]): np.asarray(z[name], float) for name in names}
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise RecordingError(f"{file.name}: expected an .npz file of spike times, got another ({error}).") from error
     if not times:
         raise RecordingError(

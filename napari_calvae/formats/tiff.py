@@ -8,7 +8,9 @@ time.
 from __future__ import annotations
 
 import re
+import struct
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ PATTERNS = ("*.tif", "*.tiff")
 
 #: Bytes of a compressed movie that are decoded at a time.
 CHUNK_BYTES = 16 << 20
+#: What tifffile and the codecs raise for files that are cut short, damaged or of another kind.
+_DAMAGE = (tifffile.TiffFileError, ValueError, IndexError, KeyError, struct.error, zlib.error)
 _SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "us": 1e-6, "µs": 1e-6}
 _SECONDS |= {"min": 60.0, "minutes": 60.0, "h": 3600.0, "hours": 3600.0}
 
@@ -60,10 +64,12 @@ def read_movie(path: str | Path) -> tuple[Any, float | None]:
         step = max(CHUNK_BYTES // (pages.dtype.itemsize * pages.shape[1] * pages.shape[2]), 1)
         stack = da.from_array(pages, chunks=(step, -1, -1), asarray=False, name=False)
         movie = stack if pages.full_shape == pages.shape else stack.reshape(pages.full_shape)
-    except (tifffile.TiffFileError, ValueError, IndexError) as error:
-        hint = " Install imagecodecs." if "imagecodecs" in str(error) else " Save it again, for example with Fiji."
+    except RecordingError:
+        raise
+    except _DAMAGE as error:
         raise RecordingError(
-            f"{file.name}: expected a TIFF movie, got one that cannot be read ({error}).{hint}"
+            f"{file.name}: expected a TIFF movie, got one that cannot be read ({error}). "
+            "Save it again, for example with Fiji."
         ) from error
     return movie, pages.frame_rate
 
@@ -130,7 +136,14 @@ class _Pages:
         wanted = np.atleast_1d(pages).tolist()
         with self.lock, self.tiff.filehandle as handle:
             handle.open()
-            stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
+            try:
+                stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
+            except _DAMAGE as error:
+                hint = "Install imagecodecs" if "imagecodecs" in str(error) else "Copy or save it again"
+                raise RecordingError(
+                    f"{self.file.name}: expected a TIFF movie of {self.shape[0]} frames, got one of which frames "
+                    f"{wanted[0]} to {wanted[-1]} cannot be decoded ({error}). {hint}."
+                ) from error
         stack = stack.reshape(len(wanted), *self.shape[1:])
         return stack[(slice(None) if pages.ndim else 0, *rest)]
 

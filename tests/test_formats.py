@@ -1,0 +1,343 @@
+"""Files: what goes out comes back, what cannot be read is said plainly, and nothing is half-written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+
+import dask.array as da
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from test_recording import a_result
+
+from napari_calvae import formats
+from napari_calvae.formats import _files, read, read_labels, read_movie, read_spikes, write, write_arrays, write_movie
+from napari_calvae.recording import RecordingError
+
+VALUES = np.random.default_rng(0).random((3, 50)).astype(np.float32)
+
+
+def a_movie(n_frames=30):
+    return np.random.default_rng(0).integers(0, 4000, (n_frames, 12, 10)).astype(np.uint16)
+
+
+def test_every_format_says_what_it_reads():
+    for module in formats.FORMATS.values():
+        assert all(pattern.startswith("*.") for pattern in module.PATTERNS)
+        assert set(getattr(module, "SUFFIXES", ())) <= {pattern[1:] for pattern in module.PATTERNS}
+
+
+@pytest.mark.parametrize("name", ["values", "dff", "F"])
+def test_npz_and_h5_name_their_arrays(tmp_path, name):
+    arrays = {name: VALUES, "frame_rate": np.asarray(12.5), "roi_ids": np.array([4, 2, 9]), "t0": np.asarray(0.5)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    for file in ("a.npz", "a.h5"):
+        traces = read(tmp_path / file)
+        np.testing.assert_array_equal(traces.values, VALUES)
+        assert (traces.frame_rate, traces.roi_ids, traces.t0) == (12.5, (4, 2, 9), 0.5)
+        assert traces.unit == ("raw" if name == "F" else "dff")
+    assert read(tmp_path / "a.npz", frame_rate=20.0, unit="raw").frame_rate == 20
+    assert read(tmp_path / "a.npz", unit="raw").unit == "raw"
+
+
+def test_npz_and_h5_may_state_the_unit(tmp_path):
+    np.savez(tmp_path / "a.npz", values=VALUES, frame_rate=10, unit="raw")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["values"] = VALUES
+        file.attrs.update(frame_rate=10.0, unit="raw")
+    assert read(tmp_path / "a.npz").unit == read(tmp_path / "a.hdf5").unit == "raw"
+
+
+def test_npy_needs_a_frame_rate(tmp_path):
+    np.save(tmp_path / "a.npy", VALUES)
+    np.testing.assert_array_equal(read(tmp_path / "a.npy", 30.0).values, VALUES)
+    with pytest.raises(RecordingError, match=r"frame_rate: expected.*got none"):
+        read(tmp_path / "a.npy")
+
+
+def write_csv(path, header, rows, delimiter=","):
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file, delimiter=delimiter)
+        table.writerow(header)
+        table.writerows(rows)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("time", 1), ("Time (s)", 1), ("t", 1), ("time_ms", 1000), ("Time [ms]", 1000)]
+)
+def test_csv_reads_its_clock(tmp_path, delimiter, name, scale):
+    times = 3 + np.arange(50) / 12.5
+    write_csv(tmp_path / "a.csv", [name, "roi_7", "roi_3", "roi_12"], np.c_[times * scale, VALUES.T], delimiter)
+    traces = read(tmp_path / "a.csv")
+    np.testing.assert_allclose(traces.values, VALUES, rtol=1e-6)
+    assert traces.frame_rate == pytest.approx(12.5)
+    assert traces.t0 == pytest.approx(3)
+    assert traces.roi_ids == (7, 3, 12)
+
+
+def test_csv_from_pandas_without_clock_and_with_gaps(tmp_path):
+    rows = [[k, *row] for k, row in enumerate(VALUES.T.tolist())]
+    rows[4][2] = ""
+    write_csv(tmp_path / "a.csv", ["", "0", "1", "2"], rows)
+    traces = read(tmp_path / "a.csv", 30.0)
+    expected = np.ones((3, 50), bool)
+    expected[1, 4] = False
+    np.testing.assert_array_equal(traces.valid, expected)
+    assert traces.roi_ids == (0, 1, 2)
+    write_csv(tmp_path / "b.csv", ["left", "right", "both"], VALUES.T)
+    assert read(tmp_path / "b.csv", 30.0).roi_ids == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "0.1,0.2\n0.3,0.4\n", r"a\.csv: expected a header.*got numbers in the first line"),
+        ("a.csv", "a,b\n1,2\n3\n", r"a\.csv, line 3: expected 2 columns as in the header, got 1"),
+        ("a.csv", "a,b\n1,2\n3,x\n", r"a\.csv, line 3: expected numbers"),
+        ("a.csv", "a,b\n", "expected a header and at least one frame, got 1 lines"),
+        ("a.csv", "time,a\n0,1\n1,1\n2,1\n9,1\n", r"evenly spaced frames, got a step of 7 s.*after 2 s.*empty cells"),
+        ("a.csv", "time,a\n0,1\n0,1\n", "time column that rises"),
+        ("a.csv", "time\n0\n1\n", r"expected one column per ROI, got the columns \['time'\]"),
+        ("a.csv", "roi,frame,rate\n1,0,0\n", r"expected traces.*got a table of results"),
+        ("a.csv", b"\xff\xfe\x00\x81", "expected a text table, got binary data"),
+        ("a.npy", b"junk", r"a\.npy: expected a NumPy file of plain numbers"),
+        ("a.npz", b"junk", r"a\.npz: expected a NumPy file of plain numbers"),
+        ("a.npy", b"", r"a\.npy: expected a NumPy file of plain numbers"),
+        ("a.h5", b"junk", r"expected traces in one of the formats \*\.npy, \*\.npz, \*\.csv"),
+        ("a.xyz", b"junk", r"a\.xyz: expected traces in one of the formats.*Movies \(\.tif\) need a label image"),
+    ],
+)
+def test_unreadable_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecordingError, match=message):
+        read(tmp_path / name, 30.0)
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
+    (tmp_path / "b.npy").write_bytes(pickle.dumps([1, 2]))
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(RecordingError, match="pickled objects are never loaded"):
+            read(tmp_path / name, 30.0)
+
+
+def test_tables_that_hold_something_else(tmp_path):
+    np.savez(tmp_path / "a.npz", spks=VALUES)
+    with pytest.raises(RecordingError, match=r"named values or dff or F, got \['spks'\]"):
+        read(tmp_path / "a.npz", 30.0)
+    np.savez(tmp_path / "b.npz", dff=VALUES, frame_rate=[30.0, 20.0])
+    with pytest.raises(RecordingError, match="expected one frame_rate for all ROIs, got 2 values"):
+        read(tmp_path / "b.npz")
+    with pytest.raises(FileNotFoundError, match="expected a file, found nothing there"):
+        read(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+def test_results_come_back(tmp_path, suffix):
+    result, path = a_result(), tmp_path / f"spikes{suffix}"
+    write(result, path)
+    traces = read(path)
+    np.testing.assert_array_equal(traces.values, result.traces.values)
+    assert (traces.frame_rate, traces.roi_ids, traces.t0) == (10, (5, 6), 2.0)
+    if suffix == ".npz":
+        with np.load(path, allow_pickle=False) as z:
+            stored = {name: z[name] for name in z.files}
+        provenance = json.loads(str(stored["provenance"]))
+    else:
+        with h5py.File(path) as file:
+            stored = {name: file[name][()] for name in file}
+            provenance = json.loads(file.attrs["provenance"])
+    np.testing.assert_array_equal(stored["rate"], result.rate)
+    np.testing.assert_array_equal(stored["events_frame"], result.events["frame"])
+    np.testing.assert_array_equal(stored["reconstruction_std"], result.reconstruction_std)
+    np.testing.assert_array_equal(stored["theta_amplitude"], result.theta["amplitude"])
+    np.testing.assert_array_equal(stored["quality_explained"], result.quality["explained"])
+    np.testing.assert_allclose(stored["interval"], result.interval(0.9, 1.0), rtol=1e-6)
+    np.testing.assert_array_equal(stored["interval_edges"], result.window_edges(1.0))
+    assert provenance["inference"] == {"seed": 0, "array": [0, 1]}
+
+
+def test_results_as_text(tmp_path):
+    result = a_result(n_frames=45)
+    write(result, tmp_path / "a.csv")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.csv", "a.events.csv", "a.rois.csv", "a.provenance.json"}
+    rows = list(csv.DictReader(open_text(tmp_path / "a.csv")))
+    assert len(rows) == 2 * 45
+    np.testing.assert_allclose([float(r["rate"]) for r in rows[45:]], result.rate[1], rtol=1e-5)
+    assert [r["roi"] for r in rows[::45]] == ["5", "6"]
+    assert float(rows[1]["time_s"]) == pytest.approx(2.1)
+    low = [float(r["count_low"]) for r in rows[:40]]
+    np.testing.assert_allclose(low, np.repeat(result.interval()[0, 0], 10))
+    assert rows[44]["count_low"] == ""
+    events = list(csv.DictReader(open_text(tmp_path / "a.events.csv")))
+    assert sum(int(e["count"]) for e in events) == result.events["count"].sum()
+    rois = list(csv.DictReader(open_text(tmp_path / "a.rois.csv")))
+    assert float(rois[1]["theta_amplitude"]) == pytest.approx(result.theta["amplitude"][1])
+
+
+def open_text(path):
+    return path.read_text().splitlines()
+
+
+def test_results_too_short_for_an_interval_do_without(tmp_path):
+    for name in ("a.npz", "a.csv"):
+        write(a_result(n_frames=5), tmp_path / name)
+    with np.load(tmp_path / "a.npz") as z:
+        assert "interval" not in z.files
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.csv"])
+def test_files_are_replaced_only_when_told_and_only_whole(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"exists already.*--overwrite"):
+        write(a_result(), path)
+    module = formats.writer_of(path)
+
+    def broken(result):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "provenance_json", broken)
+        with pytest.raises(OSError, match="disk full"):
+            write(a_result(), path, overwrite=True)
+    assert path.read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    write(a_result(), path, overwrite=True)
+    assert path.read_bytes()[:8] != b"precious"
+
+
+def test_where_results_cannot_go(tmp_path):
+    with pytest.raises(RecordingError, match=r"name that ends in \.npz, \.csv, \.h5, \.hdf5, got 'a.mat'"):
+        write(a_result(), tmp_path / "a.mat")
+    with pytest.raises(FileNotFoundError, match="expected an existing folder"):
+        write(a_result(), tmp_path / "none" / "a.npz")
+    (tmp_path / "b.npz").mkdir()
+    with pytest.raises(IsADirectoryError, match="got a folder"):
+        write(a_result(), tmp_path / "b.npz")
+
+
+def test_spikes_are_read_by_roi(tmp_path):
+    write_arrays({"spike_times_3": np.array([0.5, 1.0]), "counts": np.zeros(3)}, tmp_path / "s.npz")
+    assert {roi: times.tolist() for roi, times in read_spikes(tmp_path / "s.npz").items()} == {3: [0.5, 1.0]}
+    write_arrays({"counts": np.zeros(3)}, tmp_path / "t.npz")
+    with pytest.raises(RecordingError, match="expected arrays spike_times_<ROI id>"):
+        read_spikes(tmp_path / "t.npz")
+    np.save(tmp_path / "u.npy", np.zeros(3))
+    with pytest.raises(RecordingError, match=r"u\.npy: expected an \.npz file of spike times"):
+        read_spikes(tmp_path / "u.npy")
+
+
+def test_movies_are_opened_not_loaded(tmp_path):
+    movie = a_movie()
+    tifffile.imwrite(tmp_path / "plain.tif", movie, imagej=True, metadata={"axes": "TYX", "finterval": 0.05})
+    write_movie(movie, tmp_path / "packed.tif", 20.0)
+    np.save(tmp_path / "array.npy", movie)
+    kinds = {"plain.tif": np.memmap, "packed.tif": da.Array, "array.npy": np.memmap}
+    for name, kind in kinds.items():
+        opened, rate = read_movie(tmp_path / name)
+        assert isinstance(opened, kind)
+        assert rate == (None if name == "array.npy" else pytest.approx(20.0))
+        np.testing.assert_array_equal(np.asarray(opened), movie)
+        np.testing.assert_array_equal(np.asarray(opened[3:20:4, 2:5, 1]), movie[3:20:4, 2:5, 1])
+        np.testing.assert_array_equal(np.asarray(opened[7]), movie[7])
+        assert formats.is_movie(tmp_path / name)
+
+
+def test_a_packed_movie_is_read_in_pieces_by_many_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr("napari_calvae.formats.tiff.CHUNK_BYTES", 12 * 10 * 2 * 4)
+    movie = a_movie(203)
+    write_movie(movie, tmp_path / "a.tif", 20.0)
+    opened, _ = read_movie(tmp_path / "a.tif")
+    assert opened.chunks[0][:2] == (4, 4)
+    np.testing.assert_array_equal(opened.compute(scheduler="threads", num_workers=8), movie)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(opened))[5].compute(), movie[5])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"imagej": True, "metadata": {"finterval": 50.0, "tunit": "ms"}}, 20.0),
+        ({"imagej": True, "metadata": {"finterval": 0.0}}, None),
+        ({"imagej": True, "metadata": {"fps": 7.0}}, None),  # ImageJ's speed of playback
+        ({"ome": True, "metadata": {"axes": "TYX", "TimeIncrement": 0.1}}, 10.0),
+        ({"ome": True, "metadata": {"axes": "TYX", "TimeIncrement": 125, "TimeIncrementUnit": "ms"}}, 8.0),
+        ({"ome": True, "metadata": {"axes": "TYX"}}, None),
+        ({"metadata": {"frame_rate": 15.0}}, 15.0),
+        ({"metadata": None, "software": "SI.VERSION_MAJOR = 5\nSI.hRoiManager.scanFrameRate = 30.02"}, 30.02),
+        (
+            {
+                "metadata": None,
+                "software": "SI.hScan2D.logAverageFactor = 3\nSI.hRoiManager.scanFrameRate = 30",
+            },
+            10.0,
+        ),
+        ({"metadata": None, "description": "state.acq.frameRate=4.5\rstate.acq.x=1"}, 4.5),
+        ({"metadata": None}, None),
+    ],
+)
+def test_the_frame_rate_is_read_not_guessed(tmp_path, options, expected):
+    tifffile.imwrite(tmp_path / "a.tif", a_movie(), photometric="minisblack", compression="zlib", **options)
+    movie, rate = read_movie(tmp_path / "a.tif")
+    assert movie.shape == (30, 12, 10)
+    assert rate == (None if expected is None else pytest.approx(expected))
+
+
+def test_movies_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"junk")
+    with pytest.raises(RecordingError, match=r"a\.tif: expected a TIFF movie, got one that cannot be read"):
+        read_movie(tmp_path / "a.tif")
+    write_movie(a_movie(), tmp_path / "b.tif", 20.0)
+    (tmp_path / "c.tif").write_bytes((tmp_path / "b.tif").read_bytes()[:300])
+    with pytest.raises(RecordingError, match=r"c\.tif: expected a TIFF movie"):
+        read_movie(tmp_path / "c.tif")
+    tifffile.imwrite(tmp_path / "d.tif", np.zeros((5, 12, 10, 3), np.uint8), photometric="rgb", compression="zlib")
+    with pytest.raises(RecordingError, match=r"d\.tif: expected one grey image per frame"):
+        read_movie(tmp_path / "d.tif")
+    (tmp_path / "e.avi").write_bytes(b"junk")
+    with pytest.raises(RecordingError, match=r"expected a movie in one of the formats \*\.tif, \*\.tiff, \*\.npy"):
+        read_movie(tmp_path / "e.avi")
+    with pytest.raises(FileNotFoundError, match="found nothing there"):
+        read_movie(tmp_path / "f.tif")
+
+
+def test_channels_come_as_they_are(tmp_path):
+    movie = np.zeros((7, 2, 12, 10), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", movie, imagej=True, compression="zlib", metadata={"axes": "TCYX"})
+    assert read_movie(tmp_path / "a.tif")[0].shape == (7, 2, 12, 10)
+
+
+def test_label_images(tmp_path):
+    labels = np.arange(120).reshape(12, 10) % 5
+    write_movie(labels.astype(np.uint16), tmp_path / "a.tif", None)
+    tifffile.imwrite(tmp_path / "b.tif", labels.astype(np.float32))
+    np.save(tmp_path / "c.npy", labels[None])
+    for name in ("a.tif", "b.tif", "c.npy"):
+        read_back = read_labels(tmp_path / name)
+        assert read_back.dtype.kind in "iu"
+        np.testing.assert_array_equal(read_back, labels)
+
+
+def test_units_stored_as_bytes_are_understood(tmp_path):
+    arrays = {"values": VALUES, "frame_rate": np.array(9.0), "unit": np.bytes_("raw")}
+    assert _files.traces_of(arrays, tmp_path).unit == "raw"
+
+
+def test_damage_in_the_middle_of_a_movie_is_said_when_it_is_met(tmp_path):
+    write_movie(a_movie(), tmp_path / "a.tif", 20.0)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        offset = tiff.pages[20].dataoffsets[0]
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[offset : offset + 40] = bytes(40)
+    (tmp_path / "a.tif").write_bytes(data)
+    movie, _ = read_movie(tmp_path / "a.tif")
+    movie[:20].compute()
+    with pytest.raises(RecordingError, match=r"a\.tif: expected a TIFF movie of 30 frames, got one of which frames 20"):
+        movie[20].compute()
