@@ -109,6 +109,27 @@ def test_elbo_gradient_is_that_of_the_enumerated_bound(n_samples):
     assert (grad_theta - by_theta).abs().max() < 1e-6 * (1 + by_theta.abs().max())
 
 
+def test_vimco_baseline_is_the_geometric_mean_of_the_others():
+    """Any baseline that leaves the sample out passes enumeration; this one is the paper's, written as a loop."""
+    generator = torch.Generator().manual_seed(0)
+    log_p, log_q = torch.randn(2, 4, 1, generator=generator, dtype=torch.float64).unbind()
+    log_q.requires_grad_()
+    (gradient,) = torch.autograd.grad(-vimco(log_p, log_q), log_q)
+    w = [math.exp(float(x)) for x in (log_p - log_q).detach()[:, 0]]
+    for k in range(4):
+        others = [w[j] for j in range(4) if j != k]
+        without = math.log((sum(others) + math.prod(others) ** (1 / 3)) / 4)
+        expected = math.log(sum(w) / 4) - without - w[k] / sum(w)
+        assert float(gradient[k, 0]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_elbo_baseline_is_the_mean_of_the_others():
+    log_p, log_q = torch.tensor([[1.0], [2.0], [6.0]]), torch.zeros(3, 1, requires_grad=True)
+    (gradient,) = torch.autograd.grad(-elbo(log_p, log_q), log_q)
+    # Learning signals −3, −1.5 and 4.5, less the one of the pathwise term, over three samples.
+    assert torch.allclose(gradient[:, 0], torch.tensor([-4.0, -2.5, 3.5]) / 3)
+
+
 def test_iwae_tightens_with_samples_up_to_the_evidence():
     toy = Toy(1)
     evidence = float(torch.logsumexp(toy.log_p(toy.theta), 0))
