@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 from qtpy.QtCore import QEvent, QObject, Qt, QTimer
@@ -17,16 +18,25 @@ class DockManners(QObject):
         The widget, before it is docked.
     height
         Height (pixels) that it asks for.
-    stop
-        Called when the window is about to close.
+    leave, stay
+        Called when the window is asked to close, and when it was decided to keep it open.
     gone
-        Called when the dock was closed, which takes the widget out of it, or the window is gone.
+        Called when the dock was closed, which takes the widget out of it.
     """
 
-    def __init__(self, widget: QWidget, height: int, stop: Callable[[], None], gone: Callable[[], None]):
+    def __init__(
+        self,
+        widget: QWidget,
+        height: int,
+        *,
+        leave: Callable[[], None],
+        stay: Callable[[], None],
+        gone: Callable[[], None],
+    ):
         super().__init__(widget)
-        self._widget, self._height, self._stop, self._gone = widget, height, stop, gone
-        self._window: QMainWindow | None = None
+        self._widget, self._height = widget, height
+        self._leave, self._stay, self._gone = leave, stay, gone
+        self._seen: weakref.ref[QMainWindow] | None = None  # weak: the window must not live on for our sake
         widget.installEventFilter(self)
 
     def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802 - Qt's name
@@ -38,17 +48,18 @@ class DockManners(QObject):
             elif kind == QEvent.Type.Close:
                 self._gone()
         elif kind == QEvent.Type.Close:
-            self._stop()
-            QTimer.singleShot(0, self._on_window_closed)
+            self._leave()
+            QTimer.singleShot(0, self._on_window_asked)
         return False
 
     def _on_moved(self) -> None:
         dock, window = self._widget.parent(), self._widget.window()
-        if dock is None and self._window is not None:
-            self._window.removeEventFilter(self)
+        if dock is None and self._seen is not None:
+            if (seen := self._seen()) is not None:
+                seen.removeEventFilter(self)
             self._gone()
-        elif self._window is None and isinstance(dock, QDockWidget) and isinstance(window, QMainWindow):
-            self._window = window
+        elif self._seen is None and isinstance(dock, QDockWidget) and isinstance(window, QMainWindow):
+            self._seen = weakref.ref(window)
             window.installEventFilter(self)
             self._settle(dock, window)
 
@@ -59,6 +70,7 @@ class DockManners(QObject):
             window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)
         window.resizeDocks([dock], [self._height], Qt.Orientation.Vertical)
 
-    def _on_window_closed(self) -> None:
-        if self._window is not None and not self._window.isVisible():
-            self._gone()
+    def _on_window_asked(self) -> None:
+        window = self._seen() if self._seen is not None else None
+        if window is not None and window.isVisible():
+            self._stay()

@@ -36,7 +36,7 @@ class InferenceWidget(QWidget):
     def __init__(self, napari_viewer: Viewer):
         super().__init__()
         self._viewer = napari_viewer
-        self._closed = False
+        self._closed = self._attached = False
         self._requests, self._batches = answers.Requests(), answers.Requests()
         self._results = answers.Results()
         self._asked: tuple[int, tuple] | None = None
@@ -54,12 +54,11 @@ class InferenceWidget(QWidget):
         self._clicked, self._batch = Worker(self), Worker(self)
         self._reader = picking.RoiReader()
         self._outline = picking.Outline(napari_viewer)
-        self._clicks = picking.Clicks(napari_viewer, self.pick)
-        self._manners = DockManners(self, HEIGHT, stop=self._stop_working, gone=self.close_down)
+        self._manners = DockManners(self, HEIGHT, leave=self.detach, stay=self.attach, gone=self.close_down)
         self._connect()
         self._on_theme()
-        self._on_layers()
         self.controls.say("Click a ROI to see its spikes.")
+        self._on_layers()
         self._clicked.start(answers.iter_ready())
 
     def _connect(self) -> None:
@@ -74,8 +73,7 @@ class InferenceWidget(QWidget):
         self._batch.message.connect(self._on_batch_message)
         self._batch.idle.connect(lambda: self.controls.set_running(False))
         QApplication.instance().aboutToQuit.connect(self.close_down)
-        for event, slot in self._viewer_slots():
-            event.connect(slot)
+        self.attach()
 
     def _viewer_slots(self) -> list[tuple]:
         layers, viewer = self._viewer.layers.events, self._viewer
@@ -246,13 +244,14 @@ class InferenceWidget(QWidget):
     # What is shown
 
     def _show(self, picture: calvae.SpikeInference) -> None:
-        roi, layer = picture.roi_ids[0], self.controls.rois.currentData()
+        roi, layer, movie = picture.roi_ids[0], self.controls.rois.currentData(), self.movie
         if isinstance(layer, Labels):
             layer.selected_label = roi
         device = answers.device_of(picture)
         if device:
             self.controls.device.setText(f"on {device}")
-        self._outline.show(self._reader.read(layer, self.movie)[1] == roi, self.movie)
+        if layer is not None and movie is not None:
+            self._outline.show(self._reader.read(layer, movie)[1] == roi, movie)
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self._on_slider()
         self.controls.say(
@@ -301,21 +300,36 @@ class InferenceWidget(QWidget):
         theme = get_theme(self._viewer.theme)
         self.plots.set_palette(Palette.on(theme.background.as_hex(), theme.text.as_hex()))
 
+    def attach(self) -> None:
+        """Listen to the viewer."""
+        if self._attached:
+            return
+        self._attached = True
+        self._clicks = picking.Clicks(self._viewer, self.pick)
+        for event, slot in self._viewer_slots():
+            event.connect(slot)
+
+    def detach(self) -> None:
+        """Stop all work and wait for its end, let go of the viewer."""
+        if not self._attached:
+            return
+        self._attached = False
+        self._clicks.close()
+        for event, slot in self._viewer_slots():
+            event.disconnect(slot)
+        self._requests.new()
+        self._batches.new()
+        self._clicked.close()
+        self._batch.close()
+        self.controls.set_running(False)
+
     def close_down(self) -> None:
-        """Stop all work, let go of the viewer and of the graphics; the widget is of no use afterwards."""
+        """Leave nothing behind; the widget is of no use afterwards."""
         if self._closed:
             return
         self._closed = True
         QApplication.instance().aboutToQuit.disconnect(self.close_down)
-        self._clicks.close()
-        for event, slot in self._viewer_slots():
-            event.disconnect(slot)
-        self._clicked.close()
-        self._batch.close()
+        self.detach()
         self._outline.remove()
         self.plots.dispose()
         self.deleteLater()
-
-    def _stop_working(self) -> None:
-        self._clicked.stop()
-        self._batch.stop()

@@ -1,0 +1,91 @@
+"""A small movie with three cells, a viewer that shows it, real mouse events, and a stand-in for the slow network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from plugin_helpers import CENTRES, FRAME_RATE, Mouse, Network
+
+import napari_calvae as calvae
+
+
+@pytest.fixture
+def network(monkeypatch) -> Network:
+    stand_in = Network()
+    for name, value in {
+        "iter_infer": stand_in.iter_infer,
+        "infer": stand_in.infer,
+        "models": lambda: {"universal": None},
+    }.items():
+        monkeypatch.setitem(vars(calvae), name, value)  # not setattr: that would fetch the real one, and torch
+    return stand_in
+
+
+@pytest.fixture(scope="session")
+def labels() -> np.ndarray:
+    y, x = np.mgrid[:40, :40]
+    image = np.zeros((40, 40), np.int32)
+    for roi, (cy, cx) in CENTRES.items():
+        image[(y - cy) ** 2 + (x - cx) ** 2 <= 16] = roi
+    return image
+
+
+@pytest.fixture(scope="session")
+def movie(labels) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    frames = rng.normal(100, 3, (400, 40, 40))
+    for roi in CENTRES:
+        spikes = rng.random(400) < 0.03
+        signal = np.convolve(spikes, np.exp(-np.arange(60) / 12))[:400]
+        frames[:, labels == roi] += 60 * signal[:, None]
+    return frames.clip(0).astype(np.uint16)
+
+
+@pytest.fixture
+def viewer(make_napari_viewer):
+    viewer = make_napari_viewer(show=True, strict_qt="raise")
+    viewer.window.resize(1100, 800)
+    return viewer
+
+
+@pytest.fixture
+def show_movie(viewer, movie, labels) -> Callable:
+    """Add the movie and its label image; options go to the image layer."""
+
+    def show(data=None, rois=labels, **options):
+        options = {"scale": (1 / FRAME_RATE, 1, 1), "metadata": {"frame_rate": FRAME_RATE}} | options
+        image = viewer.add_image(movie if data is None else data, name="movie", **options)
+        if rois is not None:
+            viewer.add_labels(rois.copy(), name="ROIs")
+        return image
+
+    return show
+
+
+@pytest.fixture
+def open_widget(viewer, qtbot) -> Callable:
+    """Open the dock widget and wait until it is ready."""
+    from napari_calvae._napari.inference_widget import InferenceWidget
+
+    opened = []
+
+    def open_one():
+        widget = InferenceWidget(viewer)
+        viewer.window.add_dock_widget(widget, name="spike inference", area="bottom")
+        viewer.reset_view()
+        qtbot.waitUntil(lambda: not widget._clicked.busy, timeout=60_000)
+        opened.append(widget)
+        return widget
+
+    yield open_one
+    for widget in opened:
+        if widget._attached:
+            widget.close_down()
+
+
+@pytest.fixture
+def canvas(viewer, qtbot):
+    """Mouse on the canvas, in (y, x) pixels of the movie."""
+    return Mouse(viewer, qtbot)
