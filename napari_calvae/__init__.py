@@ -25,6 +25,8 @@ _HOME = {
     "load_model": "vae",
     "models": "vae",
     "read": "formats",
+    "read_labels": "formats",
+    "read_movie": "formats",
     "simulate": "simulation",
     "write": "formats",
 }
@@ -33,7 +35,7 @@ __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
     from napari_calvae.fitting import fit, iter_fit
-    from napari_calvae.formats import read, write
+    from napari_calvae.formats import read, read_labels, read_movie, write
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.preprocess import extract, iter_extract
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces

@@ -140,6 +140,8 @@ def iter_ready(number: int = 0) -> Iterator[Message]:
     """Load what the first click would have to wait for, and tell what there is."""
     try:
         names = tuple(calvae.models())
+        if not names:
+            raise calvae.RecordingError("Model: expected a trained model in the package, got none. Install it again.")
         yield Ready(names, "")
         wave = np.sin(np.linspace(0, 20, 128)) + np.linspace(0, 1, 128)
         result = calvae.infer(calvae.Traces(wave, frame_rate=30.0), model=names[0], n_samples=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from napari.layers import Image, Labels
+from napari.layers import Labels
 from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
@@ -14,6 +14,7 @@ from qtpy.QtWidgets import QApplication, QHBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, picking, session
+from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import Controls
 from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.plots import Palette, PosteriorPlots
@@ -42,8 +43,6 @@ class InferenceWidget(QWidget):
         self._asked: tuple[int, tuple] | None = None
         self._batch_key: tuple = ()
         self._batch_began = 0.0
-        self._rates = picking.FrameRates()
-        self._data: object = None
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
         layout = QHBoxLayout(self)
@@ -52,7 +51,7 @@ class InferenceWidget(QWidget):
         layout.addWidget(self.plots, 1)
         self.setMinimumHeight(HEIGHT)
         self._clicked, self._batch = Worker(self), Worker(self)
-        self._reader = picking.RoiReader()
+        self.choices = Choices(self.controls)
         self._outline = picking.Outline(napari_viewer)
         self._manners = DockManners(self, HEIGHT, leave=self.detach, stay=self.attach, gone=self.close_down)
         self._connect()
@@ -85,84 +84,41 @@ class InferenceWidget(QWidget):
             (viewer.events.theme, self._on_theme),
         ]
 
-    # What is chosen
-
-    @property
-    def movie(self) -> Image | None:
-        """The chosen movie."""
-        return self.controls.movie.currentData()
-
-    @property
-    def clock(self) -> session.Clock | None:
-        """Time of the chosen movie, if its frame rate is known."""
-        movie, rate = self.movie, self._frame_rate()
-        if movie is None or rate.hz is None or movie.ndim != 3:
-            return None
-        return session.Clock(rate.hz, movie.data.shape[0], float(movie.scale[0]), float(movie.translate[0]))
-
-    def _frame_rate(self) -> session.FrameRate:
-        movie = self.movie
-        if movie is None:
-            return session.FrameRate(None, "")
-        return self._rates.of(movie)
-
-    def _settings(self) -> answers.Settings:
-        if self.movie is None:
-            raise calvae.RecordingError(
-                "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
-            )
-        session.check_movie(self.movie.data.shape, self.movie.rgb)
-        rate = self._frame_rate()
-        hz = session.typed_frame_rate("") if rate.hz is None else rate.hz
-        return self.controls.settings(hz)
-
-    def _rois(self) -> tuple[tuple, np.ndarray, calvae.RoiMasks]:
-        """Key of the results that hold for the present choices, the label image and the masks."""
-        settings, movie, layer = self._settings(), self.movie, self.controls.rois.currentData()
-        if layer is None:
-            raise calvae.RecordingError(
-                "ROIs: expected a Labels or Shapes layer, got none. Add one, or tick “click places a disc”."
-            )
-        if movie.data is not self._data:
-            self._data, self._results = movie.data, answers.Results()
-        mark, labels, masks = self._reader.read(layer, movie)
-        return (mark, id(movie), settings), labels, masks
-
     # Picking and inferring
 
     def pick(self, position: np.ndarray) -> None:
         """Do what a click at this world position asks for."""
         try:
-            self._settings()
-            place = np.asarray(self.movie.world_to_data(position))[-2:]
-            inside = all(-0.5 <= p < n - 0.5 for p, n in zip(place, self.movie.data.shape[-2:], strict=True))
+            self.choices.settings()
+            place = np.asarray(self.choices.movie.world_to_data(position))[-2:]
+            inside = all(-0.5 <= p < n - 0.5 for p, n in zip(place, self.choices.frames.shape[-2:], strict=True))
             if not inside:
                 return
             roi = self._roi_at(place)
             if roi is None and self.controls.place.isChecked():
-                layer = self.controls.rois.currentData()
+                layer = self.choices.roi_layer
                 layer = layer if isinstance(layer, Labels) else None
-                layer = picking.add_disc(self._viewer, layer, self.movie, place, self.controls.diameter.value())
+                layer = picking.add_disc(self._viewer, layer, self.choices.movie, place, self.controls.diameter.value())
                 self.controls.choose_rois(layer)
                 roi = layer.selected_label
             if roi is None:
-                self.controls.say("No ROI here. Click one, or tick “click places a disc”.")
+                self.controls.say("No ROI here. Click one, or tick “click adds a disc”.")
                 return
             self.ask(roi)
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
 
     def _roi_at(self, place: np.ndarray) -> int | None:
-        layer = self.controls.rois.currentData()
+        layer = self.choices.roi_layer
         if layer is None or (isinstance(layer, Labels) and not np.any(layer.data)):
             if self.controls.place.isChecked():
                 return None
-            self._rois()
-        return session.roi_at(self._reader.read(layer, self.movie)[1], place)
+            self.choices.rois()
+        return session.roi_at(self.choices.reader.read(layer, self.choices.movie)[1], place)
 
     def ask(self, roi: int) -> None:
         """Show the posterior of a ROI: at once if it is known, else as soon as it has been inferred."""
-        key, _, masks = self._rois()
+        key, _, masks = self.choices.rois()
         number = self._requests.new()
         self.picked_roi = roi
         known = self._results.get(key, roi)
@@ -173,19 +129,19 @@ class InferenceWidget(QWidget):
         settings: answers.Settings = key[-1]
         self._asked = number, key
         self.controls.say(f"ROI {roi}: reading and inferring …")
-        request = answers.Request(number, self.movie.data, masks, (roi,), settings)
+        request = answers.Request(number, self.choices.frames, masks, (roi,), settings)
         self._clicked.start(answers.iter_answers(request))
 
     def infer_all(self) -> None:
         """Infer all ROIs that are not known yet."""
         try:
-            key, _, masks = self._rois()
+            key, _, masks = self.choices.rois()
             wanted = tuple(roi for roi in masks.ids if roi not in self._results.known(key))
             if not wanted:
                 self.controls.say(f"All {len(masks)} ROIs are inferred already: click any of them.")
                 return
             self._batch_key, self._batch_began = key, time.monotonic()
-            request = answers.Request(self._batches.new(), self.movie.data, masks, wanted, key[-1])
+            request = answers.Request(self._batches.new(), self.choices.frames, masks, wanted, key[-1])
             self.controls.set_running(True)
             self._batch.start(answers.iter_answers(request))
         except (calvae.RecordingError, ValueError) as error:
@@ -230,7 +186,7 @@ class InferenceWidget(QWidget):
 
     def _still_holds(self, key: tuple) -> bool:
         try:
-            return self._rois()[0] == key
+            return self.choices.rois()[0] == key
         except (calvae.RecordingError, ValueError):
             return False
 
@@ -244,14 +200,14 @@ class InferenceWidget(QWidget):
     # What is shown
 
     def _show(self, picture: calvae.SpikeInference) -> None:
-        roi, layer, movie = picture.roi_ids[0], self.controls.rois.currentData(), self.movie
+        roi, layer, movie = picture.roi_ids[0], self.choices.roi_layer, self.choices.movie
         if isinstance(layer, Labels):
             layer.selected_label = roi
         device = answers.device_of(picture)
         if device:
             self.controls.device.setText(f"on {device}")
         if layer is not None and movie is not None:
-            self._outline.show(self._reader.read(layer, movie)[1] == roi, movie)
+            self._outline.show(self.choices.reader.read(layer, movie)[1] == roi, movie)
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self._on_slider()
         self.controls.say(
@@ -268,9 +224,9 @@ class InferenceWidget(QWidget):
         self.controls.set_layers(picking.movies(self._viewer), picking.roi_layers(self._viewer))
 
     def _on_layers_chosen(self) -> None:
-        rate = self._frame_rate()
+        rate = self.choices.frame_rate()
         self.controls.show_frame_rate(rate)
-        if self.movie is not None and rate.hz is None:
+        if self.choices.movie is not None and rate.hz is None:
             self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
 
     def _on_frame_rate_typed(self, text: str) -> None:
@@ -280,19 +236,19 @@ class InferenceWidget(QWidget):
             self.controls.show_frame_rate(session.FrameRate(None, "unknown"))
             self._fail(str(error))
             return
-        if self.movie is not None:
-            self._rates.type(self.movie, hz)
-            self.controls.show_frame_rate(self._frame_rate())
+        if self.choices.movie is not None:
+            self.choices.type_frame_rate(hz)
+            self.controls.show_frame_rate(self.choices.frame_rate())
             self.controls.say("Click a ROI to see its spikes.")
             self._again()
 
     def _on_slider(self, *_: object) -> None:
-        clock = self.clock
+        clock = self.choices.clock
         if clock is not None and self._viewer.dims.ndim >= 3:
             self.plots.set_cursor(clock.seconds(self._viewer.dims.point[self._viewer.dims.ndim - 3]))
 
     def _on_moment_picked(self, seconds: float) -> None:
-        clock = self.clock
+        clock = self.choices.clock
         if clock is not None:
             self._viewer.dims.set_point(self._viewer.dims.ndim - 3, clock.point(seconds))
 
