@@ -86,12 +86,17 @@ def read_labels(path: str | Path) -> np.ndarray:
 
 
 def write_movie(movie: np.ndarray, path: str | Path, frame_rate: float | None, overwrite: bool = False) -> Path:
-    """Write a (time, y, x) movie, or a (y, x) image without frame rate, as a compressed TIFF that ImageJ can read."""
+    """Write a (time, y, x) movie or a (y, x) image as a compressed TIFF that ImageJ can read."""
     target = check_output(path, overwrite)
-    metadata = {"axes": "TYX", "finterval": 1 / frame_rate, "tunit": "s"} if frame_rate else {"axes": "YX"}
+    clock = {"finterval": 1 / frame_rate, "tunit": "s"} if frame_rate else {}
     with whole_files(target) as (temporary,):
         tifffile.imwrite(
-            temporary, movie, imagej=True, compression="zlib", compressionargs={"level": 9}, metadata=metadata
+            temporary,
+            movie,
+            imagej=True,
+            compression="zlib",
+            compressionargs={"level": 9},
+            metadata={"axes": "TYX"[-movie.ndim :], **clock},
         )
     return target
 

@@ -1,0 +1,252 @@
+"""The command line: what it writes, and one clear line where it cannot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import types
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import napari_calvae
+from napari_calvae.cli import app
+from napari_calvae.formats import read, read_movie, write_movie
+from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.recognition import NETWORKS
+from napari_calvae.recording import RoiMasks, Traces
+from napari_calvae.simulation import simulate, write_simulation
+from napari_calvae.vae import SpikeVAE, load_model
+
+
+def calvae(*arguments):
+    """Run a command: exit code, what it said, and its one line of error."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(*arguments):
+    """Error of a command that must be refused: one line, exit code 2."""
+    result = calvae(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    network = NETWORKS["factorized"](widths=(4, 6), max_count=3)
+    vae = SpikeVAE(network, MODELS["linear_ar"](), SpikePrior(rate=1.0, max_count=3), description="tiny")
+    return vae.save(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """Traces with spikes, and a movie with ROIs."""
+    folder = tmp_path_factory.mktemp("recording")
+    write_simulation(simulate(3, 20.0, 20.0, seed=1), folder / "traces.npz")
+    rng = np.random.default_rng(0)
+    write_movie(rng.integers(100, 200, (60, 24, 24)).astype(np.uint16), folder / "movie.tif", 20.0)
+    write_movie(rng.integers(100, 200, (60, 24, 24)).astype(np.uint16), folder / "rateless.tif", None)
+    labels = RoiMasks.from_discs([(6, 6), (16, 16)], 6, (24, 24)).to_labels().astype(np.uint16)
+    write_movie(labels, folder / "rois.tif", None)
+    write_movie(labels[:20], folder / "other.tif", None)
+    write_movie(labels * 0, folder / "empty.tif", None)
+    np.save(folder / "matrix.npy", np.random.default_rng(0).random((2, 90)))
+    return folder
+
+
+def test_help_is_quick_and_heavy_libraries_wait():
+    code = "import sys; from napari_calvae.cli import app\ntry:\n app(['--help'])\nfinally:\n print('LOADED', "
+    code += "[m for m in ('torch', 'numpy', 'napari', 'qtpy', 'scipy', 'dask') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "infer" in output
+    assert "LOADED []" in output
+
+
+def test_version():
+    assert calvae("--version").stdout == f"calvae {napari_calvae.__version__}\n"
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5", ".csv"])
+def test_infer_traces(tmp_path, recording, model, suffix):
+    output = tmp_path / f"spikes{suffix}"
+    result = calvae("infer", recording / "traces.npz", "-o", output, "--model", model, "--samples", 5, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "3 ROIs, 20.0 s at 20 Hz" in result.stdout
+    expected = napari_calvae.infer(read(recording / "traces.npz"), model, n_samples=5, seed=3)
+    if suffix == ".npz":
+        with np.load(output) as z:
+            rate, provenance = z["rate"], json.loads(str(z["provenance"]))
+    elif suffix == ".h5":
+        with h5py.File(output) as file:
+            rate, provenance = file["rate"][()], json.loads(file.attrs["provenance"])
+    else:
+        rows = list(csv.DictReader(output.read_text().splitlines()))
+        rate = np.reshape([float(r["rate"]) for r in rows], (3, -1))
+        provenance = json.loads((tmp_path / "spikes.provenance.json").read_text())
+    np.testing.assert_allclose(rate, expected.rate, rtol=1e-4, atol=1e-5)
+    assert provenance["inference"]["settings"]["seed"] == 3
+
+
+def test_infer_a_movie(tmp_path, recording, model):
+    output = tmp_path / "spikes.npz"
+    arguments = ["infer", recording / "movie.tif", "--rois", recording / "rois.tif", "-o", output, "--model", model]
+    result = calvae(*arguments, "--samples", 2)
+    assert result.exit_code == 0, result.output
+    with np.load(output) as z:
+        assert z["rate"].shape == (2, 60)
+        source = json.loads(str(z["provenance"]))["traces"]
+    assert source["source"] == "movie.tif"
+    assert source["extraction"]["neuropil_coefficient"] == 0.7
+    assert "exists already" in refused(*arguments)
+    assert calvae(*arguments, "--samples", 2, "--overwrite", "--neuropil", 0).exit_code == 0
+    rateless = ["infer", recording / "rateless.tif", *arguments[2:], "--overwrite"]
+    assert "frame_rate: expected the frames per second" in refused(*rateless)
+    assert calvae(*rateless, "--samples", 2, "--frame-rate", 12).exit_code == 0
+    assert read(output).frame_rate == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["movie.tif"], "expected ROIs for a movie, got none. Give a label image with --rois FILE"),
+        (["movie.tif", "--rois", "other.tif"], "expected ROIs of 24 × 24 pixels like the movie, got 20 × 24"),
+        (["movie.tif", "--rois", "empty.tif"], "at least one label above 0"),
+        (["movie.tif", "--rois", "rois.tif", "--frame-rate", "100"], "at least one second, got 60 frames at 100 Hz"),
+        (["rois.tif", "--rois", "rois.tif", "--frame-rate", "9"], "three dimensions (time, y, x), got shape (24, 24)"),
+        (["traces.npz", "--rois", "rois.tif"], "expected a movie to go with them, got traces.npz"),
+        (["matrix.npy"], "frame_rate: expected the frames per second"),
+        (["matrix.npy", "--frame-rate", "100"], "at least one second"),
+        (["matrix.npy", "--frame-rate", "-3"], "frame_rate: expected a positive number"),
+        (["matrix.npy", "--frame-rate", "1"], "frame rate: expected 3 to 120 Hz"),
+        (["traces.npz", "--unit", "raw"], "baseline above 0"),
+        (["constant.npy", "--frame-rate", "30"], "ROI 2: expected fluorescence that changes over time"),
+        (["nan.npy", "--frame-rate", "30"], "ROI 1: expected fluorescence, got only missing values (NaN)"),
+        (["none.npy"], "expected a file, found nothing there"),
+        (["traces.npz", "--model", "junk.safetensors"], "expected a safetensors header"),
+        (["traces.npz", "--model", "nothing"], "got 'nothing'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(recording, model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(recording)
+    np.save("constant.npy", np.array([np.random.default_rng(0).random(90), np.ones(90)]))
+    np.save("nan.npy", np.full((1, 90), np.nan))
+    (recording / "junk.safetensors").write_bytes(b"junk" * 100)
+    options = [] if "--model" in arguments else ["--model", model]
+    assert message in refused("infer", *arguments, *options, "-o", tmp_path / "out.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_is_checked_before_any_work(recording, tmp_path):
+    assert "name that ends in" in refused("infer", "nothing.npz", "-o", tmp_path / "out.txt")
+    assert "expected an existing folder" in refused("infer", "nothing.npz", "-o", tmp_path / "none" / "out.npz")
+
+
+def test_simulate_traces_and_movies(tmp_path):
+    result = calvae("simulate", tmp_path / "a.npz", "--cells", 2, "--duration", 10, "--model", "linear_ar")
+    assert result.exit_code == 0, result.output
+    assert read(tmp_path / "a.npz").values.shape == (2, 300)
+    movie = ["simulate", tmp_path / "m", "--movie", "--size", 32, "--cells", 2, "--duration", 4, "--theta", "hill=2"]
+    assert calvae(*movie).stdout.split() == [str(tmp_path / "m" / n) for n in ("movie.tif", "rois.tif", "spikes.npz")]
+    assert read_movie(tmp_path / "m" / "movie.tif")[0].shape == (120, 32, 32)
+    assert "exists already" in refused(*movie)
+    assert "expected some of tau_calcium" in refused("simulate", tmp_path / "b.npz", "--theta", "colour=1")
+    assert "model: expected one of" in refused("simulate", tmp_path / "b.npz", "--model", "none")
+    assert "size: Input should be" in refused("simulate", tmp_path / "b", "--movie", "--size", 2)
+    assert calvae("simulate", tmp_path / "b.npz", "--theta", "hill").exit_code == 2
+    assert not (tmp_path / "b.npz").exists()
+
+
+def test_train_with_and_without_spikes(tmp_path, recording, model):
+    common = [recording / "traces.npz", "--base", model, "--steps", 2]
+    for name, options in {
+        "a.safetensors": [],
+        "b.safetensors": ["--objective", "supervised", "--spikes", recording / "traces.npz"],
+    }.items():
+        result = calvae("train", *common, "-o", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        assert "trained for 2 steps on 3 ROIs" in result.stdout
+        assert isinstance(load_model(tmp_path / name), SpikeVAE)
+    assert "ends in .safetensors" in refused("train", *common, "-o", tmp_path / "c.pt")
+    assert "exists already" in refused("train", *common, "-o", tmp_path / "a.safetensors")
+    supervised = ["train", *common, "-o", tmp_path / "c.safetensors", "--objective", "supervised"]
+    assert "spikes: expected a file with --objective supervised" in refused(*supervised)
+    np.savez(tmp_path / "some.npz", spike_times_1=[1.0])
+    assert "expected spikes of every ROI, got none of ROI 2" in refused(*supervised, "--spikes", tmp_path / "some.npz")
+
+
+def test_models_are_listed(model, monkeypatch):
+    monkeypatch.setattr("napari_calvae.vae.models", lambda: {"universal": model})
+    result = calvae("models")
+    assert result.exit_code == 0
+    assert all(word in result.stdout for word in ("universal", "factorized", "linear_ar", "tiny"))
+
+
+def test_demo_hands_over(tmp_path, monkeypatch):
+    seen = []
+    window = types.ModuleType("napari_calvae._napari.demo")
+    window.run = lambda screenshot: seen.append(screenshot) or screenshot
+    monkeypatch.setitem(sys.modules, "napari_calvae._napari.demo", window)
+    monkeypatch.setattr("napari_calvae._napari.demo", window, raising=False)
+    assert calvae("demo", "--screenshot", tmp_path / "a.png").stdout.strip() == str(tmp_path / "a.png")
+    assert calvae("demo").stdout == ""
+    assert seen == [tmp_path / "a.png", None]
+    assert "expected an existing folder" in refused("demo", "--screenshot", tmp_path / "none" / "a.png")
+
+
+def test_demo_without_napari_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "napari_calvae._napari.demo", None)
+    monkeypatch.delattr("napari_calvae._napari.demo", raising=False)
+    assert "pip install 'napari-calvae[all]'" in refused("demo")
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        (["accuracy", "folder", "--only", "DS0"], "accuracy"),
+        (["movie", "a.tif", "b.tif", "c.npz"], "movie"),
+        (["coverage", "folder", "--window", "2"], "coverage"),
+        (["speed", "--frames", "900"], "speed"),
+    ],
+)
+def test_benchmarks_are_tables(monkeypatch, command, function):
+    rows = [{"name": "one", "score": 0.5}, {"name": "two", "score": 0.7}, {"name": "three", "score": 0.9}]
+    measure = types.ModuleType("napari_calvae.benchmark")
+    setattr(measure, function, lambda *arguments, **settings: iter(rows))
+    monkeypatch.setitem(sys.modules, "napari_calvae.benchmark", measure)
+    monkeypatch.setattr(napari_calvae, "benchmark", measure, raising=False)
+    result = calvae("benchmark", *command)
+    assert result.exit_code == 0, result.output
+    assert "three" in result.stdout
+    assert ("median" in result.stdout) == (function != "speed")
+
+
+def test_errors_that_nobody_expected_are_not_hidden(monkeypatch):
+    def broken():
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("napari_calvae.vae.models", broken)
+    with pytest.raises(ZeroDivisionError):
+        calvae("models")
+
+
+def test_the_hybrid_movie_end_to_end(shared, tmp_path, model):
+    folder = shared / "movies"
+    result = calvae(
+        "infer", folder / "hybrid_gcamp6f.tif", "--rois", folder / "hybrid_gcamp6f_rois.tif", "--model", model,
+        "-o", tmp_path / "spikes.h5", "--samples", 2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert isinstance(read(tmp_path / "spikes.h5"), Traces)
+    assert "14 ROIs, 120.0 s at 30 Hz" in result.stdout
