@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from napari_calvae.recording import Traces
-
-Result = TypeVar("Result")
-
-
-class Unit(StrEnum):
-    """What the numbers in a file are."""
-
-    raw = "raw"
-    dff = "dff"
+from napari_calvae.cli._benchmark import benchmark
+from napari_calvae.cli._support import Commands, Unit, fail, finish, parameters, progress, show, traces_of
 
 
 class Device(StrEnum):
@@ -40,22 +29,8 @@ class Objective(StrEnum):
     supervised = "supervised"
 
 
-class _Commands(TyperGroup):
-    """Commands whose expected errors are one line on stderr and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except OSError as error:
-            _fail(str(error))
-        except ValueError as error:  # all errors of this package, and pydantic's
-            if type(error).__name__ not in ("RecordingError", "ModelError", "ValidationError"):
-                raise
-            _fail(str(error))
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Spike posteriors from calcium imaging.",
@@ -110,8 +85,8 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
 
     writer_of(output)
     check_output(output, overwrite)
-    with _progress() as report:
-        traces = _traces(source, rois, (frame_rate, unit, neuropil), report)
+    with progress() as report:
+        traces = traces_of(source, rois, (frame_rate, unit, neuropil), report)
         report("Loading the model", None)
         from napari_calvae.inference import iter_infer
         from napari_calvae.recording import SpikeInference
@@ -149,11 +124,11 @@ def simulate(  # noqa: PLR0913 - every option is one field of the simulation
     overwrite: Overwrite = False,
 ) -> None:
     """Simulate traces or a movie whose spikes are known."""
-    values = _parameters(theta)
+    values = parameters(theta)
     from napari_calvae import simulation
 
     common: dict[str, Any] = {"model": model, "rate": rate, "theta": values, "seed": seed}
-    with _progress() as report:
+    with progress() as report:
         report("Simulating", None)
         if movie:
             look: dict[str, Any] = {"size": size, "diameter": diameter, "photons": photons, "gain": gain}
@@ -197,8 +172,8 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
             f"got {spikes} for {objective.value}."
         )
     check_output(output, overwrite)
-    with _progress() as report:
-        traces = _traces(source, rois, (frame_rate, unit, neuropil), report)
+    with progress() as report:
+        traces = traces_of(source, rois, (frame_rate, unit, neuropil), report)
         counts = None
         if spikes is not None:
             import numpy as np
@@ -215,7 +190,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
 
         config = TrainConfig(n_steps=steps, learning_rate=learning_rate, seed=seed)
         records = iter_fit(traces, base, objective.value, spikes=counts, generative=generative, config=config)
-        model = _finish(records, lambda r: report(f"Training, loss {r.loss:.4g}", r.step / r.n_steps))
+        model = finish(records, lambda r: report(f"Training, loss {r.loss:.4g}", r.step / r.n_steps))
         model.save(output)
     typer.echo(f"{output}: trained for {steps} steps on {traces.n_rois} ROIs")
 
@@ -239,7 +214,7 @@ def models() -> None:
                 "description": model.description,
             }
 
-    _show(rows())
+    show(rows())
 
 
 @app.command()
@@ -256,151 +231,10 @@ def demo(
     try:
         from napari_calvae._napari import demo as window
     except ImportError as error:
-        _fail(f"demo: expected napari to be installed, got {error}. Run: pip install 'napari-calvae[all]'")
+        fail(f"demo: expected napari to be installed, got {error}. Run: pip install 'napari-calvae[all]'")
     picture = window.run(screenshot)
     if picture is not None:
         typer.echo(str(picture))
 
 
-benchmark = typer.Typer(cls=_Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")
 app.add_typer(benchmark, name="benchmark")
-
-Data = Annotated[Path, typer.Argument(help="Folder or file of ground truth (.npz)")]
-Model = Annotated[str, typer.Option(help="Name of a shipped model or a file")]
-Only = Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")]
-
-
-@benchmark.command()
-def accuracy(
-    data: Data,
-    model: Model = "universal",
-    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.025,
-    noise: Annotated[float, typer.Option(help="White noise to add first (%/√Hz)")] = 0.0,
-    only: Only = "",
-) -> None:
-    """Correlation with true spikes, per data set."""
-    from napari_calvae import benchmark as measure
-
-    _show(measure.accuracy(data, model, sigma=sigma, noise=noise, only=only), summary=True)
-
-
-@benchmark.command("movie")
-def movie_accuracy(
-    movie: Annotated[Path, typer.Argument(help="Movie (.tif)")],
-    rois: Annotated[Path, typer.Argument(help="Label image")],
-    spikes: Annotated[Path, typer.Argument(help="True spikes: .npz with spike_times_<ROI id> (s)")],
-    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.05,
-) -> None:
-    """Correlation with true spikes, per cell of a movie."""
-    from napari_calvae import benchmark as measure
-
-    _show(measure.movie(movie, rois, spikes, sigma=sigma), summary=True)
-
-
-@benchmark.command()
-def coverage(
-    data: Data,
-    model: Model = "universal",
-    window: Annotated[float, typer.Option(help="Length of the windows in which spikes are counted (s)")] = 1.0,
-    level: Annotated[float, typer.Option(help="Probability of the credible interval")] = 0.9,
-    only: Only = "",
-) -> None:
-    """Share of windows whose true spike count lies in the credible interval."""
-    from napari_calvae import benchmark as measure
-
-    _show(measure.coverage(data, model, window=window, level=level, only=only), summary=True)
-
-
-@benchmark.command()
-def speed(
-    model: Model = "universal",
-    frames: Annotated[int, typer.Option(min=100, help="Length of the trace")] = 54_000,
-    repeats: Annotated[int, typer.Option(min=1, help="The median of so many runs is shown")] = 5,
-) -> None:
-    """Seconds per trace on one core."""
-    from napari_calvae import benchmark as measure
-
-    _show(measure.speed(model, frames, repeats))
-
-
-def _fail(message: str) -> None:
-    """Show an error as one line and leave."""
-    typer.secho(f"Error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(2)
-
-
-def _traces(source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any) -> Traces:
-    """Traces of a movie with its label image, or those in a table."""
-    from napari_calvae.formats import is_movie, read, read_labels, read_movie
-    from napari_calvae.preprocess import iter_extract
-    from napari_calvae.recording import RecordingError
-
-    frame_rate, unit, neuropil = settings
-    if not is_movie(source):
-        if rois is not None:
-            raise RecordingError(f"rois: expected a movie to go with them, got {source.name}. Leave out --rois.")
-        return read(source, frame_rate, unit.value if unit else None)
-    movie, stated = read_movie(source)
-    if rois is None:
-        raise RecordingError(
-            f"{source.name}: expected ROIs for a movie, got none. Give a label image with --rois FILE."
-        )
-    labels = read_labels(rois)
-    steps = iter_extract(movie, labels, frame_rate or stated, neuropil_coefficient=neuropil)  # type: ignore[arg-type]
-    traces = _finish(steps, lambda fraction: report("Reading the movie", fraction))
-    provenance = {**traces.provenance, "source": source.name, "rois": rois.name}
-    return traces.replace(unit=unit.value if unit else "raw", provenance=provenance)
-
-
-def _finish(steps: Generator[Any, None, Result], report: Any) -> Result:
-    """Consume a generator, report what it yields and return what it returns."""
-    while True:
-        try:
-            report(next(steps))
-        except StopIteration as end:
-            return end.value
-
-
-def _parameters(assignments: list[str]) -> dict[str, float]:
-    """Read ``NAME=VALUE`` options."""
-    found: dict[str, float] = {}
-    for text in assignments:
-        name, _, value = text.partition("=")
-        try:
-            found[name.strip()] = float(value)
-        except ValueError:
-            raise typer.BadParameter(f"expected NAME=VALUE with a number, got {text!r}.") from None
-    return found
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Show a bar on stderr where that is a terminal; gives a function of a text and a fraction (None: unknown)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def report(text: str, fraction: float | None) -> None:
-            bar.update(task, description=text, total=None if fraction is None else 1.0, completed=fraction or 0.0)
-
-        yield report
-
-
-def _show(rows: Iterable[Mapping[str, object]], summary: bool = False) -> None:
-    """Print a table, and below it, if wanted, the medians of its columns of numbers."""
-    import statistics
-
-    from rich.console import Console
-    from rich.table import Table
-
-    found = list(rows)
-    table = Table(*(found[0] if found else ["nothing"]))
-    if summary and len(found) > 1:
-        first, *others = found[0]
-        found.append({first: "median"} | {key: statistics.median(row[key] for row in found) for key in others})  # type: ignore[type-var]
-    for row in found:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)

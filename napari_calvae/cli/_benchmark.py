@@ -1,0 +1,69 @@
+"""``calvae benchmark``: accuracy and speed, beside rivals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from napari_calvae.cli._support import Commands, show
+
+benchmark = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")
+
+Data = Annotated[Path, typer.Argument(help="Folder or file of ground truth (.npz)")]
+Model = Annotated[str, typer.Option(help="Name of a shipped model or a file")]
+Only = Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")]
+
+
+@benchmark.command()
+def accuracy(
+    data: Data,
+    model: Model = "universal",
+    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.025,
+    noise: Annotated[float, typer.Option(help="White noise to add first (%/√Hz)")] = 0.0,
+    only: Only = "",
+) -> None:
+    """Correlation with true spikes, per data set."""
+    from napari_calvae import benchmark as measure
+
+    show(measure.accuracy(data, model, sigma=sigma, noise=noise, only=only), summary=True)
+
+
+@benchmark.command("movie")
+def movie_accuracy(
+    movie: Annotated[Path, typer.Argument(help="Movie (.tif)")],
+    rois: Annotated[Path, typer.Argument(help="Label image")],
+    spikes: Annotated[Path, typer.Argument(help="True spikes: .npz with spike_times_<ROI id> (s)")],
+    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.05,
+) -> None:
+    """Correlation with true spikes, per cell of a movie."""
+    from napari_calvae import benchmark as measure
+
+    show(measure.movie(movie, rois, spikes, sigma=sigma), summary=True)
+
+
+@benchmark.command()
+def coverage(
+    data: Data,
+    model: Model = "universal",
+    window: Annotated[float, typer.Option(help="Length of the windows in which spikes are counted (s)")] = 1.0,
+    level: Annotated[float, typer.Option(help="Probability of the credible interval")] = 0.9,
+    only: Only = "",
+) -> None:
+    """Share of windows whose true spike count lies in the credible interval."""
+    from napari_calvae import benchmark as measure
+
+    show(measure.coverage(data, model, window=window, level=level, only=only), summary=True)
+
+
+@benchmark.command()
+def speed(
+    model: Model = "universal",
+    frames: Annotated[int, typer.Option(min=100, help="Length of the trace")] = 54_000,
+    repeats: Annotated[int, typer.Option(min=1, help="The median of so many runs is shown")] = 5,
+) -> None:
+    """Seconds per trace on one core."""
+    from napari_calvae import benchmark as measure
+
+    show(measure.speed(model, frames, repeats))

@@ -1,0 +1,123 @@
+"""What the commands share: errors in one line, traces from any input, progress and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from napari_calvae.recording import Traces
+
+Result = TypeVar("Result")
+
+
+class Unit(StrEnum):
+    """What the numbers in a file are."""
+
+    raw = "raw"
+    dff = "dff"
+
+
+class Commands(TyperGroup):
+    """Commands whose expected errors are one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            fail(str(error))
+        except ValueError as error:  # all errors of this package, and pydantic's
+            if type(error).__name__ not in ("RecordingError", "ModelError", "ValidationError"):
+                raise
+            fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Show an error as one line and leave."""
+    typer.secho(f"Error: {' '.join(message.split())}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(2)
+
+
+def traces_of(
+    source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any
+) -> Traces:
+    """Traces of a movie with its label image, or those in a table."""
+    from napari_calvae.formats import is_movie, read, read_labels, read_movie
+    from napari_calvae.preprocess import iter_extract
+    from napari_calvae.recording import RecordingError
+
+    frame_rate, unit, neuropil = settings
+    if not is_movie(source):
+        if rois is not None:
+            raise RecordingError(f"rois: expected a movie to go with them, got {source.name}. Leave out --rois.")
+        return read(source, frame_rate, unit.value if unit else None)
+    movie, stated = read_movie(source)
+    if rois is None:
+        raise RecordingError(
+            f"{source.name}: expected ROIs for a movie, got none. Give a label image with --rois FILE."
+        )
+    labels = read_labels(rois)
+    steps = iter_extract(movie, labels, frame_rate or stated, neuropil_coefficient=neuropil)  # type: ignore[arg-type]
+    traces = finish(steps, lambda fraction: report("Reading the movie", fraction))
+    provenance = {**traces.provenance, "source": source.name, "rois": rois.name}
+    return traces.replace(unit=unit.value if unit else "raw", provenance=provenance)
+
+
+def finish(steps: Generator[Any, None, Result], report: Any) -> Result:
+    """Consume a generator, report what it yields and return what it returns."""
+    while True:
+        try:
+            report(next(steps))
+        except StopIteration as end:
+            return end.value
+
+
+def parameters(assignments: list[str]) -> dict[str, float]:
+    """Read ``NAME=VALUE`` options."""
+    found: dict[str, float] = {}
+    for text in assignments:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"expected NAME=VALUE with a number, got {text!r}.") from None
+    return found
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """Show a bar on stderr where that is a terminal; gives a function of a text and a fraction (None: unknown)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(text: str, fraction: float | None) -> None:
+            bar.update(task, description=text, total=None if fraction is None else 1.0, completed=fraction or 0.0)
+
+        yield report
+
+
+def show(rows: Iterable[Mapping[str, object]], summary: bool = False) -> None:
+    """Print a table, and below it, if wanted, the medians of its columns of numbers."""
+    import statistics
+
+    from rich.console import Console
+    from rich.table import Table
+
+    found = list(rows)
+    table = Table(*(found[0] if found else ["nothing"]))
+    if summary and len(found) > 1:
+        first, *others = found[0]
+        found.append({first: "median"} | {key: statistics.median(row[key] for row in found) for key in others})  # type: ignore[type-var]
+    for row in found:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
