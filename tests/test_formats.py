@@ -214,6 +214,13 @@ def test_files_are_replaced_only_when_told_and_only_whole(tmp_path, name, monkey
     assert path.read_bytes()[:8] != b"precious"
 
 
+def test_the_files_beside_a_text_result_are_as_safe(tmp_path):
+    (tmp_path / "a.rois.csv").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"a\.rois\.csv: exists already"):
+        write(a_result(), tmp_path / "a.csv")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.rois.csv"]
+
+
 def test_where_results_cannot_go(tmp_path):
     with pytest.raises(RecordingError, match=r"name that ends in \.npz, \.csv, \.h5, \.hdf5, got 'a.mat'"):
         write(a_result(), tmp_path / "a.mat")

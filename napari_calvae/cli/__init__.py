@@ -81,10 +81,9 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     overwrite: Overwrite = False,
 ) -> None:
     """Infer spikes from a movie with its ROIs, or from traces."""
-    from napari_calvae.formats import check_output, write, writer_of
+    from napari_calvae.formats import check_result, write
 
-    writer_of(output)
-    check_output(output, overwrite)
+    check_result(output, overwrite)
     with progress() as report:
         traces = traces_of(source, rois, (frame_rate, unit, neuropil), report)
         report("Loading the model", None)

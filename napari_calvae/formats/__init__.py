@@ -18,6 +18,7 @@ from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 __all__ = [
     "FORMATS",
     "check_output",
+    "check_result",
     "is_movie",
     "read",
     "read_labels",
@@ -67,7 +68,15 @@ def write(result: SpikeInference, path: str | Path, overwrite: bool = False) -> 
     overwrite
         Replace what is there; without it an existing file is an error.
     """
-    writer_of(path).write(result, check_output(path, overwrite))
+    check_result(path, overwrite).write(result, Path(path).expanduser())
+
+
+def check_result(path: str | Path, overwrite: bool = False) -> ModuleType:
+    """Return the format that can write a result there, else raise what is in the way; to be asked before long work."""
+    module = writer_of(path)
+    for file in module.outputs(Path(path)) if hasattr(module, "outputs") else (path,):
+        check_output(file, overwrite)
+    return module
 
 
 def writer_of(path: str | Path) -> ModuleType:

@@ -56,19 +56,23 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     return Traces(table[:, columns].T, frame_rate, unit or "dff", ids, t0, provenance={"source": path.name})  # type: ignore[arg-type]
 
 
+def outputs(path: Path) -> tuple[Path, ...]:
+    """All files that ``write`` makes."""
+    return (path, *(path.with_suffix(end) for end in (".events.csv", ".rois.csv", ".provenance.json")))
+
+
 def write(result: SpikeInference, path: Path) -> None:
     """Write ``NAME.csv`` (a row per ROI and frame) and ``NAME.events.csv``, ``.rois.csv``, ``.provenance.json``.
 
     ``count_low`` and ``count_high`` are the 90 % credible interval of the spike count in the second around the frame.
     """
-    names = (path, *(path.with_suffix(end) for end in (".events.csv", ".rois.csv", ".provenance.json")))
     arrays = arrays_of(result)
     n_frames = result.traces.n_frames
     window = np.full(n_frames, -1)
     if "interval" in arrays:
         edges = arrays["interval_edges"]
         window[: edges[-1]] = np.searchsorted(edges, np.arange(edges[-1]), side="right") - 1
-    with whole_files(*names) as (frames, events, rois, provenance):
+    with whole_files(*outputs(path)) as (frames, events, rois, provenance):
         with open(frames, "w", encoding="utf-8") as file:
             file.write("roi,frame,time_s,dff,rate,reconstruction,reconstruction_std,count_low,count_high\n")
             for row, roi in enumerate(result.roi_ids):
