@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,13 @@ FEW_ROIS = 8
 
 
 def extract(
-    movie: Any, rois: RoiMasks | ArrayLike, frame_rate: float, *, neuropil_coefficient: float = 0.7, t0: float = 0.0
+    movie: Any,
+    rois: RoiMasks | ArrayLike,
+    frame_rate: float,
+    *,
+    neuropil_coefficient: float = 0.7,
+    t0: float = 0.0,
+    wanted: Sequence[int] | None = None,
 ) -> Traces:
     """Raw traces of ``rois``; the whole of ``iter_extract`` at once, with the same arguments.
 
@@ -30,7 +36,7 @@ def extract(
     --------
     >>> traces = extract(movie, labels, frame_rate=30.0)  # doctest: +SKIP
     """
-    steps = iter_extract(movie, rois, frame_rate, neuropil_coefficient=neuropil_coefficient, t0=t0)
+    steps = iter_extract(movie, rois, frame_rate, neuropil_coefficient=neuropil_coefficient, t0=t0, wanted=wanted)
     while True:
         try:
             next(steps)
@@ -39,7 +45,13 @@ def extract(
 
 
 def iter_extract(
-    movie: Any, rois: RoiMasks | ArrayLike, frame_rate: float, *, neuropil_coefficient: float = 0.7, t0: float = 0.0
+    movie: Any,
+    rois: RoiMasks | ArrayLike,
+    frame_rate: float,
+    *,
+    neuropil_coefficient: float = 0.7,
+    t0: float = 0.0,
+    wanted: Sequence[int] | None = None,
 ) -> Generator[float, None, Traces]:
     """Read the traces of ``rois`` from a movie, block of frames by block of frames.
 
@@ -60,6 +72,8 @@ def iter_extract(
         The share r of the ring's signal that is taken to be in the ROI; 0 turns the correction off.
     t0
         Time of the centre of the first frame (s).
+    wanted
+        Ids of the ROIs to read, by default all; the neuropil rings avoid the others all the same.
 
     Yields
     ------
@@ -76,8 +90,9 @@ def iter_extract(
         raise RecordingError(
             f"neuropil_coefficient: expected a number from 0 (off) to 2, usually 0.7, got {neuropil_coefficient!r}."
         )
-    masks = check_movie(movie, rois, rate)
-    rings = _rings(masks) if neuropil_coefficient else tuple(np.empty(0, np.int64) for _ in masks.ids)
+    every = check_movie(movie, rois, rate)
+    masks = every if wanted is None else _select(every, wanted)
+    rings = _rings(masks, every) if neuropil_coefficient else tuple(np.empty(0, np.int64) for _ in masks.ids)
     reader = _Reader(masks, rings)
     n_frames = movie.shape[0]
     means = np.empty((n_frames, 2 * len(masks)), np.float32)
@@ -123,15 +138,26 @@ def check_movie(movie: Any, rois: RoiMasks | ArrayLike, frame_rate: float) -> Ro
     return masks
 
 
-def _rings(masks: RoiMasks) -> tuple[np.ndarray, ...]:
-    """Per ROI the flat pixels of its neuropil ring: the nearest ones beyond a gap that no ROI covers.
+def _select(masks: RoiMasks, wanted: Sequence[int]) -> RoiMasks:
+    """Return the ROIs of these ids, in this order."""
+    unknown = [roi for roi in wanted if roi not in masks.ids]
+    if unknown or not len(wanted):
+        raise RecordingError(f"wanted: expected ids among {masks.ids[:8]}…, got {tuple(unknown)}.")
+    rows = [masks.ids.index(roi) for roi in wanted]
+    return RoiMasks(
+        masks.shape, tuple(masks.pixels[i] for i in rows), tuple(wanted), tuple(masks.weights[i] for i in rows)
+    )
+
+
+def _rings(masks: RoiMasks, every: RoiMasks) -> tuple[np.ndarray, ...]:
+    """Per ROI the flat pixels of its neuropil ring: the nearest ones beyond a gap that none of all ROIs covers.
 
     A ring has three times the pixels of its ROI, at least ``RING_PIXELS``, unless it would have to reach further than
     four diameters of the ROI; it is empty if fewer than ``RING_LEAST`` are free.
     """
     height, width = masks.shape
     taken = np.zeros(masks.shape, bool)
-    for pixels in masks.pixels:
+    for pixels in every.pixels:
         taken.ravel()[pixels] = True
     rings = []
     for pixels in masks.pixels:

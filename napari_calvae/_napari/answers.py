@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -180,19 +180,18 @@ def iter_answers(request: Request) -> Iterator[Message]:
         yield Failure(number, explain(error))
 
 
-def _iter_traces(request: Request) -> Iterator[Progress]:
+def _iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
     settings = request.settings
     steps = calvae.iter_extract(
         request.movie,
         request.rois,
         frame_rate=settings.frame_rate,
         neuropil_coefficient=settings.neuropil_coefficient,
+        wanted=request.wanted,
     )
     while True:
         try:
             fraction = next(steps)
         except StopIteration as end:
-            traces = end.value
-            break
+            return end.value
         yield Progress(request.number, 0.5 * fraction, "reading the traces")
-    return traces.select([traces.index(roi) for roi in request.wanted])

@@ -48,7 +48,7 @@ def movie_layers(movie: np.ndarray, labels: np.ndarray, frame_rate: float) -> li
         Frames per second (Hz).
     """
     every = max(len(movie) // 200, 1)
-    low, high = np.percentile(movie[::every], (1, 99.8))
+    low, high = np.percentile(movie[::every], (10, 99.9))
     image = {
         "name": "two-photon movie",
         "scale": (1 / frame_rate, 1, 1),
@@ -62,7 +62,7 @@ def movie_layers(movie: np.ndarray, labels: np.ndarray, frame_rate: float) -> li
 
     rois = {
         "name": session.ROI_LAYER,
-        "opacity": 0.5,
+        "opacity": 0.4,
         "axis_labels": ("y", "x"),
         "colormap": DirectLabelColormap(color_dict={None: "#8fb8de", 0: "transparent"}),
     }

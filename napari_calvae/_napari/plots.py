@@ -65,6 +65,7 @@ class PosteriorPlots(QWidget):
         self.time_axis.enableAutoSIPrefix(False)
         self.time_axis.setStyle(maxTickLevel=0)
         self.time_axis.setHeight(38)
+        self.time_axis.setTickDensity(1.6)
         grid.addItem(self.time_axis, 3, 1)
         self.spread, self.rate_band = BandItem(), BandItem()
         self.trace, self.reconstruction = pg.PlotCurveItem(antialias=True), pg.PlotCurveItem(antialias=True)
@@ -197,7 +198,7 @@ class PosteriorPlots(QWidget):
         if self.picture is None:
             texts = ["", "", ""]
         else:
-            per = f"per {self.band.window:.3g} s" if self.band is not None else "per frame"
+            per = f"per {self.band.window:.2g} s" if self.band is not None else "per frame"
             texts = [
                 words(
                     (palette.trace, "━", "ΔF/F"),

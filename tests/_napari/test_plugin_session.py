@@ -225,3 +225,12 @@ def test_outlines_close_around_the_mask():
     np.testing.assert_allclose(loop.max(axis=0), (5.5, 4.5))
     mask[7, 7] = True
     assert len(drawing.outlines(mask)) == 2
+
+
+def test_one_roi_is_read_as_if_all_were(movie, labels):
+    every = calvae.extract(movie, labels, 20.0)
+    one = calvae.extract(movie, labels, 20.0, wanted=(3, 1))
+    assert one.roi_ids == (3, 1)
+    np.testing.assert_allclose(one.values, every.values[[2, 0]], rtol=1e-5)
+    with pytest.raises(calvae.RecordingError, match="wanted"):
+        calvae.extract(movie, labels, 20.0, wanted=(9,))
