@@ -140,7 +140,7 @@ def test_the_shipped_model_finds_the_spikes_of_a_simulation():
     traces, counts = simulated(4, 3600)
     result = calvae.infer(traces, n_samples=50)
     correlation = score_correlation(result.rate, smooth_spikes(counts, 30.0, 0.05))
-    assert np.median(correlation) > 0.8
+    assert np.median(correlation) > 0.7
     assert (result.quality["reconstruction_r2"] > 0.7).all()
     inside = result.interval(0.9, window=10.0)
     total = counts.reshape(4, 12, 300).sum(-1)

@@ -65,13 +65,19 @@ def _vary(sweep: Sweep, window: int, rng: np.random.Generator) -> tuple[np.ndarr
     """A piece of a sweep with stretched time, another frame rate and more noise: ΔF/F, counts, frame rate (Hz)."""
     stretch = rng.uniform(0.7, 1.4) if rng.random() < 0.7 else 1.0
     native = sweep.frame_rate / stretch
-    target = _target_rate(native, rng)
+    if native > 12 and rng.random() < 0.08:
+        # People bring slow recordings that were interpolated to a higher rate: make some.
+        slow, target = float(rng.uniform(5, 12)), 30.0
+    else:
+        slow, target = native, _target_rate(native, rng)
     n_native = int(np.ceil((window + 1) * native / target)) + 1
     start = rng.integers(max(1, len(sweep.dff) - n_native + 1))
     piece = sweep.dff[start : start + n_native].astype(np.float64)
     t0 = sweep.t0 * stretch + start / native
     piece = piece + _extra_noise(piece, native, rng)
-    dff, shift = resample(piece, native, target)
+    dff, shift = resample(piece, native, slow)
+    dff, more = resample(dff, slow, target)
+    shift += more
     counts = bin_spikes(sweep.spike_times * stretch, t0 + shift, target, len(dff))
     return lose_frames(dff, rng), counts, target
 
@@ -83,7 +89,7 @@ def _target_rate(native: float, rng: np.random.Generator) -> float:
         return native
     if kind < 0.6 and native > 12:
         return 30.0
-    if kind < 0.65:
+    if kind < 0.45 and native <= 12:
         return 30.0
     return float(np.exp(rng.uniform(np.log(low), np.log(min(high, max(native, 2 * low))))))
 

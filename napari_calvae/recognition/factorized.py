@@ -54,6 +54,8 @@ class GainCategorical(SpikePosterior):
         weights = self._weights()
         shape = (n, weights.shape[0], weights.shape[2])
         device, dtype = weights.device, weights.dtype
+        if n == 0:
+            return torch.zeros(shape, dtype=torch.uint8, device=device)
         normal = torch.randn((n, weights.shape[0], 1), generator=generator, device=device, dtype=dtype)
         tilt = (self.gain_mean[:, None] + self.gain_std[:, None] * normal).exp()
         # Counts that have no weight anywhere cost time and change nothing.
