@@ -103,9 +103,9 @@ def _infer_block(
         events.append(_to_events(samples, row))
         if config.n_samples:
             traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
-            traces = _own_amplitude(traces, observed[row], valid[row])
+            traces = _same_gain(traces, samples, mean[row].sum(), theta["baseline"][row])
             centre.append(traces.mean(0))
-            spread.append((traces.var(0, unbiased=False) + noise[row] ** 2).sqrt())
+            spread.append(_spread(traces, noise[row]))
         else:
             centre.append(expected[row])
             spread.append(noise[row].expand(dff.n_frames))
@@ -142,22 +142,25 @@ def _to_events(samples: Tensor, row: int) -> np.ndarray:
     return events
 
 
-def _own_amplitude(traces: Tensor, observed: Tensor, valid: Tensor) -> Tensor:
-    """Let each sampled trace explain the fluorescence with the amplitude and baseline that suit it best.
+def _same_gain(traces: Tensor, samples: Tensor, expected: Tensor, baseline: Tensor) -> Tensor:
+    """Give each sampled trace the amplitude that goes with its number of spikes.
 
-    Spikes and amplitude trade against each other: a train of twice the spikes goes with half the response to each. One
-    amplitude for all samples would show that freedom, which the data do not constrain, as misfit.
+    A train of twice the spikes goes with half the response to each, and the data hardly tell the two apart. One
+    amplitude for all samples would show that freedom as misfit. The added spike keeps near-silent cells from extremes.
     """
-    weight = valid.to(traces.dtype)
-    n = weight.sum().clamp_min(1)
-    target = torch.where(valid, observed, 0.0)
-    target = (target - target.sum() / n) * weight
-    mean = (traces * weight).sum(-1, keepdim=True) / n
-    centred = (traces - mean) * weight
-    power = (centred**2).sum(-1, keepdim=True)
-    slope = torch.where(power > 0, (centred * target).sum(-1, keepdim=True) / power.clamp_min(1e-12), 1.0)
-    offset = torch.where(valid, observed, 0.0).sum() / n
-    return offset + slope.clamp_min(0) * (traces - mean)
+    scale = (expected + 1) / (samples.sum(-1, keepdim=True) + 1)
+    return baseline + scale * (traces - baseline)
+
+
+def _spread(traces: Tensor, noise: Tensor) -> Tensor:
+    """Standard deviation to be expected around the mean trace: that of the samples, and noise.
+
+    The noise was estimated from what the mean trace leaves over, so that the uncertainty of the spikes is in it already:
+    its average is taken out again, at most three quarters of the variance.
+    """
+    variance = traces.var(0, unbiased=False)
+    white = torch.maximum(noise**2 - variance.mean(), 0.25 * noise**2)
+    return (variance + white).sqrt()
 
 
 def _provenance(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torch.device) -> dict[str, Any]:

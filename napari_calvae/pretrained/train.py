@@ -34,8 +34,8 @@ def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, sim
     n = BATCH_FRAMES // window
     out = Snippets(n, window)
     from_model = rng.random(n) < simulated
-    simulations.fill(out, np.flatnonzero(from_model), rng)
-    recordings.fill(out, np.flatnonzero(~from_model), rng)
+    simulations.fill(out, np.flatnonzero(from_model).tolist(), rng)
+    recordings.fill(out, np.flatnonzero(~from_model).tolist(), rng)
     return out
 
 
