@@ -17,7 +17,7 @@ from napari_calvae.inference import infer
 from napari_calvae.metrics import randomised_pit, score_correlation, smooth_spikes
 from napari_calvae.preprocess import bin_spikes, delta_f_over_f, extract, resample
 from napari_calvae.pretrained.recordings import NU_PER_DENSITY
-from napari_calvae.recording import RecordingError, Traces
+from napari_calvae.recording import RecordingError, Traces, check_frame_rate
 from napari_calvae.vae import SpikeVAE, load_model
 
 #: Frames left out at either end of a sweep, where smoothing and filters have no neighbours.
@@ -131,7 +131,7 @@ def movie(
     shift.
     """
     frames, frame_rate = read_movie(movie_file)
-    raw = extract(frames, read_labels(labels_file), frame_rate=frame_rate)
+    raw = extract(frames, read_labels(labels_file), check_frame_rate(frame_rate))
     traces = delta_f_over_f(raw)
     with np.load(spikes_file, allow_pickle=False) as z:
         times = {roi: z[f"spike_times_{roi}"] for roi in traces.roi_ids}

@@ -128,6 +128,9 @@ class _SupervisedLoss:
 class _Cells(nn.Module):
     """θ of every cell: steps away from a first guess, in units of the prior's spread."""
 
+    start: Tensor
+    unit: Tensor
+
     def __init__(self, start: Tensor, spread: Tensor) -> None:
         super().__init__()
         self.register_buffer("start", start)

@@ -155,8 +155,8 @@ def _same_gain(traces: Tensor, samples: Tensor, expected: Tensor, baseline: Tens
 def _spread(traces: Tensor, noise: Tensor) -> Tensor:
     """Standard deviation to be expected around the mean trace: that of the samples, and noise.
 
-    The noise was estimated from what the mean trace leaves over, so that the uncertainty of the spikes is in it already:
-    its average is taken out again, at most three quarters of the variance.
+    The noise was estimated from what the mean trace leaves over, so that the uncertainty of the spikes is in it
+    already: its average is taken out again, at most three quarters of the variance.
     """
     variance = traces.var(0, unbiased=False)
     white = torch.maximum(noise**2 - variance.mean(), 0.25 * noise**2)
