@@ -118,12 +118,13 @@ class InferenceWidget(QWidget):
 
     def ask(self, roi: int) -> None:
         """Show the posterior of a ROI: at once if it is known, else as soon as it has been inferred."""
-        key, _, masks = self.choices.rois()
+        key, labels, masks = self.choices.rois()
         number = self._requests.new()
         self.picked_roi = roi
         known = self._results.get(key, roi)
         if known is not None:
             self._clicked.stop()
+            self._mark(roi, labels)
             self._show(known)
             return
         settings: answers.Settings = key[-1]
@@ -131,6 +132,7 @@ class InferenceWidget(QWidget):
         self.controls.say(f"ROI {roi}: reading and inferring …")
         request = answers.Request(number, self.choices.frames, masks, (roi,), settings)
         self._clicked.start(answers.iter_answers(request))
+        self._mark(roi, labels)
 
     def infer_all(self) -> None:
         """Infer all ROIs that are not known yet."""
@@ -199,15 +201,17 @@ class InferenceWidget(QWidget):
 
     # What is shown
 
+    def _mark(self, roi: int, labels: np.ndarray) -> None:
+        """Highlight the picked ROI on the canvas."""
+        if isinstance(self.choices.roi_layer, Labels):
+            self.choices.roi_layer.selected_label = roi
+        self._outline.show(labels == roi, self.choices.movie)
+
     def _show(self, picture: calvae.SpikeInference) -> None:
-        roi, layer, movie = picture.roi_ids[0], self.choices.roi_layer, self.choices.movie
-        if isinstance(layer, Labels):
-            layer.selected_label = roi
+        roi = picture.roi_ids[0]
         device = answers.device_of(picture)
         if device:
             self.controls.device.setText(f"on {device}")
-        if layer is not None and movie is not None:
-            self._outline.show(self.choices.reader.read(layer, movie)[1] == roi, movie)
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self._on_slider()
         self.controls.say(
