@@ -77,7 +77,7 @@ def oasis_method(order: int) -> Method:
 
     def run(dff: np.ndarray, frame_rate: float) -> np.ndarray:
         trace = np.where(np.isfinite(dff), dff, np.nanmedian(dff)).astype(np.float64)
-        return deconvolve(trace, g=(None,) * order, penalty=1)[1]
+        return deconvolve(trace, tau_r=0 if order == 1 else None, penalty=1)[1]
 
     return run
 

@@ -57,7 +57,7 @@ def main(
     torch.manual_seed(seed)
     network = FactorizedNetwork()
     config = TrainConfig(
-        n_steps=steps, learning_rate=2e-3, warmup=0.02, ema=0.999, clip=0.3, seed=seed, checkpoint_every=250
+        n_steps=steps, learning_rate=1.2e-3, warmup=0.02, ema=0.999, clip=0.3, seed=seed, checkpoint_every=250
     )
     step = 0
 
@@ -69,7 +69,9 @@ def main(
         scored = torch.from_numpy(batch.scored)
         posterior = network(torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate))
         log_p = posterior.log_prob(counts, scored)
-        return -log_p.sum() / scored.sum(), {}
+        # Slow frames hold more spikes each, and would otherwise outweigh the fast ones.
+        weight = torch.from_numpy(np.sqrt(batch.frame_rate / 30.0))
+        return -(weight * log_p).sum() / (weight * scored.sum(-1)).sum(), {}
 
     checkpoint = out.with_suffix(".checkpoint")
     if checkpoint.is_file():

@@ -210,9 +210,10 @@ class FactorizedNetwork(RecognitionNetwork):
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
-        # Expected spikes per frame, before the residual. Both are kept within what counts can mean: early in training a
-        # single wild frame would otherwise outweigh all others.
-        log_mean = (local[:, :1] - log_rate[:, None, None]).clamp(-16.0, 3.5)
+        # Expected spikes per frame, before the residual. Beyond what counts can mean both hardly grow: a single wild
+        # frame would otherwise outweigh all others in training. Their slope never vanishes, or it could not come back.
+        log_mean = local[:, :1] - log_rate[:, None, None]
+        log_mean = torch.where(log_mean > 3.0, 3.0 + 0.02 * (log_mean - 3.0), log_mean)
         residual = 8 * torch.tanh(local[:, 1:] / 8)
         k = torch.arange(self.max_count + 1, device=local.device, dtype=local.dtype)[:, None]
         logits = k * log_mean - self.log_factorial[:, None].to(local.dtype)
