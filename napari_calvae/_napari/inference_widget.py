@@ -237,7 +237,7 @@ class InferenceWidget(QWidget):
         try:
             hz = session.typed_frame_rate(text)
         except calvae.RecordingError as error:
-            self.controls.show_frame_rate(session.FrameRate(None, "unknown"))
+            self.controls.show_frame_rate(self.choices.frame_rate())
             self._fail(str(error))
             return
         if self.choices.movie is not None:

@@ -110,7 +110,7 @@ class Outline:
         self._layer = Shapes(
             loops,
             shape_type="polygon",
-            edge_width=max(0.35, 0.004 * min(mask.shape)),
+            edge_width=max(0.45, 0.005 * min(mask.shape)),
             edge_color=OUTLINE_COLOUR,
             face_color="transparent",
             name=OUTLINE,

@@ -10,7 +10,7 @@ from qtpy.QtCore import QRectF
 from qtpy.QtGui import QColor, QPainter, QPainterPath
 from qtpy.QtWidgets import QGraphicsTextItem
 
-AXIS_WIDTH, LEGEND_WIDTH = 50, 98
+AXIS_WIDTH, LEGEND_WIDTH = 50, 106
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from napari_calvae._napari.plot_items import BandItem, Palette, Row, on_backgrou
 
 SPREAD_ALPHA, BAND_ALPHA = 0.3, 0.4
 
+HINT = "Click a ROI in the movie: its fluorescence and the spikes behind it appear here."
+
 
 class PosteriorPlots(QWidget):
     """The posterior of one ROI; the mouse wheel zooms in time, dragging moves, a click picks a moment.
@@ -47,6 +49,7 @@ class PosteriorPlots(QWidget):
         self.trace_row.view.sigResized.connect(self._schedule)
         self.graphics.scene().sigMouseClicked.connect(self._on_click)
         self.set_palette(self._palette)
+        self.clear()
 
     def _build(self) -> None:
         grid = self.graphics.ci
@@ -104,6 +107,7 @@ class PosteriorPlots(QWidget):
     def set_picture(self, picture: calvae.SpikeInference, title: str = "") -> None:
         """Show a result of one ROI; the stretch of time in view stays if the recording is as long as before."""
         before, self.picture = self.picture, picture
+        self.graphics.ci.setOpacity(1)
         self.title.setText(title)
         ends = self._ends(picture)
         self.trace_row.view.setLimits(
@@ -116,7 +120,8 @@ class PosteriorPlots(QWidget):
     def clear(self) -> None:
         """Show nothing."""
         self.picture = self.band = None
-        self.title.clear()
+        self.title.setText(HINT)
+        self.graphics.ci.setOpacity(0)
         empty = np.empty(0)
         for curve in (self.trace, self.reconstruction, self.rate):
             curve.setData(empty, empty)

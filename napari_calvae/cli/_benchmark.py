@@ -27,7 +27,7 @@ def accuracy(
     """Correlation with true spikes, per data set."""
     from napari_calvae import benchmark as measure
 
-    show(measure.accuracy(data, model, sigma=sigma, noise=noise, only=only), summary=True)
+    show(measure.accuracy(data, model, sigma=sigma, noise=noise, only=only), summary="mean")
 
 
 @benchmark.command("movie")
@@ -40,7 +40,7 @@ def movie_accuracy(
     """Correlation with true spikes, per cell of a movie."""
     from napari_calvae import benchmark as measure
 
-    show(measure.movie(movie, rois, spikes, sigma=sigma), summary=True)
+    show(measure.movie(movie, rois, spikes, sigma=sigma), summary="median")
 
 
 @benchmark.command()
@@ -54,7 +54,7 @@ def coverage(
     """Share of windows whose true spike count lies in the credible interval."""
     from napari_calvae import benchmark as measure
 
-    show(measure.coverage(data, model, window=window, level=level, only=only), summary=True)
+    show(measure.coverage(data, model, window=window, level=level, only=only), summary="mean")
 
 
 @benchmark.command()

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -106,8 +106,8 @@ def progress() -> Iterator[Any]:
         yield report
 
 
-def show(rows: Iterable[Mapping[str, object]], summary: bool = False) -> None:
-    """Print a table, and below it, if wanted, the medians of its columns of numbers."""
+def show(rows: Iterable[Mapping[str, object]], summary: Literal["mean", "median"] | None = None) -> None:
+    """Print a table, and below it, if wanted, a mean or median of each column of numbers."""
     import statistics
 
     from rich.console import Console
@@ -117,7 +117,8 @@ def show(rows: Iterable[Mapping[str, object]], summary: bool = False) -> None:
     table = Table(*(found[0] if found else ["nothing"]))
     if summary and len(found) > 1:
         first, *others = found[0]
-        found.append({first: "median"} | {key: statistics.median(row[key] for row in found) for key in others})  # type: ignore[type-var]
+        average = statistics.fmean if summary == "mean" else statistics.median
+        found.append({first: summary} | {key: float(average(row[key] for row in found)) for key in others})  # type: ignore[type-var, arg-type]
     for row in found:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)

@@ -157,6 +157,13 @@ def test_an_unknown_frame_rate_is_asked_for(qtbot, show_movie, open_widget, canv
     wait_for(qtbot, widget, 1)
     assert widget.plots.picture.frame_rate == 20
     assert widget.controls.rate_source.text() == "Hz (typed)"
+    widget.controls.frame_rate.clear()
+    qtbot.keyClicks(widget.controls.frame_rate, "fast")
+    with qtbot.waitSignal(widget.failed):
+        qtbot.keyClick(widget.controls.frame_rate, Qt.Key.Key_Return)
+    assert "got “fast”" in widget.controls.status.text()
+    assert widget.controls.frame_rate.text() == "20"
+    assert widget.plots.picture.frame_rate == 20
 
 
 def test_a_click_beside_all_rois_places_a_disc(qtbot, show_movie, open_widget, canvas, viewer):
