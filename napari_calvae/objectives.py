@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
@@ -55,7 +55,7 @@ def vimco(log_joint: Float[Tensor, "sample roi"], log_posterior: Float[Tensor, "
     return _loss(bound, bound + (signal * log_posterior).sum(0))
 
 
-def supervised(log_posterior: Float[Tensor, " roi"], n_frames: Float[Tensor, " roi"] | int = 1) -> Float[Tensor, ""]:
+def supervised(log_posterior: Float[Tensor, " roi"], n_frames: Num[Tensor, " roi"] | int = 1) -> Float[Tensor, ""]:
     """Minus the log-probability of the true spike counts, averaged over ROIs.
 
     Parameters

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and types in the signatures of the science are checked while testing.
+_CHECKED = ("generative", "recognition", "objectives")
+install_import_hook([f"napari_calvae.{module}" for module in _CHECKED], "beartype.beartype")
 
 SHARED = Path(os.environ.get("CALVAE_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -30,10 +30,19 @@ class Choices:
         """The chosen movie."""
         return self._controls.movie.currentData()
 
+    def chosen_movie(self) -> Image:
+        """Return the chosen movie, or raise the sentence that asks for one."""
+        if self.movie is None:
+            raise calvae.RecordingError(
+                "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
+            )
+        return self.movie
+
     @property
     def frames(self) -> Any:
         """(time, y, x) array of the chosen movie, at its full resolution."""
-        return self.movie.data[0] if self.movie.multiscale else self.movie.data
+        movie = self.chosen_movie()
+        return movie.data[0] if movie.multiscale else movie.data
 
     @property
     def roi_layer(self) -> Layer | None:
@@ -58,17 +67,13 @@ class Choices:
 
     def settings(self) -> answers.Settings:
         """Everything that decides a result besides movie and ROIs."""
-        if self.movie is None:
-            raise calvae.RecordingError(
-                "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
-            )
-        session.check_movie(self.frames.shape, self.movie.rgb)
+        session.check_movie(self.frames.shape, self.chosen_movie().rgb)
         rate = self.frame_rate()
         return self._controls.settings(session.typed_frame_rate("") if rate.hz is None else rate.hz)
 
     def rois(self) -> tuple[Key, np.ndarray, calvae.RoiMasks]:
         """Key of the results that hold for the present choices, the label image and the masks."""
-        settings, movie, layer = self.settings(), self.movie, self.roi_layer
+        settings, movie, layer = self.settings(), self.chosen_movie(), self.roi_layer
         if layer is None:
             raise calvae.RecordingError(
                 "ROIs: expected a Labels or Shapes layer, got none. Add one, or tick “click adds a disc”."

@@ -48,7 +48,7 @@ def movie_layers(movie: np.ndarray, labels: np.ndarray, frame_rate: float) -> li
         Frames per second (Hz).
     """
     every = max(len(movie) // 200, 1)
-    low, high = np.percentile(movie[::every], (10, 99.9))
+    low, high = np.percentile(movie[::every], (40, 99.95))
     image = {
         "name": "two-photon movie",
         "scale": (1 / frame_rate, 1, 1),

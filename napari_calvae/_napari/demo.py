@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import napari_calvae as calvae
 
@@ -99,7 +100,7 @@ def _run(screenshot: Path | None, roi: int | None) -> Path | None:
             viewer.close()
 
 
-def _open(viewer: object) -> object:
+def _open(viewer: Any) -> Any:
     from napari_calvae._napari.contributions import open_sample
     from napari_calvae._napari.inference_widget import InferenceWidget
 
@@ -112,7 +113,7 @@ def _open(viewer: object) -> object:
     return widget
 
 
-def _click(viewer: object, widget: object, roi: int | None) -> str:
+def _click(viewer: Any, widget: Any, roi: int | None) -> str:
     """Click a cell, wait for its posterior; return the sentence of what went wrong, if anything did."""
     import numpy as np
     from qtpy.QtCore import QEventLoop, QTimer
@@ -121,9 +122,11 @@ def _click(viewer: object, widget: object, roi: int | None) -> str:
     movie, labels = viewer.layers[0], viewer.layers["ROIs"]
     roi = roi or _liveliest(movie.data, labels.data)
     y, x = np.argwhere(labels.data == roi).mean(axis=0)
-    loop, failed = QEventLoop(), []
-    widget.shown.connect(loop.quit)
-    widget.failed.connect(lambda sentence: (failed.append(sentence), loop.quit()))
+    loop = QEventLoop()
+    failed: list[str] = []
+    widget.failed.connect(failed.append)
+    for outcome in (widget.shown, widget.failed):
+        outcome.connect(loop.quit)
     QTimer.singleShot(PATIENCE * 1000, loop.quit)
     QTimer.singleShot(0, lambda: widget.pick(np.array(movie.data_to_world((0, y, x)))))
     loop.exec()
@@ -132,7 +135,7 @@ def _click(viewer: object, widget: object, roi: int | None) -> str:
     return failed[0] if failed else ""
 
 
-def _settle(viewer: object) -> None:
+def _settle(viewer: Any) -> None:
     """Arrange the window: the movie fills the canvas, ROIs are outlined."""
     from qtpy.QtWidgets import QApplication
 
@@ -144,13 +147,13 @@ def _settle(viewer: object) -> None:
     viewer.reset_view(margin=0.02)
 
 
-def _liveliest(movie: object, labels: object) -> int:
+def _liveliest(movie: Any, labels: Any) -> int:
     """Id of the ROI whose brightness changes most."""
     traces = calvae.extract(movie, labels, frame_rate=1.0)
     return int(traces.roi_ids[int((traces.values.std(axis=1) / traces.values.mean(axis=1)).argmax())])
 
 
-def _save(viewer: object, widget: object, path: Path) -> Path:
+def _save(viewer: Any, widget: Any, path: Path) -> Path:
     """Picture of the whole window with the slider on the first large transient."""
     import numpy as np
     from qtpy.QtWidgets import QApplication

@@ -39,9 +39,9 @@ class DockManners(QObject):
         self._seen: weakref.ref[QMainWindow] | None = None  # weak: the window must not live on for our sake
         widget.installEventFilter(self)
 
-    def eventFilter(self, watched: QObject, event: QEvent) -> bool:  # noqa: N802 - Qt's name
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:  # noqa: N802 - Qt's name
         """Listen to the widget and to its window (Qt)."""
-        kind = event.type()
+        kind = event.type() if event is not None else QEvent.Type.None_
         if watched is self._widget:
             if kind == QEvent.Type.ParentChange:
                 QTimer.singleShot(0, self._on_moved)

@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 from napari.layers import Labels
+from napari.qt import get_qapp
 from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QApplication, QHBoxLayout, QWidget
+from qtpy.QtWidgets import QHBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, picking, session
@@ -71,7 +72,7 @@ class InferenceWidget(QWidget):
         self._clicked.message.connect(self._on_message)
         self._batch.message.connect(self._on_batch_message)
         self._batch.idle.connect(lambda: self.controls.set_running(False))
-        QApplication.instance().aboutToQuit.connect(self.close_down)
+        get_qapp().aboutToQuit.connect(self.close_down)
         self.attach()
 
     def _viewer_slots(self) -> list[tuple]:
@@ -90,7 +91,8 @@ class InferenceWidget(QWidget):
         """Do what a click at this world position asks for."""
         try:
             self.choices.settings()
-            place = np.asarray(self.choices.movie.world_to_data(position))[-2:]
+            movie = self.choices.chosen_movie()
+            place = np.asarray(movie.world_to_data(position))[-2:]
             inside = all(-0.5 <= p < n - 0.5 for p, n in zip(place, self.choices.frames.shape[-2:], strict=True))
             if not inside:
                 return
@@ -98,7 +100,7 @@ class InferenceWidget(QWidget):
             if roi is None and self.controls.place.isChecked():
                 layer = self.choices.roi_layer
                 layer = layer if isinstance(layer, Labels) else None
-                layer = picking.add_disc(self._viewer, layer, self.choices.movie, place, self.controls.diameter.value())
+                layer = picking.add_disc(self._viewer, layer, movie, place, self.controls.diameter.value())
                 self.controls.choose_rois(layer)
                 roi = layer.selected_label
             if roi is None:
@@ -114,7 +116,7 @@ class InferenceWidget(QWidget):
             if self.controls.place.isChecked():
                 return None
             self.choices.rois()
-        return session.roi_at(self.choices.reader.read(layer, self.choices.movie)[1], place)
+        return session.roi_at(self.choices.reader.read(layer, self.choices.chosen_movie())[1], place)
 
     def ask(self, roi: int) -> None:
         """Show the posterior of a ROI: at once if it is known, else as soon as it has been inferred."""
@@ -171,7 +173,7 @@ class InferenceWidget(QWidget):
             self._fail(message.sentence)
 
     def _on_batch_message(self, message: answers.Message) -> None:
-        if not self._batches.wants(message.number):
+        if isinstance(message, answers.Ready) or not self._batches.wants(message.number):
             return
         if isinstance(message, answers.Progress):
             self.controls.set_running(True, message.fraction)
@@ -205,7 +207,7 @@ class InferenceWidget(QWidget):
         """Highlight the picked ROI on the canvas."""
         if isinstance(self.choices.roi_layer, Labels):
             self.choices.roi_layer.selected_label = roi
-        self._outline.show(labels == roi, self.choices.movie)
+        self._outline.show(labels == roi, self.choices.chosen_movie())
 
     def _show(self, picture: calvae.SpikeInference) -> None:
         roi = picture.roi_ids[0]
@@ -288,7 +290,7 @@ class InferenceWidget(QWidget):
         if self._closed:
             return
         self._closed = True
-        QApplication.instance().aboutToQuit.disconnect(self.close_down)
+        get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
         self._outline.remove()
         self.plots.dispose()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyqtgraph as pg
 from qtpy.QtCore import QRectF, QSize, Qt, QTimer, Signal
@@ -57,10 +59,10 @@ class PosteriorPlots(QWidget):
         grid.layout.setVerticalSpacing(8)
         grid.layout.setHorizontalSpacing(0)
         self.trace_row, self.raster_row, self.rate_row = self.rows = [
-            Row(grid, row, label) for row, label in enumerate(("ΔF/F", "sample", "spikes/s"))
+            Row(grid, index, label) for index, label in enumerate(("ΔF/F", "sample", "spikes/s"))
         ]
-        for row, stretch in enumerate((5, 4, 4)):
-            grid.layout.setRowStretchFactor(row, stretch)
+        for index, stretch in enumerate((5, 4, 4)):
+            grid.layout.setRowStretchFactor(index, stretch)
         for row in self.rows[1:]:
             row.view.setXLink(self.trace_row.view)
         self.time_axis = pg.AxisItem("bottom", linkView=self.rate_row.view, maxTickLength=-4)
@@ -146,18 +148,16 @@ class PosteriorPlots(QWidget):
         picture, width = self.picture, max(int(self.trace_row.view.width()), 1)
         seconds = tuple(self.trace_row.view.viewRange()[0])
         columns = drawing.columns(picture.traces, seconds, width)
-        self._draw_fluorescence(columns)
-        self._draw_raster(columns)
+        self._draw_fluorescence(picture, columns)
+        self._draw_raster(picture, columns)
         window = drawing.band_window(seconds[1] - seconds[0], width, picture.frame_rate)
-        self._draw_rate(columns, window)
-        self._draw_missing(columns)
+        self._draw_rate(picture, columns, window)
+        self._draw_missing(picture, columns)
         self._write_legends()
         self.painted.emit()
 
-    def _draw_fluorescence(self, columns: drawing.Columns) -> None:
-        values, mean, std = (
-            a[0] for a in (self.picture.traces.values, self.picture.reconstruction, self.picture.reconstruction_std)
-        )
+    def _draw_fluorescence(self, picture: calvae.SpikeInference, columns: drawing.Columns) -> None:
+        values, mean, std = (a[0] for a in (picture.traces.values, picture.reconstruction, picture.reconstruction_std))
         self.trace.setData(*drawing.curve(values, columns), connect="finite")
         self.reconstruction.setData(*drawing.curve(mean, columns), connect="finite")
         low, high = drawing.extremes(mean - 2 * std, columns)[0], drawing.extremes(mean + 2 * std, columns)[1]
@@ -165,20 +165,20 @@ class PosteriorPlots(QWidget):
         shown = drawing.extremes(values, columns)
         self.trace_row.view.setYRange(*drawing.limits([*shown, low, high]), padding=0)
 
-    def _draw_raster(self, columns: drawing.Columns) -> None:
-        image = drawing.raster(self.picture.events, self.picture.n_samples, columns)
+    def _draw_raster(self, picture: calvae.SpikeInference, columns: drawing.Columns) -> None:
+        image = drawing.raster(picture.events, picture.n_samples, columns)
         self.raster.setImage(image, levels=(0, 255), autoLevels=False)
         start = columns.boundaries[0]
         per_column = (columns.edges[1] - columns.edges[0]) / columns.frame_rate
-        self.raster.setRect(QRectF(start, 0.5, per_column * image.shape[1], self.picture.n_samples))
-        self.raster_row.view.setYRange(0.5, self.picture.n_samples + 0.5, padding=0.02)
+        self.raster.setRect(QRectF(start, 0.5, per_column * image.shape[1], picture.n_samples))
+        self.raster_row.view.setYRange(0.5, picture.n_samples + 0.5, padding=0.02)
 
-    def _draw_rate(self, columns: drawing.Columns, window: float) -> None:
-        self.band = drawing.band(self.picture, columns, window)
+    def _draw_rate(self, picture: calvae.SpikeInference, columns: drawing.Columns, window: float) -> None:
+        self.band = drawing.band(picture, columns, window)
         if self.band is None:
-            self.rate.setData(*drawing.curve(self.picture.rate[0], columns))
+            self.rate.setData(*drawing.curve(picture.rate[0], columns))
             self.rate_band.set_data(*(np.empty(0),) * 3)
-            top = drawing.extremes(self.picture.rate[0], columns)
+            top = drawing.extremes(picture.rate[0], columns)
         else:
             x, mean = drawing.steps(self.band.boundaries, self.band.mean)
             self.rate.setData(x, mean)
@@ -186,8 +186,8 @@ class PosteriorPlots(QWidget):
             top = self.band.high, self.band.mean
         self.rate_row.view.setYRange(0, max(drawing.limits(top)[1], 0.5), padding=0.02)
 
-    def _draw_missing(self, columns: drawing.Columns) -> None:
-        missing = drawing.extremes(~self.picture.traces.valid[0], columns)[1].astype(bool)
+    def _draw_missing(self, picture: calvae.SpikeInference, columns: drawing.Columns) -> None:
+        missing = drawing.extremes(~picture.traces.valid[0], columns)[1].astype(bool)
         x, height = drawing.steps(columns.boundaries, np.where(missing, 1e4, np.nan))
         for row in self.rows:
             row.missing.set_data(x, -height, height)
@@ -203,7 +203,7 @@ class PosteriorPlots(QWidget):
         if self.picture is None:
             texts = ["", "", ""]
         else:
-            per = f"per {self.band.window:.2g} s" if self.band is not None else "per frame"
+            window = f"in {self.band.window:.2g} s" if self.band is not None else "in a frame"
             texts = [
                 words(
                     (palette.trace, "━", "ΔF/F"),
@@ -212,8 +212,9 @@ class PosteriorPlots(QWidget):
                 ),
                 words((palette.posterior, "■", "sampled spikes")),
                 words(
-                    (palette.posterior, "━", f"mean {per}"),
+                    (palette.posterior, "━", "mean rate"),
                     (on_background(palette.posterior, BAND_ALPHA, palette.background), "■", "90 % credible"),
+                    (palette.background, "■", window),
                 ),
             ]
         for row, text in zip(self.rows, texts, strict=True):
@@ -222,7 +223,7 @@ class PosteriorPlots(QWidget):
     def _schedule(self, *_: object) -> None:
         self._later.start()
 
-    def _on_click(self, event: object) -> None:
+    def _on_click(self, event: Any) -> None:
         if self.picture is None or event.button() != Qt.MouseButton.LeftButton:
             return
         view = self.trace_row.view

@@ -126,7 +126,7 @@ def plane_of(labels: np.ndarray, plane: tuple[int, int]) -> np.ndarray:
     return image
 
 
-def roi_at(labels: np.ndarray, position: Sequence[float]) -> int | None:
+def roi_at(labels: np.ndarray, position: Sequence[float] | np.ndarray) -> int | None:
     """Id of the ROI under a position (y, x) in pixels; None on the background or outside."""
     y, x = (math.floor(p + 0.5) for p in position[-2:])
     if not (0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]):
@@ -134,9 +134,11 @@ def roi_at(labels: np.ndarray, position: Sequence[float]) -> int | None:
     return int(labels[y, x]) or None
 
 
-def disc_at(labels: np.ndarray, position: Sequence[float], diameter: float) -> tuple[int, tuple[np.ndarray, ...]]:
+def disc_at(
+    labels: np.ndarray, position: Sequence[float] | np.ndarray, diameter: float
+) -> tuple[int, tuple[np.ndarray, ...]]:
     """Return the next free id and the (y, x) pixels of a disc around ``position`` that leaves other ROIs untouched."""
-    disc = calvae.RoiMasks.from_discs([tuple(position[-2:])], diameter, labels.shape)
+    disc = calvae.RoiMasks.from_discs([(float(position[-2]), float(position[-1]))], diameter, labels.shape)
     pixels = disc.pixels[0]
     free = pixels[labels.ravel()[pixels] == 0]
     if not len(free):

@@ -106,7 +106,7 @@ def progress() -> Iterator[Any]:
         yield report
 
 
-def show(rows: Iterable[Mapping[str, object]], summary: Literal["mean", "median"] | None = None) -> None:
+def show(rows: Iterable[Mapping[str, Any]], summary: Literal["mean", "median"] | None = None) -> None:
     """Print a table, and below it, if wanted, a mean or median of each column of numbers."""
     import statistics
 
@@ -117,8 +117,8 @@ def show(rows: Iterable[Mapping[str, object]], summary: Literal["mean", "median"
     table = Table(*(found[0] if found else ["nothing"]))
     if summary and len(found) > 1:
         first, *others = found[0]
-        average = statistics.fmean if summary == "mean" else statistics.median
-        found.append({first: summary} | {key: float(average(row[key] for row in found)) for key in others})  # type: ignore[type-var, arg-type]
+        average: Any = statistics.fmean if summary == "mean" else statistics.median
+        found.append({first: summary, **{key: float(average([row[key] for row in found])) for key in others}})
     for row in found:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -157,7 +158,7 @@ class FactorizedNetwork(RecognitionNetwork):
     name: ClassVar[str] = "factorized"
 
     def __init__(
-        self, widths: tuple[int, ...] = (16, 24, 32, 48, 64), max_count: int = 10, gain_scale: float = 1.0
+        self, widths: Sequence[int] = (16, 24, 32, 48, 64), max_count: int = 10, gain_scale: float = 1.0
     ) -> None:
         super().__init__()
         widths = tuple(widths)
