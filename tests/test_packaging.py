@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +34,31 @@ def test_the_manifest_at_the_top_is_that_of_the_package():
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("installed without the repository around it")
     top = ROOT / "napari.yaml"
-    assert top.is_symlink()
-    assert top.resolve() == (ROOT / "napari_calvae" / "napari.yaml").resolve()
+    assert top.read_bytes() == (ROOT / "napari_calvae" / "napari.yaml").read_bytes()
+
+
+def test_npe2_discovers_the_wheel(tmp_path):
+    if not (ROOT / "pyproject.toml").is_file():
+        pytest.skip("installed without the repository around it")
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import npe2, napari_calvae; from napari_calvae._napari.contributions import sample_folder;"
+        "npe2.PluginManifest.from_distribution('napari-calvae');"
+        "manifest = [m for m in npe2.PluginManifest.discover() if m.name == 'napari-calvae'];"
+        "print(napari_calvae.__file__, sample_folder(), len(manifest), sep='\\n')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    module, sample, found = done.stdout.split()
+    assert Path(module).is_relative_to(tmp_path / "site")
+    assert Path(sample).is_relative_to(tmp_path / "site")
+    assert int(found) >= 1
 
 
 def test_the_sample_opens_with_its_time_in_seconds():
