@@ -47,9 +47,8 @@ def test_npe2_discovers_the_wheel(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import npe2, napari_calvae; from napari_calvae._napari.contributions import sample_folder;"
-        "npe2.PluginManifest.from_distribution('napari-calvae');"
-        "manifest = [m for m in npe2.PluginManifest.discover() if m.name == 'napari-calvae'];"
-        "print(napari_calvae.__file__, sample_folder(), len(manifest), sep='\\n')"
+        "found = [r.manifest.name for r in npe2.PluginManifest.discover() if r.manifest];"
+        "print(napari_calvae.__file__, sample_folder(), found.count('napari-calvae'), sep='\\n')"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
