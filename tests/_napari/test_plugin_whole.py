@@ -52,3 +52,12 @@ def test_the_demo_without_a_display_writes_a_picture(tmp_path):
     assert picture.shape[1] >= 1200
     teal = (np.abs(picture[..., :3].astype(int) - (0x35, 0xC9, 0xB5)).sum(-1) < 30).sum()
     assert teal > 300
+
+
+def test_the_demo_says_how_to_get_a_display(monkeypatch):
+    from napari_calvae._napari import demo
+
+    monkeypatch.setattr(demo, "has_display", lambda: False)
+    monkeypatch.setattr(demo.shutil, "which", lambda _: None)
+    with pytest.raises(calvae.RecordingError, match="apt-get install -y xvfb"):
+        demo.run()
