@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,8 +68,8 @@ def iter_infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **set
     dff = vae.preprocessing.apply(traces)
     provenance = _provenance(vae, traces, config, device)
     step = max(1, BLOCK_FRAMES // dff.n_frames)
-    for start in range(0, dff.n_rois, step):
-        yield _infer_block(dff.select(slice(start, start + step)), vae, config, device, provenance)
+    blocks = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
+    yield from _in_order(lambda block: _infer_block(block, vae, config, device, provenance), blocks, device)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -81,6 +83,32 @@ def pick_device(name: str = "auto") -> torch.device:
             "Choose 'auto' to take the best one."
         )
     return torch.device(name)
+
+
+def _in_order(
+    work: Callable[[Traces], SpikeInference], blocks: Sequence[Traces], device: torch.device
+) -> Iterator[SpikeInference]:
+    """Results of ``work`` on each block, on a CPU as many at a time as there are threads, each on one core.
+
+    One core per block is faster than all cores on each block in turn: a block is small, and threads that wait for each
+    other spin for seconds when another program wants the cores, too.
+    """
+    threads = torch.get_num_threads()
+    n_workers = min(threads, len(blocks)) if device.type == "cpu" else 1
+    pending: deque[Future[SpikeInference]] = deque()
+    with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for block in blocks:
+                pending.append(pool.submit(work, block))
+                if len(pending) > n_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+            # Threads that start later take the number that was set last, wherever that was.
+            torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -156,6 +156,7 @@ class FactorizedNetwork(RecognitionNetwork):
     """
 
     name: ClassVar[str] = "factorized"
+    log_factorial: Tensor
 
     def __init__(
         self, widths: Sequence[int] = (16, 24, 32, 48, 64), max_count: int = 10, gain_scale: float = 1.0
@@ -179,13 +180,14 @@ class FactorizedNetwork(RecognitionNetwork):
         self.grow = nn.ModuleList(nn.Conv1d(b, a, 1) for a, b in itertools.pairwise(widths))
         self.up = nn.ModuleList(_Block(2 * w, w, n_rate + n_summary) for w in widths[:-1])
         self.head = nn.Conv1d(widths[0], 1 + max_count, 1)
-        self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), nn.Linear(32, 2))
+        gain = nn.Linear(32, 2)
+        self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
         with torch.no_grad():
             # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
-            self.head.weight[1:].zero_()
-            self.head.bias.zero_()
-            self.gain[-1].weight.zero_()
-            self.gain[-1].bias.copy_(torch.tensor([0.0, math.log(0.3)]))
+            self.head.weight[1:] = 0
+            cast(Tensor, self.head.bias)[:] = 0
+            gain.weight[:] = 0
+            gain.bias[:] = torch.tensor([0.0, math.log(0.3)])
         k = torch.arange(max_count + 1.0)
         self.register_buffer("log_factorial", torch.lgamma(k + 1), persistent=False)
 
