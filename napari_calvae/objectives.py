@@ -159,7 +159,7 @@ def mmd(
     InfoVAE matches the pooled posterior E_F[q(s | F)] to the prior: one cell may differ from it, all together may not.
     Whole trains have too many dimensions for a kernel to tell them apart; the kernel is therefore the mean over
     features of exp(−(x − y)²/(2 bandwidth²)), and the discrepancy zero exactly where every feature has the same
-    marginal distribution under both. Correlations between frames count as far as `window_counts` has windows that span them.
+    marginal distribution under both. Correlations between frames count where a window of `window_counts` spans them.
 
     The value is an unbiased estimate, which may be below zero. So is its gradient, by score function: each train's
     signal is the witness function at it, less a baseline from the same ROI's other trains.

@@ -43,6 +43,73 @@ def test_training_resumes_bit_for_bit(tmp_path):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_training_stops_when_what_is_held_out_gets_worse_and_goes_back():
+    """Each step adds to the only weight; what is held out likes it best at 0.5."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    values = []
+
+    def loss(generator):
+        return -module.weight.sum(), {}
+
+    def held_out():
+        values.append(abs(float(module.weight.detach()) - 0.5))
+        return values[-1]
+
+    config = TrainConfig(
+        n_steps=200, learning_rate=0.02, warmup=0, cosine=False, weight_decay=0, check_every=5, patience=3
+    )
+    records = list(iter_train(module, loss, config, held_out=held_out))
+    assert len(records) == 40  # 25 steps to the best, three checks of five steps beyond
+    assert float(module.weight.detach()) == pytest.approx(0.5, abs=1e-3)
+    assert [r.terms["held_out"] for r in records if r.terms] == values[1:]
+
+
+def test_checkpoints_remember_what_was_best(tmp_path):
+    config = TrainConfig(n_steps=60, learning_rate=0.05, ema=0.5, check_every=5, patience=4, checkpoint_every=10)
+
+    def run(module, checkpoint, stop=None):
+        def held_out():
+            # Best when the first weight is half way to its goal of one.
+            return float((module.weight[0, 0] - 0.5).abs())
+
+        records = []
+        steps = iter_train(module, noisy_regression(module), config, checkpoint, held_out=held_out, rates={"bias": 0.2})
+        for record in steps:
+            records.append(record)
+            if record.step == stop:
+                break
+        return records
+
+    undisturbed = linear()
+    whole = run(undisturbed, None)
+    broken, resumed, again = linear(), linear(), linear()
+    run(broken, tmp_path / "c", 25)
+    rest = run(resumed, tmp_path / "c")
+    assert len(whole) < 60
+    assert [(r.loss, r.terms) for r in rest] == [(r.loss, r.terms) for r in whole[20:]]
+    assert torch.equal(undisturbed.weight, resumed.weight)
+    assert torch.equal(undisturbed.bias, resumed.bias)
+    assert run(again, tmp_path / "c") == []  # it had stopped
+    assert torch.equal(undisturbed.weight, again.weight)
+
+
+def test_parameters_learn_at_rates_of_their_own():
+    module = nn.ModuleDict({"cells": nn.Linear(1, 1), "network": nn.Linear(1, 1)})
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    def loss(generator):
+        return sum(p.sum() for p in module.parameters()), {}
+
+    config = TrainConfig(n_steps=1, learning_rate=1e-3, warmup=0, weight_decay=0)
+    list(iter_train(module, loss, config, rates={"cells": 0.1}))
+    moved = {name: float((before[name] - p.detach()).abs()) for name, p in module.named_parameters()}
+    # The first step of Adam is as long as the learning rate.
+    assert moved == pytest.approx(
+        {"cells.weight": 0.1, "cells.bias": 0.1, "network.weight": 1e-3, "network.bias": 1e-3}, rel=1e-3
+    )
+
+
 def test_a_loss_that_is_not_finite_moves_nothing():
     module = linear()
     before = module.weight.clone()
