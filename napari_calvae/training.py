@@ -35,6 +35,9 @@ class TrainConfig(BaseModel):
     cell_learning_rate: float = Field(
         5e-3, gt=0, title="Learning rate of cells", description="Of each cell's parameters, in spreads of their prior"
     )
+    label_weight: float = Field(
+        1.0, ge=0, title="Weight of labels", description="Of true spikes beside the bound, if some cells have them"
+    )
     check_every: int = Field(20, ge=1, title="Check", description="Steps between held-out values, if there are any")
     patience: int = Field(5, ge=1, title="Patience", description="Checks without a better held-out value before a stop")
     checkpoint_every: int = Field(
