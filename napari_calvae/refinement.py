@@ -90,7 +90,8 @@ def refine(traces: Traces, model: str | Path | SpikeVAE = "universal", **setting
     """Spike posterior of every trace, fitted to that trace from the network's answer on.
 
     Slower than ``infer`` by the number of steps. It makes the posterior agree with the model's generative model: for
-    good where that describes the cell, for ill where the network knows better.
+    good where that describes the cell, for ill where the network knows better (on minutes of three real recordings with
+    the linear model the correlation with the true rate fell by 0.01 to 0.05, while the bound rose by tens of nats/s).
 
     Parameters
     ----------
@@ -120,7 +121,8 @@ def diagnose(traces: Traces, model: str | Path | SpikeVAE = "universal", **setti
     Parameters
     ----------
     traces, model, **settings
-        As for ``refine``. Bounds of long traces need many samples: look at ``Gaps.effective_samples``.
+        As for ``refine``. The evidence is tight for short traces only, of tens of frames with few spikes: where
+        ``Gaps.effective_samples`` is near one, the approximation gap is a lower bound on the true one.
     """
     config = RefineConfig(**settings)
     target, posterior = _start(traces, model)
