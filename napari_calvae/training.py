@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +12,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+from napari_calvae.formats import whole_files
 
 
 class TrainConfig(BaseModel):
@@ -138,7 +138,9 @@ def iter_train(
                 "step": step + 1,
                 "seconds": seconds,
             }
-            _save_atomically(state, checkpoint)
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with whole_files(checkpoint) as (temporary,):
+                torch.save(state, temporary)
         yield TrainRecord(step + 1, config.n_steps, float(value.detach()), seconds, terms)
     watch.finish()
     modules.eval()
@@ -216,11 +218,3 @@ def _schedule(step: int, config: TrainConfig) -> float:
     warm = min(1.0, (step + 1) / max(1.0, config.warmup * config.n_steps))
     decay = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done)))) if config.cosine else 1.0
     return warm * decay
-
-
-def _save_atomically(state: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    torch.save(state, temporary)
-    os.replace(temporary, path)
