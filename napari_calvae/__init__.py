@@ -16,6 +16,7 @@ _HOME = {
     "SpikeInference": "recording",
     "Traces": "recording",
     "SpikeVAE": "vae",
+    "diagnose": "refinement",
     "extract": "preprocess",
     "fit": "fitting",
     "infer": "inference",
@@ -27,6 +28,7 @@ _HOME = {
     "read": "formats",
     "read_labels": "formats",
     "read_movie": "formats",
+    "refine": "refinement",
     "simulate": "simulation",
     "write": "formats",
 }
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.preprocess import extract, iter_extract
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
+    from napari_calvae.refinement import diagnose, refine
     from napari_calvae.simulation import simulate
     from napari_calvae.vae import SpikeVAE, load_model, models
 

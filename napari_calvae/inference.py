@@ -66,7 +66,7 @@ def iter_infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **set
     device = pick_device(config.device)
     vae.recognition.to(device).eval()
     dff = vae.preprocessing.apply(traces)
-    provenance = _provenance(vae, traces, config, device)
+    provenance = provenance_of(vae, traces, config, device)
     step = max(1, BLOCK_FRAMES // dff.n_frames)
     blocks = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
     yield from _in_order(lambda block: _infer_block(block, vae, config, device, provenance), blocks, device)
@@ -118,7 +118,17 @@ def _infer_block(
     observed = torch.from_numpy(dff.values.copy()).to(device)
     valid = torch.from_numpy(dff.valid.copy()).to(device)
     posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
+    return inference_of(dff, vae, config, posterior, provenance)
+
+
+@torch.inference_mode()
+def inference_of(
+    dff: Traces, vae: SpikeVAE, config: InferConfig, posterior: SpikePosterior, provenance: dict[str, Any]
+) -> SpikeInference:
+    """Rates, samples, reconstruction and quality that follow from a posterior over the spikes of ΔF/F traces."""
     mean = posterior.mean
+    observed = torch.from_numpy(dff.values.copy()).to(mean.device)
+    valid = torch.from_numpy(dff.valid.copy()).to(mean.device)
     estimated = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
     known = {name: torch.full_like(estimated[name], value) for name, value in vae.theta.items()}
     theta = {**estimated, **known}
@@ -198,7 +208,8 @@ def _spread(traces: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     return expected[log_likelihood.argmax()].sqrt()
 
 
-def _provenance(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torch.device) -> dict[str, Any]:
+def provenance_of(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torch.device) -> dict[str, Any]:
+    """How an inference came about: JSON-like."""
     return {
         "model": vae.description,
         "model_sha256": vae.sha256,

@@ -173,17 +173,23 @@ def test_train_with_and_without_spikes(tmp_path, recording, model):
     for name, options in {
         "a.safetensors": [],
         "b.safetensors": ["--objective", "supervised", "--spikes", recording / "traces.npz"],
+        "d.safetensors": ["--objective", "semi_supervised", "--spikes", recording / "traces.npz"],
+        "e.safetensors": ["--objective", "wake_sleep"],
     }.items():
         result = calvae("train", *common, "-o", tmp_path / name, *options)
         assert result.exit_code == 0, result.output
         assert "trained for 2 steps on 3 ROIs" in result.stdout
         assert isinstance(load_model(tmp_path / name), SpikeVAE)
+        objective = options[1] if options else "sleep"
+        assert f"tiny; fitted by {objective}, 2 steps" in result.stdout
     assert "ends in .safetensors" in refused("train", *common, "-o", tmp_path / "c.pt")
     assert "exists already" in refused("train", *common, "-o", tmp_path / "a.safetensors")
     supervised = ["train", *common, "-o", tmp_path / "c.safetensors", "--objective", "supervised"]
-    assert "spikes: expected a file with --objective supervised" in refused(*supervised)
+    assert "spikes: expected a file with --objective supervised or semi_supervised" in refused(*supervised)
     np.savez(tmp_path / "some.npz", spike_times_1=[1.0])
-    assert "expected spikes of every ROI, got none of ROI 2" in refused(*supervised, "--spikes", tmp_path / "some.npz")
+    some = ["--spikes", tmp_path / "some.npz"]
+    assert "expected spikes of every ROI, got none of ROI 2" in refused(*supervised, *some)
+    assert calvae(*supervised[:-1], "semi_supervised", *some).exit_code == 0
 
 
 def test_models_are_listed(model, monkeypatch):

@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from napari_calvae.generative import LinearAR, SpikePrior
-from napari_calvae.objectives import elbo, iwae, supervised, vimco
+from napari_calvae.objectives import (
+    elbo,
+    info_vae,
+    iwae,
+    mmd,
+    semi_supervised,
+    supervised,
+    vimco,
+    wake_phi,
+    wake_sleep,
+    wake_theta,
+    window_counts,
+)
 
 N_FRAMES, FRAME_RATE = 3, 20.0
 OBSERVED = torch.tensor([0.05, 0.22, 0.13], dtype=torch.float64)
@@ -175,3 +187,203 @@ def test_too_few_samples_are_refused():
         vimco(torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises((ValueError, TypeError)):  # TypeError where jaxtyping checks shapes first
         elbo(torch.zeros(2, 2), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("max_count", "n_samples"), CASES)
+def test_wake_theta_gradient_is_that_of_the_enumerated_bound_and_passes_q_by(max_count, n_samples):
+    toy = Toy(max_count)
+    index = tuples(len(toy.trains), n_samples)
+    loss, grad_phi, grad_theta = expected_gradient(wake_theta_alone, toy, index)
+    with torch.no_grad():
+        assert abs(loss + exact_bound(toy, toy.phi, toy.theta, index)) < 1e-10
+        by_theta = finite_differences(lambda x: -exact_bound(toy, toy.phi, x, index), toy.theta)
+    assert torch.equal(grad_phi, torch.zeros_like(grad_phi))
+    assert (grad_theta - by_theta).abs().max() < 1e-6 * (1 + by_theta.abs().max())
+
+
+def wake_theta_alone(log_joint, log_posterior):
+    """Autograd wants both leaves in the graph."""
+    return wake_theta(log_joint, log_posterior) + 0 * log_posterior.sum()
+
+
+def compositions(n_samples: int, n_trains: int) -> torch.Tensor:
+    """(composition, train) how often each train is drawn, all ways there are."""
+    bars = torch.tensor(list(itertools.combinations(range(n_samples + n_trains - 1), n_trains - 1)))
+    edges = torch.nn.functional.pad(
+        torch.nn.functional.pad(bars, (1, 0), value=-1), (0, 1), value=n_samples + n_trains - 1
+    )
+    return edges.diff() - 1
+
+
+def expected_wake_phi(toy: Toy, n_samples: int) -> torch.Tensor:
+    """Expectation of the gradient (of the loss) for φ over all sets of samples."""
+    times = compositions(n_samples, len(toy.trains)).double()
+    phi = toy.phi.clone().requires_grad_()
+    log_q, log_p = toy.log_q(phi), toy.log_p(toy.theta)
+    coefficient = math.lgamma(n_samples + 1) - torch.lgamma(times + 1).sum(1)
+    probability = (coefficient + times @ log_q.detach()).exp()
+    rows = (
+        torch.repeat_interleave(torch.arange(len(toy.trains)).repeat(len(times)), times.flatten().long())
+        .reshape(-1, n_samples)
+        .T
+    )  # (sample, composition)
+    leaf = log_q.detach()[rows].requires_grad_()
+    (signal,) = torch.autograd.grad(wake_phi(log_p[rows], leaf) * rows.shape[1], leaf)
+    per_train = torch.zeros(len(toy.trains), dtype=torch.float64).index_add(
+        0, rows.flatten(), (signal * probability).flatten()
+    )
+    return torch.autograd.grad(log_q, phi, per_train)[0]
+
+
+def test_wake_phi_gradient_tends_to_that_of_the_enumerated_divergence_with_the_stated_bias():
+    toy = Toy(1)
+    log_p = toy.log_p(toy.theta)
+    posterior = torch.softmax(log_p, 0)
+
+    def divergence(phi):
+        return (posterior * (log_p - torch.logsumexp(log_p, 0) - toy.log_q(phi))).sum()
+
+    exact = finite_differences(divergence, toy.phi)
+    assert exact.abs().max() > 0.05
+    # Leading bias, by enumeration: E_q[(w/Z)² (∇ log q − E_p ∇ log q)] / K, here as a gradient of the loss.
+    phi = toy.phi.clone().requires_grad_()
+    log_q = toy.log_q(phi)
+    ratio = (posterior / log_q.detach().exp()) ** 2 * log_q.detach().exp()
+    (leading,) = torch.autograd.grad((ratio * log_q).sum() - ratio.sum() * (posterior * log_q).sum(), phi)
+    bias = {k: expected_wake_phi(toy, k) - exact for k in (2, 4, 8, 12)}
+    sizes = [float(b.abs().max()) for b in bias.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    # Two sample sizes eliminate the term in 1/K² and leave one in 1/K³.
+    extrapolated = (12**2 * bias[12] - 8**2 * bias[8]) / (12 - 8)
+    assert leading.abs().max() > 0.05
+    assert (extrapolated - leading).abs().max() < 0.2 * leading.abs().max()
+
+
+def test_wake_sleep_is_both_wakes():
+    generator = torch.Generator().manual_seed(0)
+    log_p, log_q = (x.requires_grad_() for x in torch.randn(2, 4, 3, generator=generator, dtype=torch.float64).unbind())
+    both = torch.autograd.grad(wake_sleep(log_p, log_q), (log_p, log_q))
+    weights = torch.softmax(log_p - log_q, 0).detach() / 3
+    assert torch.allclose(both[0], -weights)
+    assert torch.allclose(both[1], -weights)
+    assert torch.allclose(torch.autograd.grad(wake_theta(log_p, log_q), log_p)[0], both[0])
+    assert torch.allclose(torch.autograd.grad(wake_phi(log_p, log_q), log_q)[0], both[1])
+    for objective in (wake_theta, wake_phi, wake_sleep):
+        assert torch.allclose(objective(log_p, log_q), iwae(log_p, log_q))
+
+
+def two_cells() -> tuple[Toy, torch.Tensor, torch.Tensor]:
+    """Two posteriors over the same trains, as functions of one φ: that of the toy, and that at −φ/2."""
+    toy = Toy(1)
+    return toy, window_counts(toy.trains, (1, 2)).double(), torch.tensor([6, 1, 3])
+
+
+def exact_mmd(statistic: torch.Tensor, q: torch.Tensor, draws: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """Between the pooled posterior q (train,) and the empirical prior, pairs of the same draw left out."""
+    k = torch.exp(-0.5 * ((statistic[:, None] - statistic) / bandwidth) ** 2).mean(-1)
+    n = len(draws)
+    among = (k[draws][:, draws].sum() - k[draws, draws].sum()) / (n * (n - 1))
+    return q @ k @ q - 2 * (k[:, draws].mean(1) * q).sum() + among
+
+
+@pytest.mark.parametrize("n_samples", [2, 3])
+def test_mmd_and_its_gradient_are_those_of_the_enumerated_pooled_posterior(n_samples):
+    toy, statistic, draws = two_cells()
+    n_rois = 2 if n_samples == 2 else 1
+    index = tuples(len(toy.trains), n_samples * n_rois)
+
+    def log_qs(phi):
+        return torch.stack([toy.log_q(phi), toy.log_q(-phi / 2)][:n_rois], 1)  # train roi
+
+    phi = toy.phi.clone().requires_grad_()
+    log_q = log_qs(phi)
+    rois = torch.arange(n_rois)
+    probability, losses = [], []
+    for i in index:
+        trains = i.reshape(n_samples, n_rois)
+        chosen = log_q[trains, rois]
+        probability.append(chosen.detach().sum().exp())
+        losses.append(mmd(chosen, statistic[trains], statistic[draws], 0.6))
+    expected = (torch.stack(probability) * torch.stack(losses)).sum()
+    (gradient,) = torch.autograd.grad(expected, phi)
+    with torch.no_grad():
+        value = exact_mmd(statistic, log_qs(toy.phi).exp().mean(1), draws, 0.6)
+        exact = finite_differences(lambda x: exact_mmd(statistic, log_qs(x).exp().mean(1), draws, 0.6), toy.phi)
+    assert abs(float(expected.detach()) - float(value)) < 1e-10
+    assert exact.abs().max() > 1e-2
+    assert (gradient - exact).abs().max() < 1e-6
+
+
+def test_mmd_is_zero_for_equal_distributions_and_positive_for_others():
+    generator = torch.Generator().manual_seed(0)
+
+    def trains(rate, n):
+        return window_counts(torch.poisson(torch.full((n, 64), rate), generator=generator), (1, 8, 64))
+
+    def values(rate):
+        log_q = torch.zeros(20, 1)
+        return torch.stack([mmd(log_q, trains(rate, 20)[:, None], trains(0.2, 20)) for _ in range(40)])
+
+    same, other = values(0.2), values(0.4)
+    assert abs(float(same.mean())) < 3 * float(same.std()) / math.sqrt(40)
+    assert float(other.mean()) > 5 * float(other.std()) / math.sqrt(40)
+
+
+def test_mmd_sees_bursts_that_single_frames_hide():
+    """The same share of spikes per frame, once spread at random and once in blocks: only longer windows tell."""
+    generator = torch.Generator().manual_seed(0)
+    spread = (torch.rand(200, 64, generator=generator) < 0.25).float()
+    blocks = (torch.rand(200, 8, generator=generator) < 0.25).float().repeat_interleave(8, -1)
+    values = {
+        lengths: float(
+            mmd(torch.zeros(200, 1), window_counts(blocks, lengths)[:, None], window_counts(spread, lengths))
+        )
+        for lengths in ((1,), (8,))
+    }
+    assert values[1,] < 0.01 < 0.1 < values[8,]
+
+
+def test_window_counts_leave_out_what_does_not_fit():
+    counts = torch.tensor([1.0, 0, 3, 1, 4])
+    assert window_counts(counts, (1, 2, 8)).pow(2).round().tolist() == [1, 0, 3, 1, 4, 1, 4]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_info_vae_gradient_is_that_of_the_enumerated_criterion(alpha):
+    toy = Toy(2)
+    prior = toy.prior.log_prob(toy.trains, FRAME_RATE)
+    index = tuples(len(toy.trains), 2)
+
+    def criterion(phi):
+        log_q = toy.log_q(phi)
+        return (
+            -(log_q.exp() * (toy.log_p(toy.theta) - prior - (1 - alpha) * (log_q - prior))).sum() + 3 * phi[0, 0] ** 2
+        )
+
+    phi = toy.phi.clone().requires_grad_()
+    log_q, log_likelihood = toy.log_q(phi), toy.log_p(toy.theta) - prior
+    extra = phi[0, 0] ** 2  # stands for the discrepancy
+    losses = [
+        info_vae(log_likelihood[i, None], prior[i, None], log_q[i, None], extra, alpha=alpha, weight=3.0) for i in index
+    ]
+    expected = (log_q.detach()[index].sum(1).exp() * torch.stack(losses)).sum()
+    (gradient,) = torch.autograd.grad(expected, phi)
+    with torch.no_grad():
+        exact = finite_differences(criterion, toy.phi)
+        assert abs(float(expected.detach()) - float(criterion(toy.phi))) < 1e-9
+    assert (gradient - exact).abs().max() < 1e-6 * (1 + exact.abs().max())
+
+
+def test_semi_supervised_weighs_cells_with_and_without_truth():
+    bound, log_p, log_q = torch.tensor(7.0), torch.tensor([-3.0, -5.0]), torch.tensor([-1.0, -2.0])
+    assert semi_supervised(bound, log_p, log_q, share=0.25, weight=2.0) == pytest.approx(
+        0.75 * 7 + 0.25 * (4 + 2 * 1.5)
+    )
+    assert semi_supervised(bound, log_p[:0], log_q[:0], share=0.0) == pytest.approx(7)
+    toy = Toy(1)
+    phi = toy.phi.clone().requires_grad_()
+    loss = semi_supervised(bound, toy.log_p(toy.theta)[2:3], toy.log_q(phi)[2:3], share=1.0, weight=2.0)
+    exact = finite_differences(lambda x: -2 * toy.log_q(x)[2], toy.phi)
+    assert (torch.autograd.grad(loss, phi)[0] - exact).abs().max() < 1e-6
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        semi_supervised(bound, log_p, log_q, share=1.5)

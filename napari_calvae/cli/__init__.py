@@ -25,8 +25,11 @@ class Device(StrEnum):
 class Objective(StrEnum):
     """What to train for."""
 
+    sleep = "sleep"
     vimco = "vimco"
+    wake_sleep = "wake_sleep"
     supervised = "supervised"
+    semi_supervised = "semi_supervised"
 
 
 app = typer.Typer(
@@ -145,12 +148,14 @@ def simulate(  # noqa: PLR0913 - every option is one field of the simulation
 def train(  # noqa: PLR0913 - every option is a word of the documented command line
     source: Annotated[Path, typer.Argument(metavar="INPUT", help=Input.__metadata__[0].help)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model to write (.safetensors)")],
-    spikes: Annotated[Path | None, typer.Option(help="True spikes (.npz) for the supervised objective")] = None,
-    objective: Annotated[Objective, typer.Option(help="vimco needs no spikes")] = Objective.vimco,
+    spikes: Annotated[Path | None, typer.Option(help="True spikes (.npz) for the supervised objectives")] = None,
+    objective: Annotated[
+        Objective, typer.Option(help="What to train for; sleep, vimco and wake_sleep need no spikes")
+    ] = Objective.sleep,
     base: Annotated[str, typer.Option(help="Model to start from: a shipped name or a file")] = "universal",
     generative: Annotated[str | None, typer.Option(help="Generative model, by default the base's")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the parameters")] = 300,
-    learning_rate: Annotated[float, typer.Option(help="Of the updates")] = 5e-4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the parameters, by default as is good")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the updates, by default as is good")] = None,
     rois: Rois = None,
     frame_rate: FrameRate = None,
     unit: UnitOption = None,
@@ -165,9 +170,9 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
 
     if output.suffix != ".safetensors":
         raise RecordingError(f"output: expected a name that ends in .safetensors, got {output.name!r}.")
-    if (objective is Objective.supervised) != (spikes is not None):
+    if objective.value.endswith("supervised") != (spikes is not None):
         raise RecordingError(
-            f"spikes: expected a file with --objective supervised and none otherwise, "
+            f"spikes: expected a file with --objective supervised or semi_supervised and none otherwise, "
             f"got {spikes} for {objective.value}."
         )
     check_output(output, overwrite)
@@ -179,19 +184,23 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
 
             times = read_spikes(spikes)
             missing = [roi for roi in traces.roi_ids if roi not in times]
-            if missing:
+            if missing and objective is Objective.supervised:
                 raise RecordingError(f"{spikes.name}: expected spikes of every ROI, got none of ROI {missing[0]}.")
             clock = (traces.t0, traces.frame_rate, traces.n_frames)
-            counts = np.stack([bin_spikes(times[roi], *clock) for roi in traces.roi_ids])
+            unknown = np.full(traces.n_frames, np.nan)
+            counts = np.stack([bin_spikes(times[r], *clock) if r in times else unknown for r in traces.roi_ids])
         report("Loading the model", None)
-        from napari_calvae.fitting import iter_fit
+        from napari_calvae.fitting import DEFAULTS, iter_fit
         from napari_calvae.training import TrainConfig
 
-        config = TrainConfig(n_steps=steps, learning_rate=learning_rate, seed=seed)
+        given = {"n_steps": steps, "learning_rate": learning_rate, "seed": seed}
+        settings = DEFAULTS[objective.value].model_dump() | {k: v for k, v in given.items() if v is not None}
+        config = TrainConfig(**settings)
         records = iter_fit(traces, base, objective.value, spikes=counts, generative=generative, config=config)
         model = finish(records, lambda r: report(f"Training, loss {r.loss:.4g}", r.step / r.n_steps))
         model.save(output)
-    typer.echo(f"{output}: trained for {steps} steps on {traces.n_rois} ROIs")
+    typer.echo(f"{output}: trained for {config.n_steps} steps on {traces.n_rois} ROIs")
+    typer.echo(model.description)
 
 
 @app.command()
