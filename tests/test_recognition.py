@@ -96,6 +96,14 @@ def test_scale_offset_and_missing_frames_of_dff_do_not_matter(network):
     torch.testing.assert_close(network(gap, 30.0).mean, network(other, 30.0, valid).mean)
 
 
+def test_short_traces_are_taken_as_in_training():
+    torch.manual_seed(0)
+    network = NETWORKS["factorized"](widths=(4, 6), min_frames=64).eval()
+    f = torch.randn(2, 40)
+    followed = torch.cat([f, torch.full((2, 24), torch.nan)], 1)
+    torch.testing.assert_close(network(f, 30.0).mean, network(followed, 30.0).mean[:, :40])
+
+
 @pytest.mark.parametrize("values", [torch.zeros(1, 30), torch.full((1, 30), torch.nan), torch.eye(1, 30)])
 def test_features_are_finite_for_traces_without_noise(values):
     assert torch.isfinite(trace_features(values)).all()

@@ -25,12 +25,13 @@ log = logging.getLogger("napari_calvae.train")
 
 #: Frames per batch; snippets are 512 to 4,096 frames long, so that the gain is learned over short and long recordings.
 BATCH_FRAMES = 12288
+WINDOWS, SHARES = (512, 1024, 2048, 4096), (0.35, 0.4, 0.15, 0.1)
 
 
 def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, simulated: float, seed: int) -> Snippets:
     """Snippets of one common length, a share ``simulated`` of them from the generative models."""
     rng = np.random.default_rng(seed)
-    window = int(rng.choice([512, 1024, 2048, 4096], p=[0.35, 0.4, 0.15, 0.1]))
+    window = int(rng.choice(WINDOWS, p=SHARES))
     n = BATCH_FRAMES // window
     out = Snippets(n, window)
     from_model = rng.random(n) < simulated
@@ -55,7 +56,7 @@ def main(
     sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
     recordings, simulations = RecordingSampler(sweeps), SimulationSampler()
     torch.manual_seed(seed)
-    network = FactorizedNetwork()
+    network = FactorizedNetwork(min_frames=min(WINDOWS))
     config = TrainConfig(
         n_steps=steps, learning_rate=1.2e-3, warmup=0.02, ema=0.999, clip=0.3, seed=seed, checkpoint_every=250
     )

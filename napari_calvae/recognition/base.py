@@ -56,6 +56,8 @@ class RecognitionNetwork(nn.Module, abc.ABC):
     halo: int
     #: Chunks start at multiples of this (frames).
     stride: int
+    #: Shortest trace (frames) met in training; shorter ones are followed by missing frames, as they were there.
+    min_frames: int = 1
     #: At most this many frames, evenly spread over the trace, are summarised.
     summary_frames: ClassVar[int] = 16384
 
@@ -103,13 +105,16 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         chunk
             Work through the trace in pieces of about this many frames; the result is the same.
         """
+        n_frames = fluorescence.shape[-1]
+        short = (0, max(0, self.min_frames - n_frames))
+        fluorescence = nn.functional.pad(fluorescence, short, value=torch.nan)
+        valid = None if valid is None else nn.functional.pad(valid, short, value=False)
         features = trace_features(fluorescence, valid)
         rate = torch.as_tensor(frame_rate, dtype=features.dtype, device=features.device).expand(len(features))
         log_rate = torch.log(rate)
         summary = self._summary(features, log_rate)
-        n_frames = features.shape[-1]
         if chunk is None or chunk >= n_frames:
-            local = self.local(features, log_rate, summary)
+            local = self.local(features, log_rate, summary)[..., :n_frames]
         else:
             step = max(self.stride, chunk // self.stride * self.stride)
             margin = -(-self.halo // self.stride) * self.stride

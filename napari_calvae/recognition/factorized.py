@@ -153,18 +153,30 @@ class FactorizedNetwork(RecognitionNetwork):
         Highest spike count per frame.
     gain_scale
         Factor on the standard deviation of the log-gain, calibrated on data sets that the network did not see.
+    min_frames
+        Shortest trace that it is trained on.
     """
 
     name: ClassVar[str] = "factorized"
     log_factorial: Tensor
 
     def __init__(
-        self, widths: Sequence[int] = (16, 24, 32, 48, 64), max_count: int = 10, gain_scale: float = 1.0
+        self,
+        widths: Sequence[int] = (16, 24, 32, 48, 64),
+        max_count: int = 10,
+        gain_scale: float = 1.0,
+        min_frames: int = 1,
     ) -> None:
         super().__init__()
         widths = tuple(widths)
-        self.config: dict[str, Any] = {"widths": list(widths), "max_count": max_count, "gain_scale": gain_scale}
+        self.config: dict[str, Any] = {
+            "widths": list(widths),
+            "max_count": max_count,
+            "gain_scale": gain_scale,
+            "min_frames": min_frames,
+        }
         self.max_count = max_count
+        self.min_frames = min_frames
         self.gain_scale = gain_scale
         self.stride = 2 ** (len(widths) - 1)
         # Each level reaches 4 frames of its own rate in either direction per block (one on the way down, one up), and
