@@ -13,8 +13,6 @@ from torch.nn.functional import pad
 
 from napari_calvae.generative.base import BASELINE, NOISE, Parameter, Theta, as_rate
 
-#: Shapes are compared on this many frames of each trace, those around the most spikes.
-_FRAMES = 3000
 #: At most this many numbers are worked on at once.
 _BUDGET = 4_000_000
 
@@ -106,11 +104,14 @@ class ShapeGrid:
         The parameter that scales the response.
     respond
         Response of gain one and baseline zero from counts, θ and frame rate.
+    n_frames
+        Shapes are compared on this many frames of each trace, those around the most spikes.
     """
 
     steps: Mapping[Parameter, tuple[float, ...]]
     gain: Parameter
     respond: Callable[[Tensor, Theta, Tensor], Tensor]
+    n_frames: int = 3000
 
     def fit(
         self,
@@ -120,7 +121,7 @@ class ShapeGrid:
         rate: Float[Tensor, " roi"],
     ) -> dict[str, Tensor]:
         """Shape and gain of each ROI from `measured_frames`, spikes and frame rate (Hz)."""
-        window = _busiest(counts * weights, _FRAMES)
+        window = _busiest(counts * weights, self.n_frames)
         y, s, w = (x.gather(1, window) for x in (observed, counts, weights))
         deviations = observed.new_tensor(list(itertools.product(*self.steps.values())))
         step = max(1, _BUDGET // (window.shape[1] * len(deviations)))
