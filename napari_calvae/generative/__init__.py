@@ -6,6 +6,7 @@ from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
 from napari_calvae.generative.dye_binding import DyeBinding
 from napari_calvae.generative.indicator_kinetics import IndicatorKinetics, JGCaMP8f, JGCaMP8m
 from napari_calvae.generative.linear_ar import LinearAR
+from napari_calvae.generative.noise import NOISES, CorrelatedNoise, GaussianNoise, Noise, SignalDependentNoise
 from napari_calvae.generative.physiological import Physiological
 from napari_calvae.generative.prior import SpikePrior
 
@@ -16,14 +17,19 @@ MODELS: dict[str, type[GenerativeModel]] = {
 
 __all__ = [
     "MODELS",
+    "NOISES",
+    "CorrelatedNoise",
     "DyeBinding",
+    "GaussianNoise",
     "GenerativeModel",
     "IndicatorKinetics",
     "JGCaMP8f",
     "JGCaMP8m",
     "LinearAR",
+    "Noise",
     "Parameter",
     "Physiological",
+    "SignalDependentNoise",
     "SpikePrior",
     "Theta",
 ]

@@ -47,7 +47,7 @@ class DyeBinding(GenerativeModel):
 
     name: ClassVar[str] = "dye_binding"
     label: ClassVar[str] = "Calcium and saturating dye"
-    parameters: ClassVar[tuple[Parameter, ...]] = (CALCIUM, BINDING, HILL, UNBINDING, SATURATION, BASELINE, NOISE)
+    parameters: tuple[Parameter, ...] = (CALCIUM, BINDING, HILL, UNBINDING, SATURATION, BASELINE, NOISE)
 
     def fluorescence(
         self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
@@ -56,7 +56,7 @@ class DyeBinding(GenerativeModel):
         bound = _bound(counts, theta, frame_rate)
         return theta["baseline"].unsqueeze(-1) + theta["saturation"].unsqueeze(-1) * bound
 
-    def initial_theta(
+    def first_guess(
         self,
         observed: Float[Tensor, "roi time"],
         counts: Num[Tensor, "roi time"],

@@ -55,7 +55,7 @@ class IndicatorKinetics(GenerativeModel, abc.ABC):
     into pieces of 30 s that run side by side; see `simulate_states`.
     """
 
-    parameters: ClassVar[tuple[Parameter, ...]] = (
+    parameters: tuple[Parameter, ...] = (
         INDICATOR, EXTRUSION, INFLUX, RANGE, STORE_IN, STORE_OUT, BASELINE, NOISE,
     )  # fmt: skip
     #: Rates of the indicator's states.
@@ -70,7 +70,7 @@ class IndicatorKinetics(GenerativeModel, abc.ABC):
         return theta["baseline"].unsqueeze(-1) + gain.unsqueeze(-1) * self._brightening(counts, theta, frame_rate)
 
     @final
-    def initial_theta(
+    def first_guess(
         self,
         observed: Float[Tensor, "roi time"],
         counts: Num[Tensor, "roi time"],

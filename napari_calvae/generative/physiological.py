@@ -51,7 +51,7 @@ class Physiological(GenerativeModel):
 
     name: ClassVar[str] = "physiological"
     label: ClassVar[str] = "Physiological (MLspike)"
-    parameters: ClassVar[tuple[Parameter, ...]] = (AMPLITUDE, CALCIUM, RISE, HILL, SATURATION, BASELINE, NOISE)
+    parameters: tuple[Parameter, ...] = (AMPLITUDE, CALCIUM, RISE, HILL, SATURATION, BASELINE, NOISE)
 
     def fluorescence(
         self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
@@ -59,7 +59,7 @@ class Physiological(GenerativeModel):
         """Noise-free ΔF/F of each frame: baseline, and what the indicator reads over the frame."""
         return theta["baseline"].unsqueeze(-1) + theta["amplitude"].unsqueeze(-1) * _read(counts, theta, frame_rate)
 
-    def initial_theta(
+    def first_guess(
         self,
         observed: Float[Tensor, "roi time"],
         counts: Num[Tensor, "roi time"],
