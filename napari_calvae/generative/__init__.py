@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
+from napari_calvae.generative.bursts import BurstyPrior
 from napari_calvae.generative.dye_binding import DyeBinding
 from napari_calvae.generative.indicator_kinetics import IndicatorKinetics, JGCaMP8f, JGCaMP8m
 from napari_calvae.generative.linear_ar import LinearAR
@@ -18,6 +19,7 @@ MODELS: dict[str, type[GenerativeModel]] = {
 __all__ = [
     "MODELS",
     "NOISES",
+    "BurstyPrior",
     "CorrelatedNoise",
     "DyeBinding",
     "GaussianNoise",
