@@ -176,6 +176,21 @@ def test_bin_width_matters_to_first_order_at_most(model):
     assert errors[2] < 0.4 * errors[1]
 
 
+def test_spikes_may_be_finer_than_frames(model):
+    frame_rate, bins, n_frames = 12.0, 3, shorter(model, 200)
+    theta = median_theta(model, 2)
+    fine = poisson(2.0, frame_rate * bins, 2, n_frames * bins)
+    by_hand = model.fluorescence(fine, theta, frame_rate * bins).reshape(2, n_frames, bins).mean(-1)
+    assert torch.equal(model.per_frame(fine, theta, frame_rate, bins), by_hand)
+    observed = model.simulate(fine, theta, frame_rate, generator(), bins)
+    normal = torch.distributions.Normal(by_hand, model.noise_std(theta, frame_rate)[:, None])
+    found = model.log_prob(observed, fine, theta, frame_rate, bins=bins)
+    assert torch.allclose(found, normal.log_prob(observed).sum(-1))
+    assert torch.equal(model.per_frame(fine, theta, frame_rate * bins), model.fluorescence(fine, theta, 36.0))
+    with pytest.raises(ValueError, match="multiple of bins = 4"):
+        model.per_frame(fine[:, :-1], theta, frame_rate, 4)
+
+
 def test_initial_theta_and_fit_theta_recover_the_response(model):
     """θ itself trades off within a model; what must come back is what one spike does, baseline and noise."""
     if isinstance(model, IndicatorKinetics):

@@ -88,28 +88,62 @@ class GenerativeModel(abc.ABC):
     def log_prob(
         self,
         observed: Float[Tensor, "*observed time"],
-        counts: Num[Tensor, "*counts time"],
+        counts: Num[Tensor, "*counts bin"],
         theta: Theta,
         frame_rate: float | Num[Tensor, "*rate"],
         valid: Bool[Tensor, "*valid time"] | None = None,
+        bins: int = 1,
     ) -> Float[Tensor, "*out"]:
-        """Log-density of whole traces given their spikes; missing frames (NaN, or ``valid`` False) drop out."""
+        """Log-density of whole traces given their spikes; missing frames (NaN, or ``valid`` False) drop out.
+
+        With ``bins`` above 1 counts are that much finer than frames; see `per_frame`.
+        """
         measured = torch.isfinite(observed) if valid is None else torch.isfinite(observed) & valid
-        expected = self.fluorescence(counts, theta, frame_rate)
+        expected = self.per_frame(counts, theta, frame_rate, bins)
         residual = torch.where(measured, observed - expected, 0)
         return self.noise.log_prob(residual, expected, theta, frame_rate, measured)
 
     @final
     def simulate(
         self,
-        counts: Num[Tensor, "*counts time"],
+        counts: Num[Tensor, "*counts bin"],
         theta: Theta,
         frame_rate: float | Num[Tensor, "*rate"],
         generator: torch.Generator | None = None,
+        bins: int = 1,
     ) -> Float[Tensor, "*out time"]:
-        """Draw noisy ΔF/F for given spike counts."""
-        clean = self.fluorescence(counts, theta, frame_rate)
+        """Draw noisy ΔF/F for given spike counts, ``bins`` of them per frame."""
+        clean = self.per_frame(counts, theta, frame_rate, bins)
         return clean + self.noise.sample(clean, theta, frame_rate, generator)
+
+    @final
+    def per_frame(
+        self,
+        counts: Num[Tensor, "*counts bin"],
+        theta: Theta,
+        frame_rate: float | Num[Tensor, "*rate"],
+        bins: int = 1,
+    ) -> Float[Tensor, "*out time"]:
+        """Noise-free ΔF/F of each frame from spikes in bins finer than frames: the mean over the frame's bins.
+
+        Parameters
+        ----------
+        counts
+            (batch, time · bins) spikes per bin.
+        theta
+            Physical parameters, each (batch,).
+        frame_rate
+            Frames, not bins, per second (Hz).
+        bins
+            Bins per frame.
+        """
+        if bins < 1 or counts.shape[-1] % bins:
+            raise ValueError(
+                f"counts: expected a multiple of bins = {bins} per trace, got {counts.shape[-1]}. "
+                "Give frames times bins counts."
+            )
+        fine = self.fluorescence(counts, theta, frame_rate * bins)
+        return fine if bins == 1 else fine.unflatten(-1, (-1, bins)).mean(-1)
 
     @final
     def noise_std(self, theta: Theta, frame_rate: float | Num[Tensor, "*rate"]) -> Float[Tensor, "*batch"]:
