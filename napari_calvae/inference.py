@@ -133,7 +133,7 @@ def _infer_block(
             traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
             traces = _same_gain(traces, samples, mean[row].sum(), theta["baseline"][row])
             centre.append(traces.mean(0))
-            spread.append(_spread(traces, noise[row]))
+            spread.append(_spread(traces, observed[row].nan_to_num() - centre[-1], valid[row]))
         else:
             centre.append(expected[row])
             spread.append(noise[row].expand(dff.n_frames))
@@ -180,15 +180,22 @@ def _same_gain(traces: Tensor, samples: Tensor, expected: Tensor, baseline: Tens
     return baseline + scale * (traces - baseline)
 
 
-def _spread(traces: Tensor, noise: Tensor) -> Tensor:
-    """Standard deviation to be expected around the mean trace: that of the samples, and noise.
+def _spread(traces: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
+    """Standard deviation to be expected around the mean trace, as far as the residuals bear it out.
 
-    The noise was estimated from what the mean trace leaves over, so that the uncertainty of the spikes is in it
-    already: its average is taken out again, at most three quarters of the variance.
+    It is white noise and a share of the variance of the samples. Samples whose frames are independent given the gain
+    overstate how much a burst's fluorescence may vary, since a spike more here goes with one less there: the share is
+    the one under which the residuals are most likely.
     """
     variance = traces.var(0, unbiased=False)
-    white = torch.maximum(noise**2 - variance.mean(), 0.25 * noise**2)
-    return (variance + white).sqrt()
+    power = torch.where(valid, residual, 0.0) ** 2
+    n = valid.sum().clamp_min(1)
+    total = (power.sum() / n).clamp_min(1e-12)
+    share = torch.linspace(0, 1, 11, dtype=power.dtype, device=power.device)[:, None] ** 2
+    white = (total - share * (variance * valid).sum() / n).clamp_min(0.1 * total)
+    expected = white + share * variance
+    log_likelihood = -(((power / expected) + expected.log()) * valid).sum(-1)
+    return expected[log_likelihood.argmax()].sqrt()
 
 
 def _provenance(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torch.device) -> dict[str, Any]:

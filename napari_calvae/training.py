@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+from napari_calvae.formats import whole_files
 
 
 class TrainConfig(BaseModel):
@@ -99,7 +98,9 @@ def iter_train(
                 "step": step + 1,
                 "seconds": seconds,
             }
-            _save_atomically(state, checkpoint)
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with whole_files(checkpoint) as (temporary,):
+                torch.save(state, temporary)
         yield TrainRecord(step + 1, config.n_steps, float(value.detach()), seconds, terms)
     with torch.no_grad():
         for kept, p in zip(average, modules.parameters(), strict=bool(average)):
@@ -112,11 +113,3 @@ def _schedule(step: int, config: TrainConfig) -> float:
     warm = min(1.0, (step + 1) / max(1.0, config.warmup * config.n_steps))
     decay = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done)))) if config.cosine else 1.0
     return config.learning_rate * warm * decay
-
-
-def _save_atomically(state: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    torch.save(state, temporary)
-    os.replace(temporary, path)

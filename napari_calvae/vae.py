@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from napari_calvae.formats import whole_files
 from napari_calvae.generative import MODELS, NOISES, GenerativeModel, SpikePrior
 from napari_calvae.preprocess import check_traces, delta_f_over_f
 from napari_calvae.recognition import NETWORKS, RecognitionNetwork
@@ -97,10 +96,8 @@ class SpikeVAE:
         }
         data = save_tensors(weights, metadata={"calvae": json.dumps(spec, sort_keys=True)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        with whole_files(path) as (temporary,):
+            temporary.write_bytes(data)
         self.sha256 = hashlib.sha256(data).hexdigest()
         return path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
@@ -11,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import napari_calvae
-
 npe2 = pytest.importorskip("npe2")
 
-ROOT = Path(napari_calvae.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 def test_npe2_discovers_the_installed_package():
@@ -31,33 +28,43 @@ def test_every_command_can_be_imported():
 
 
 def test_the_manifest_at_the_top_is_that_of_the_package():
-    if not (ROOT / "pyproject.toml").is_file():
-        pytest.skip("installed without the repository around it")
-    top = ROOT / "napari.yaml"
-    assert top.read_bytes() == (ROOT / "napari_calvae" / "napari.yaml").read_bytes()
+    assert (ROOT / "napari.yaml").read_bytes() == (ROOT / "napari_calvae" / "napari.yaml").read_bytes()
+    assert (ROOT / "sample_data" / "movie.tif").samefile(ROOT / "napari_calvae" / "sample_data" / "movie.tif")
 
 
-def test_npe2_discovers_the_wheel(tmp_path):
-    if not (ROOT / "pyproject.toml").is_file():
-        pytest.skip("installed without the repository around it")
-    pytest.importorskip("hatchling")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+@pytest.mark.parametrize("kind", ["standard", "editable"])
+def test_npe2_discovers_the_wheel_and_the_editable_install(tmp_path, kind):
+    pytest.importorskip("hatchling", reason="the build backend is not installed: install napari-calvae[test]")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", f"wheel:{kind}", "-d", str(tmp_path / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = (
-        "import npe2, napari_calvae; from napari_calvae._napari.contributions import sample_folder;"
-        "found = [r.manifest.name for r in npe2.PluginManifest.discover() if r.manifest];"
-        "print(napari_calvae.__file__, sample_folder(), found.count('napari-calvae'), sep='\\n')"
-    )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    module, sample, found = done.stdout.split()
-    assert Path(module).is_relative_to(tmp_path / "site")
-    assert Path(sample).is_relative_to(tmp_path / "site")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    # What pip does with a wheel, ahead of the installation that runs this test; .pth files count.
+    code = f"""
+import site, sys
+kept = list(sys.path)
+sys.path[:] = []
+site.addsitedir({str(site)!r})
+sys.path += kept
+import importlib.metadata, npe2, napari_calvae
+from napari_calvae._napari.contributions import sample_folder
+found = [r.manifest.name for r in npe2.PluginManifest.discover() if r.manifest]
+print(importlib.metadata.distribution("napari-calvae").locate_file(""))
+print(napari_calvae.__file__)
+print(sample_folder())
+print(found.count("napari-calvae"))
+print((sample_folder() / "movie.tif").is_file())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    metadata, module, sample, found, there = done.stdout.split()
+    home = site if kind == "standard" else ROOT
+    assert Path(metadata).is_relative_to(site)
+    assert Path(module).is_relative_to(home)
+    assert Path(sample).is_relative_to(home)
     assert int(found) >= 1
+    assert there == "True"
 
 
 def test_the_sample_opens_with_its_time_in_seconds():

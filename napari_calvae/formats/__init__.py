@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from napari_calvae.formats import csv_table, hdf5, numpy_table
-from napari_calvae.formats._files import check_output, existing
+from napari_calvae.formats._files import check_output, existing, whole_files
 from napari_calvae.formats.numpy_table import read_spikes, write_arrays
 from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
@@ -24,6 +24,7 @@ __all__ = [
     "read_labels",
     "read_movie",
     "read_spikes",
+    "whole_files",
     "write",
     "write_arrays",
     "write_movie",

@@ -51,8 +51,8 @@ class IndicatorKinetics(GenerativeModel, abc.ABC):
     over log calcium and interpolated; as weighted means of stochastic matrices they keep occupancies within [0, 1] and
     their sum at one.
 
-    This is a loop over time, and slow: 64 cells of 1,024 frames at 30 Hz take 5 s on one core. Long recordings are cut
-    into pieces of 30 s that run side by side; see `simulate_states`.
+    This is a loop over time, and slow: 64 cells of 1,024 frames at 30 Hz take 3 to 5 s on one core. Long recordings are
+    cut into pieces of 30 s that run side by side; see `simulate_states`.
     """
 
     parameters: tuple[Parameter, ...] = (
