@@ -133,7 +133,7 @@ def inference_of(
     known = {name: torch.full_like(estimated[name], value) for name, value in vae.theta.items()}
     theta = {**estimated, **known}
     expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
-    noise = theta["noise_density"] * dff.frame_rate**0.5
+    noise = vae.generative.noise_std(theta, dff.frame_rate)
     events, centre, spread = [], [], []
     for row, roi in enumerate(dff.roi_ids):
         one = {name: value[row] for name, value in theta.items()}

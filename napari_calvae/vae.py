@@ -19,7 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from napari_calvae.formats import whole_files
-from napari_calvae.generative import MODELS, GenerativeModel, SpikePrior
+from napari_calvae.generative import MODELS, NOISES, GenerativeModel, SpikePrior
 from napari_calvae.preprocess import check_traces, delta_f_over_f
 from napari_calvae.recognition import NETWORKS, RecognitionNetwork
 from napari_calvae.recording import RecordingError, Traces
@@ -87,6 +87,7 @@ class SpikeVAE:
             "schema": SCHEMA,
             "recognition": {"kind": self.recognition.name, "config": self.recognition.config},
             "generative": self.generative.name,
+            "noise": self.generative.noise.name,
             "prior": {"rate": self.prior.rate, "max_count": self.prior.max_count},
             "preprocessing": self.preprocessing.model_dump(),
             "theta": {name: float(value) for name, value in self.theta.items()},
@@ -130,7 +131,7 @@ class SpikeVAE:
             recognition.load_state_dict(weights)
             model = cls(
                 recognition=recognition.eval(),
-                generative=MODELS[spec["generative"]](),
+                generative=MODELS[spec["generative"]](NOISES[spec.get("noise", "gaussian")]()),
                 prior=SpikePrior(**spec["prior"]),
                 preprocessing=Preprocessing(**spec["preprocessing"]),
                 theta=spec["theta"],

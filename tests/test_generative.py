@@ -8,14 +8,35 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import integrate
 
-from napari_calvae.generative import MODELS, DyeBinding, GenerativeModel, LinearAR, SpikePrior
+from napari_calvae.generative import (
+    MODELS,
+    DyeBinding,
+    GenerativeModel,
+    IndicatorKinetics,
+    JGCaMP8f,
+    JGCaMP8m,
+    LinearAR,
+    Physiological,
+    SpikePrior,
+    kinetic_loop,
+    lobes,
+)
 from napari_calvae.generative.recursion import exponential_filter, linear_scan
 
+#: The same class with other constants; tested below.
+SAME = {"jgcamp8m"}
 
-@pytest.fixture(params=sorted(MODELS))
+
+@pytest.fixture(params=sorted(set(MODELS) - SAME))
 def model(request) -> GenerativeModel:
     return MODELS[request.param]()
+
+
+def shorter(model: GenerativeModel, n_frames: int) -> int:
+    """A twentieth of the frames for models that loop over time."""
+    return n_frames // 20 if isinstance(model, IndicatorKinetics) else n_frames
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -62,7 +83,7 @@ def test_prior_draws_have_the_density_that_log_prior_says(model):
 
 @pytest.mark.parametrize("frame_rate", [7.5, 60.0])
 def test_log_prob_is_the_density_of_simulate(model, frame_rate):
-    n_rois, n_frames = 8, 2000
+    n_rois, n_frames = 8, shorter(model, 2000)
     theta = median_theta(model, n_rois)
     counts = poisson(1.0, frame_rate, n_rois, n_frames)
     observed = model.simulate(counts, theta, frame_rate, generator(1))
@@ -95,6 +116,7 @@ def test_gradients(model):
     torch.autograd.gradcheck(
         lambda c, x: model.fluorescence(c, model.constrain(x), rate),
         (counts.requires_grad_(), u.requires_grad_()),
+        fast_mode=isinstance(model, IndicatorKinetics),
     )
 
 
@@ -116,10 +138,11 @@ def test_nothing_changes_before_a_spike(model):
 
 def test_batches_broadcast(model):
     theta = {k: v.double() for k, v in model.sample_prior(3, generator()).items()}
-    counts = poisson(2.0, 25.0, 4, 3, 70)
+    n_frames = shorter(model, 70)
+    counts = poisson(9.0, 25.0, 4, 3, n_frames)
     rates = torch.tensor([10.0, 25.0, 40.0], dtype=torch.float64)
     whole = model.fluorescence(counts, theta, rates)
-    assert whole.shape == (4, 3, 70)
+    assert whole.shape == (4, 3, n_frames)
     for i, j in itertools.product(range(4), range(3)):
         one = model.fluorescence(counts[i, j], {k: v[j] for k, v in theta.items()}, float(rates[j]))
         assert torch.allclose(whole[i, j], one)
@@ -127,6 +150,8 @@ def test_batches_broadcast(model):
 
 def test_bin_width_matters_to_first_order_at_most(model):
     """The same spikes, each in the middle of a frame at every width, against frames of 2.5 ms."""
+    if isinstance(model, IndicatorKinetics):
+        pytest.skip("rises within one of these frames: see test_kinetics_agree_with_a_stiff_solver_at_two_frame_rates")
     theta, fine = median_theta(model), 405
     spikes = torch.tensor([13, 40, 41, 42, 80])  # in frames of 27/405 s
 
@@ -146,15 +171,33 @@ def test_bin_width_matters_to_first_order_at_most(model):
     errors = [error(factor) for factor in (27, 9, 3)]
     assert errors[0] < 0.08 * float(finest.max())
     # An error c·dt leaves (9 − 1)/(27 − 1) = 0.31, then (3 − 1)/(9 − 1) = 0.25 of itself; zeroth order leaves all.
-    assert errors[1] < 0.4 * errors[0]
+    # The widest frames are no shorter than the rise, where errors of two signs may partly cancel.
+    assert errors[1] < 0.5 * errors[0]
     assert errors[2] < 0.4 * errors[1]
+
+
+def test_spikes_may_be_finer_than_frames(model):
+    frame_rate, bins, n_frames = 12.0, 3, shorter(model, 200)
+    theta = median_theta(model, 2)
+    fine = poisson(2.0, frame_rate * bins, 2, n_frames * bins)
+    by_hand = model.fluorescence(fine, theta, frame_rate * bins).reshape(2, n_frames, bins).mean(-1)
+    assert torch.equal(model.per_frame(fine, theta, frame_rate, bins), by_hand)
+    observed = model.simulate(fine, theta, frame_rate, generator(), bins)
+    normal = torch.distributions.Normal(by_hand, model.noise_std(theta, frame_rate)[:, None])
+    found = model.log_prob(observed, fine, theta, frame_rate, bins=bins)
+    assert torch.allclose(found, normal.log_prob(observed).sum(-1))
+    assert torch.equal(model.per_frame(fine, theta, frame_rate * bins), model.fluorescence(fine, theta, 36.0))
+    with pytest.raises(ValueError, match="multiple of bins = 4"):
+        model.per_frame(fine[:, :-1], theta, frame_rate, 4)
 
 
 def test_initial_theta_and_fit_theta_recover_the_response(model):
     """θ itself trades off within a model; what must come back is what one spike does, baseline and noise."""
+    if isinstance(model, IndicatorKinetics):
+        pytest.skip("too slow for that many gradient steps: see test_kinetics_initial_theta")
     n_rois, frame_rate = 6, 30.0
     theta = median_theta(model, n_rois, dtype=torch.float32)
-    theta["tau_decay" if "tau_decay" in theta else "tau_unbind"] *= torch.linspace(0.5, 2.0, n_rois)
+    theta[next(n for n in ("tau_decay", "tau_unbind", "tau_calcium") if n in theta)] *= torch.linspace(0.5, 2.0, n_rois)
     theta["amplitude" if "amplitude" in theta else "saturation"] *= torch.linspace(2.0, 0.7, n_rois)
     theta["baseline"] += torch.linspace(-0.1, 0.3, n_rois)
     counts = poisson(1.0, frame_rate, n_rois, 5400).float()
@@ -170,10 +213,11 @@ def test_initial_theta_and_fit_theta_recover_the_response(model):
 
     truth = response(theta)
     size = truth.norm(dim=1)
-    # The grid of dye_binding is coarse: a quarter of the response; gradient steps get it within noise.
+    # The grids are coarse: a quarter of the response; gradient steps get it within noise.
     assert ((response(guess) - truth).norm(dim=1) / size).max() < 0.3
     assert ((response(fit) - truth).norm(dim=1) / size).max() < 0.1
-    for found, tolerance in ((guess, 0.06), (fit, 0.02)):
+    # Three minutes leave the baseline that uncertain where an exponent makes the slow part of a decay small.
+    for found, tolerance in ((guess, 0.06), (fit, 0.03)):
         assert (found["baseline"] - theta["baseline"]).abs().max() < tolerance
         assert (found["noise_density"] / theta["noise_density"] - 1).abs().max() < 0.1
     before = model.log_prob(observed, counts, guess, frame_rate) + model.log_prior(guess)
@@ -183,7 +227,7 @@ def test_initial_theta_and_fit_theta_recover_the_response(model):
 
 def test_fit_theta_accepts_posterior_samples(model):
     theta = median_theta(model, 2, dtype=torch.float32)
-    counts = poisson(1.0, 20.0, 3, 2, 400).to(torch.uint8)
+    counts = poisson(1.0, 20.0, 3, 2, shorter(model, 400)).to(torch.uint8)
     observed = model.simulate(counts[0], theta, 20.0, generator())
     fit = model.fit_theta(observed, counts, 20.0, n_steps=3)
     assert all(v.shape == (2,) and torch.isfinite(v).all() for v in fit.values())
@@ -379,6 +423,192 @@ def test_dye_stays_bound_between_none_and_all():
     assert trace.min() > 0
     assert trace.max() <= 3.0 + 1e-12
     assert trace[-1] == pytest.approx(3.0, rel=1e-3)
+
+
+# Physiological --------------------------------------------------------------------------------------------------------
+
+
+def test_physiological_small_signals_equal_linear_ar():
+    counts = poisson(2.0, 30.0, 300)
+    for rise, frame_rate in ((0.04, 30.0), (0.2, 30.0), (0.02, 120.0)):
+        theta = median_theta(Physiological(), hill=1.0, saturation=1e-9, tau_rise=rise, baseline=0.1)
+        linear = LinearAR().fluorescence(counts, theta | {"tau_decay": theta["tau_calcium"]}, frame_rate)
+        trace = Physiological().fluorescence(counts, theta, frame_rate)
+        # The target goes linearly over half a frame instead of exponentially: (dt/2/τ)²/8 = 6e-5 of it at 30 Hz.
+        assert (trace - linear).abs().max() < 1e-4 * linear.max()
+
+
+def test_physiological_agrees_with_a_fine_integration():
+    """A plain loop of Euler steps of 20 µs, averaged over each frame, each spike in the middle of its frame."""
+    theta = median_theta(Physiological(), hill=2.2, saturation=0.3, tau_rise=0.06, tau_calcium=0.4, amplitude=1.0)
+    frame_rate, fine = 50.0, 1000
+    counts = torch.zeros(100, dtype=torch.float64)
+    counts[[10, 40, 41, 42, 44]] = torch.tensor([1.0, 1.0, 2.0, 1.0, 3.0], dtype=torch.float64)
+    step = 1 / frame_rate / fine
+    c, p, means, peak = 0.0, 0.0, [], 0.0
+    for k, s in enumerate(counts.tolist()):
+        total = 0.0
+        for i in range(fine):
+            c += s * (i == fine // 2)
+            total += p
+            power = c**2.2
+            p += step * (power - (1 + 0.3 * power) * p) / 0.06
+            c -= step * c / 0.4
+            peak = max(peak, p if k < 40 else 0.0)
+        means.append(total / fine)
+    expected = torch.tensor(means, dtype=torch.float64) / peak
+    trace = Physiological().fluorescence(counts, theta, frame_rate)
+    assert trace[:40].max() == pytest.approx(1, abs=0.05)  # amplitude is the peak of one spike
+    scaled = trace * float(expected[45] / trace[45])
+    # Second order in half a frame: (hill · 10 ms/τ_calcium)² / 12 = 3e-4, and as much for each of the rates.
+    assert (scaled - expected).abs().max() < 2e-3 * expected.max()
+
+
+def test_physiological_peak_and_bounds():
+    counts = torch.zeros(4, 4000, dtype=torch.float64)
+    counts[:, 10] = 1
+    theta = median_theta(Physiological(), 4, saturation=1e-6)
+    theta["hill"] = torch.tensor([1.0, 1.7, 2.5, 4.0], dtype=torch.float64)
+    assert torch.allclose(Physiological().fluorescence(counts, theta, 2000.0).amax(-1), theta["amplitude"], rtol=1e-3)
+    burst = torch.full((4, 200), 50.0, dtype=torch.float64)
+    full = median_theta(Physiological(), 4, saturation=0.2, hill=4.0, amplitude=1.0, tau_rise=1e-3)
+    for frame_rate in (0.5, 3.0, 300.0):
+        trace = Physiological().fluorescence(burst, full, frame_rate)
+        assert trace.min() > 0
+        # All bound reads 1/γ = 5, six times the 1/(1 + γ) of a single spike.
+        assert float(trace.max()) == pytest.approx(6.0, rel=0.03)  # by then 2 % have left
+
+
+# Kinetics -------------------------------------------------------------------------------------------------------------
+
+INDICATORS = [JGCaMP8f, JGCaMP8m]
+
+
+@pytest.mark.parametrize("constants", [lobes.JGCAMP8F, lobes.JGCAMP8M, lobes.JGCAMP8F_IN_VITRO])
+def test_lobes_conserve_indicator_and_calcium(constants):
+    calcium = torch.tensor([0.0, 0.05, 1.0, 100.0], dtype=torch.float64)
+    rates = constants.rate_matrix(calcium)
+    assert torch.allclose(rates.sum(-2), torch.zeros(4, 9, dtype=torch.float64), atol=1e-12 * float(rates.abs().max()))
+    assert (rates - torch.diag_embed(rates.diagonal(dim1=-2, dim2=-1)) >= 0).all()
+    # Every binding takes up two ions; every other step keeps them or lets two go.
+    bound = torch.tensor(lobes.BOUND_CALCIUM)
+    for origin, target, rate in lobes.TRANSITIONS:
+        change = float(bound[target] - bound[origin])
+        assert change == (2.0 if rate in ("n", "c") else 0.0 if not rate.endswith("off") else -2.0), (origin, target)
+    for x in (0.0, 0.05, 1.0, 1e4):
+        steady = constants.steady_state(x)
+        assert steady.min() > -1e-9
+        assert float(steady.sum()) == pytest.approx(1)
+    assert float(constants.steady_state(0.0)[0]) == pytest.approx(1)
+
+
+def stiff_solution(model, cell: dict[str, float], spikes: dict[float, int], times: np.ndarray) -> np.ndarray:
+    """(time, 9) occupancies by scipy's BDF, with the fast buffer as a reaction of its own (/µM/s, /s)."""
+    no_calcium, n, c = model.constants.generators().numpy()
+    k, bound = model.constants, np.array(lobes.BOUND_CALCIUM)
+
+    def derivative(_, y):
+        free, excess = max(y[9], 0.0), y[9] - 0.05
+        n_on, c_on = k.n_off * (free / k.n_half) ** k.n_hill, k.c_off * (free / k.c_half) ** k.c_hill
+        occupied = (no_calcium + n_on * n + c_on * c) @ y[:9]
+        buffered = 100.0 * y[9] * (4000.0 - y[11]) - 1e4 * y[11]
+        stored = cell["store_in"] * excess - cell["store_out"] * y[10]
+        lost = cell["extrusion"] * excess + stored + cell["indicator"] * (bound @ occupied) + buffered
+        return np.r_[occupied, -lost, stored, buffered]
+
+    y = np.r_[model.constants.steady_state(0.05).numpy(), 0.05, 0.0, 4000.0 * 0.05 / 100.05]
+    edges, parts = [0.0, *spikes, times[-1]], []
+    for start, end in itertools.pairwise(edges):
+        # A spike's calcium is added in equilibrium with the buffer.
+        total = y[9] + y[11] + spikes.get(start, 0) * cell["calcium_per_spike"]
+        y[9] = (total - 4100 + math.sqrt((4100 - total) ** 2 + 400 * total)) / 2
+        y[11] = total - y[9]
+        inside = times[(times >= start) & (times < end)]
+        solution = integrate.solve_ivp(
+            derivative, (start, end), y, method="BDF", t_eval=np.r_[inside, end], rtol=1e-7, atol=1e-9
+        )
+        parts.append(solution.y[:9, :-1].T)
+        y = solution.y[:, -1].copy()
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("kind", INDICATORS)
+def test_kinetics_agree_with_a_stiff_solver_at_two_frame_rates(kind):
+    model, fine = kind(), 4000
+    theta = median_theta(model, baseline=0.0)
+    spikes = {1.5 / 10: 1, 3.5 / 10: 2, 5.5 / 10: 5}  # in the middle of frames of 10 and of 50 Hz
+    times = (np.arange(fine) + 0.5) / fine
+    occupied = stiff_solution(model, {k: float(v) for k, v in theta.items()}, spikes, times)
+    bright = occupied @ np.array(lobes.BRIGHT)
+    rest, full = (float(model.constants.steady_state(x) @ torch.tensor(lobes.BRIGHT).double()) for x in (0.05, 1e4))
+    exact = (bright - rest) / (rest + full / (float(theta["dynamic_range"]) - 1))
+    exact = np.append(exact, exact[-1])
+    for frame_rate in (10, 50):
+        counts = torch.zeros(frame_rate, dtype=torch.float64)
+        for t, n in spikes.items():
+            counts[int(t * frame_rate)] = n
+        trace = model.fluorescence(counts, theta, float(frame_rate)).numpy()
+        expected = exact[:fine].reshape(frame_rate, -1).mean(1)
+        assert np.abs(trace - expected).max() < 0.01 * exact.max()
+
+
+@pytest.mark.parametrize(("kind", "peak", "half"), [(JGCaMP8f, 0.126, 0.042), (JGCaMP8m, 0.188, 0.170)])
+def test_kinetics_of_a_single_spike(kind, peak, half):
+    """Pinned to what the stiff solver gives for the median cell."""
+    counts = torch.zeros(200, dtype=torch.float64)
+    counts[5] = 1
+    trace = kind().fluorescence(counts, median_theta(kind(), baseline=0.0), 500.0)
+    assert float(trace.max()) == pytest.approx(peak, rel=0.02)
+    top = int(trace.argmax())
+    below = top + int((trace[top:] < trace.max() / 2).int().argmax())
+    assert (below - top) / 500 == pytest.approx(half, abs=0.004)
+
+
+@pytest.mark.parametrize("frame_rate", [0.7, 30.0])
+def test_kinetics_stay_sound_whatever_comes(frame_rate):
+    model = JGCaMP8f()
+    usual = model.unconstrain(median_theta(model, dtype=torch.float32))
+    spread = torch.tensor([p.spread for p in model.parameters])
+    theta = model.constrain(usual + 4 * spread * torch.randn(16, len(spread), generator=generator()))
+    theta["baseline"] = torch.zeros(16)
+    counts = torch.zeros(16, 20)
+    counts[:, 4:8] = 300.0
+    rest, full = model._brightness
+    bright = model.fluorescence(counts, theta, frame_rate) / model._gain(theta["dynamic_range"])[:, None] + rest
+    assert bright.min() > -1e-5
+    assert bright.max() < 1 + 1e-5
+    assert bright.max() > 0.9 * full
+
+
+def test_kinetics_of_long_recordings_are_those_in_pieces(monkeypatch):
+    model = JGCaMP8f()
+    theta, counts = median_theta(model, 2), poisson(3.0, 2.0, 2, 2 * 31)
+    whole = model.fluorescence(counts, theta, 2.0)
+    monkeypatch.setattr(kinetic_loop, "MEMORY", 10.0)
+    pieces = model.fluorescence(counts, theta, 2.0)
+    # Ten seconds of the slowest rate, 0.74 /s.
+    assert 0 < (pieces - whole).abs().max() < 2 * math.exp(-7.4) * whole.max()
+
+
+def test_kinetics_initial_theta():
+    model, frame_rate = JGCaMP8m(), 15.0
+    theta = median_theta(model, 3, dtype=torch.float32, noise_density=0.01)
+    theta["calcium_per_spike"] *= torch.tensor([0.7, 1.0, 1.5])
+    theta["dynamic_range"] *= torch.tensor([1.4, 1.0, 0.8])
+    counts = poisson(1.0, frame_rate, 3, 150).float()
+    observed = model.simulate(counts, theta, frame_rate, generator(1))
+    guess = model.initial_theta(observed, counts, frame_rate)
+    burst = torch.zeros(3, 30)
+    burst[:, 3] = 2
+    truth, found = (model.fluorescence(burst, t, frame_rate) - t["baseline"][:, None] for t in (theta, guess))
+    assert ((found - truth).norm(dim=1) / truth.norm(dim=1)).max() < 0.3
+    assert (guess["baseline"] - theta["baseline"]).abs().max() < 0.02
+    fit = model.fit_theta(observed[:, :20], counts[:, :20], frame_rate, start=guess, n_steps=2)
+    before, after = (
+        model.log_prob(observed[:, :20], counts[:, :20], t, frame_rate) + model.log_prior(t) for t in (guess, fit)
+    )
+    assert (after >= before - 1e-3).all()
+    assert (after > before + 1e-3).any()
 
 
 # Prior ----------------------------------------------------------------------------------------------------------------

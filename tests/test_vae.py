@@ -10,7 +10,7 @@ import struct
 import pytest
 import torch
 
-from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.generative import MODELS, CorrelatedNoise, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.vae import ModelError, Preprocessing, SpikeVAE, load_model, models
@@ -37,6 +37,14 @@ def test_a_saved_model_is_the_same_model(vae, saved):
     assert again.recognition.gain_scale == 1.5
     assert again.sha256 == vae.sha256 != ""
     assert [p.name for p in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_saved_model_keeps_its_noise(vae, tmp_path):
+    assert SpikeVAE.load(vae.save(tmp_path / "usual.safetensors")).generative.noise.name == "gaussian"
+    vae.generative = MODELS["linear_ar"](CorrelatedNoise())
+    again = SpikeVAE.load(vae.save(tmp_path / "correlated.safetensors"))
+    assert again.generative.parameters == vae.generative.parameters
+    assert again.generative.parameters[-1].name == "tau_noise"
 
 
 def test_every_flipped_byte_is_noticed(saved, tmp_path):

@@ -8,70 +8,40 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-#: Physical value of each parameter by name, each of shape (*batch).
-Theta = Mapping[str, Tensor]
+from napari_calvae.generative.noise import GaussianNoise, Noise
+from napari_calvae.generative.parameters import BASELINE, NOISE, Parameter, Theta, as_rate
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """One entry of θ and what is known of it before seeing data.
-
-    Parameters
-    ----------
-    name, unit, label, help
-        Key in θ, physical unit, and what a form shows for it.
-    median, spread
-        The prior is normal around the transformed median with standard deviation ``spread``: of the logarithm for
-        positive parameters (0.7 is about a factor of two), of the value itself for others.
-    positive
-        Whether the value must be above zero.
-    """
-
-    name: str
-    unit: str
-    label: str
-    help: str
-    median: float
-    spread: float
-    positive: bool = True
-
-    @property
-    def centre(self) -> float:
-        """Prior mean in the unconstrained space."""
-        return math.log(self.median) if self.positive else self.median
-
-
-BASELINE = Parameter("baseline", "ΔF/F", "Baseline", "Fluorescence without spikes", 0.0, 0.2, positive=False)
-NOISE = Parameter(
-    "noise_density",
-    "ΔF/F/√Hz",
-    "Noise",
-    "Standard deviation of one frame is this times √(frame rate); 0.01 is CASCADE's ν = 1 %/√Hz",
-    0.02,
-    0.8,
-)
+__all__ = ["BASELINE", "NOISE", "GenerativeModel", "Parameter", "Theta", "as_rate"]
 
 
 class GenerativeModel(abc.ABC):
-    """p(F | s, θ) for traces whose frames are independent given the noise-free fluorescence, with Gaussian noise.
+    """p(F | s, θ): a noise-free response to spikes, and around it noise, which is a part of its own.
 
     Frame k is centred on t_k and ``counts`` holds the spikes of [t_k − dt/2, t_k + dt/2), dt = 1/frame_rate, which are
     taken to be spread evenly over that interval. Batches of ``counts``, θ and ``frame_rate`` broadcast: θ of shape
     (roi,) serves counts (sample, roi, time).
+
+    Parameters
+    ----------
+    noise
+        How frames differ from the noise-free fluorescence, by default independently; see `Noise`.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
-    #: The last two are ``baseline`` and ``noise_density``, which every model has.
-    parameters: ClassVar[tuple[Parameter, ...]]
+    #: The class's end with ``baseline`` and ``noise_density``, which every model has; an instance adds those of its
+    #: noise, if it has more.
+    parameters: tuple[Parameter, ...]
+
+    def __init__(self, noise: Noise | None = None) -> None:
+        self.noise = GaussianNoise() if noise is None else noise
+        self.parameters = (*type(self).parameters, *self.noise.parameters)
 
     @abc.abstractmethod
     def fluorescence(
@@ -90,6 +60,16 @@ class GenerativeModel(abc.ABC):
         """
 
     @abc.abstractmethod
+    def first_guess(
+        self,
+        observed: Float[Tensor, "roi time"],
+        counts: Num[Tensor, "roi time"],
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+    ) -> dict[str, Tensor]:
+        """What `initial_theta` returns, were the noise independent from frame to frame."""
+
+    @final
     def initial_theta(
         self,
         observed: Float[Tensor, "roi time"],
@@ -101,40 +81,74 @@ class GenerativeModel(abc.ABC):
 
         Finite whatever comes: missing frames (NaN, or ``valid`` False) are left out.
         """
+        theta = self.first_guess(observed, counts, frame_rate, valid)
+        return theta | self.noise.start(theta[NOISE.name], frame_rate)
 
     @final
     def log_prob(
         self,
         observed: Float[Tensor, "*observed time"],
-        counts: Num[Tensor, "*counts time"],
+        counts: Num[Tensor, "*counts bin"],
         theta: Theta,
         frame_rate: float | Num[Tensor, "*rate"],
         valid: Bool[Tensor, "*valid time"] | None = None,
+        bins: int = 1,
     ) -> Float[Tensor, "*out"]:
-        """Log-density of whole traces given their spikes; missing frames (NaN, or ``valid`` False) drop out."""
+        """Log-density of whole traces given their spikes; missing frames (NaN, or ``valid`` False) drop out.
+
+        With ``bins`` above 1 counts are that much finer than frames; see `per_frame`.
+        """
         measured = torch.isfinite(observed) if valid is None else torch.isfinite(observed) & valid
-        noise = self.noise_std(theta, frame_rate).unsqueeze(-1)
-        residual = torch.where(measured, observed, 0) - self.fluorescence(counts, theta, frame_rate)
-        per_frame = -0.5 * (residual / noise) ** 2 - torch.log(noise) - 0.5 * math.log(2 * math.pi)
-        return torch.where(measured, per_frame, 0).sum(-1)
+        expected = self.per_frame(counts, theta, frame_rate, bins)
+        residual = torch.where(measured, observed - expected, 0)
+        return self.noise.log_prob(residual, expected, theta, frame_rate, measured)
 
     @final
     def simulate(
         self,
-        counts: Num[Tensor, "*counts time"],
+        counts: Num[Tensor, "*counts bin"],
         theta: Theta,
         frame_rate: float | Num[Tensor, "*rate"],
         generator: torch.Generator | None = None,
+        bins: int = 1,
     ) -> Float[Tensor, "*out time"]:
-        """Draw noisy ΔF/F for given spike counts."""
-        clean = self.fluorescence(counts, theta, frame_rate)
-        noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype, device=clean.device)
-        return clean + self.noise_std(theta, frame_rate).unsqueeze(-1) * noise
+        """Draw noisy ΔF/F for given spike counts, ``bins`` of them per frame."""
+        clean = self.per_frame(counts, theta, frame_rate, bins)
+        return clean + self.noise.sample(clean, theta, frame_rate, generator)
+
+    @final
+    def per_frame(
+        self,
+        counts: Num[Tensor, "*counts bin"],
+        theta: Theta,
+        frame_rate: float | Num[Tensor, "*rate"],
+        bins: int = 1,
+    ) -> Float[Tensor, "*out time"]:
+        """Noise-free ΔF/F of each frame from spikes in bins finer than frames: the mean over the frame's bins.
+
+        Parameters
+        ----------
+        counts
+            (batch, time · bins) spikes per bin.
+        theta
+            Physical parameters, each (batch,).
+        frame_rate
+            Frames, not bins, per second (Hz).
+        bins
+            Bins per frame.
+        """
+        if bins < 1 or counts.shape[-1] % bins:
+            raise ValueError(
+                f"counts: expected a multiple of bins = {bins} per trace, got {counts.shape[-1]}. "
+                "Give frames times bins counts."
+            )
+        fine = self.fluorescence(counts, theta, frame_rate * bins)
+        return fine if bins == 1 else fine.unflatten(-1, (-1, bins)).mean(-1)
 
     @final
     def noise_std(self, theta: Theta, frame_rate: float | Num[Tensor, "*rate"]) -> Float[Tensor, "*batch"]:
-        """Standard deviation of the noise in one frame (ΔF/F)."""
-        return theta[NOISE.name] * as_rate(frame_rate, theta[NOISE.name]).sqrt()
+        """Standard deviation of the noise in one frame at baseline (ΔF/F)."""
+        return self.noise.std(theta, frame_rate)
 
     @final
     def constrain(self, unconstrained: Float[Tensor, "*batch parameter"]) -> dict[str, Tensor]:
@@ -221,8 +235,3 @@ class GenerativeModel(abc.ABC):
         return like.new_tensor([p.centre for p in self.parameters]), like.new_tensor(
             [p.spread for p in self.parameters]
         )
-
-
-def as_rate(frame_rate: float | Tensor, like: Tensor) -> Tensor:
-    """Frame rate (Hz) as a tensor of the kind of ``like``."""
-    return torch.as_tensor(frame_rate, dtype=like.dtype, device=like.device)

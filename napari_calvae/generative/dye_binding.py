@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import ClassVar, final
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import pad
 
 from napari_calvae.generative.base import BASELINE, NOISE, GenerativeModel, Parameter, Theta, as_rate
 from napari_calvae.generative.recursion import exponential_filter, linear_scan
-from napari_calvae.generative.regression import baseline_and_noise, evidence, measured_frames, shrunk_gain
+from napari_calvae.generative.regression import ShapeGrid, baseline_and_noise, measured_frames
 
 CALCIUM = Parameter("tau_calcium", "s", "Calcium decay", "Time constant at which a spike's calcium leaves", 0.2, 0.6)
 BINDING = Parameter("k_on", "1/s", "Binding rate", "Rate at which free dye binds right after a single spike", 1.0, 1.2)
@@ -24,15 +23,11 @@ SATURATION = Parameter("saturation", "ΔF/F", "Saturation", "Fluorescence above 
 
 #: Values that `initial_theta` compares, in prior spreads from the median: all combinations.
 _GRID = {
-    "tau_calcium": (-1.0, 0.0, 1.0),
-    "k_on": (-1.5, -0.5, 0.5, 1.5),
-    "hill": (-1.0, 0.5),
-    "tau_unbind": (-1.0, 0.0, 1.0),
+    CALCIUM: (-1.0, 0.0, 1.0),
+    BINDING: (-1.5, -0.5, 0.5, 1.5),
+    HILL: (-1.0, 0.5),
+    UNBINDING: (-1.0, 0.0, 1.0),
 }
-#: It looks at this many frames of each trace, those around the most spikes.
-_FRAMES = 3000
-#: At most this many numbers are worked on at once.
-_BUDGET = 4_000_000
 
 
 @final
@@ -52,16 +47,16 @@ class DyeBinding(GenerativeModel):
 
     name: ClassVar[str] = "dye_binding"
     label: ClassVar[str] = "Calcium and saturating dye"
-    parameters: ClassVar[tuple[Parameter, ...]] = (CALCIUM, BINDING, HILL, UNBINDING, SATURATION, BASELINE, NOISE)
+    parameters: tuple[Parameter, ...] = (CALCIUM, BINDING, HILL, UNBINDING, SATURATION, BASELINE, NOISE)
 
     def fluorescence(
         self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
     ) -> Float[Tensor, "*out time"]:
         """Noise-free ΔF/F of each frame: baseline and the bound share of the dye."""
-        bound = self._bound(counts, theta, frame_rate)
+        bound = _bound(counts, theta, frame_rate)
         return theta["baseline"].unsqueeze(-1) + theta["saturation"].unsqueeze(-1) * bound
 
-    def initial_theta(
+    def first_guess(
         self,
         observed: Float[Tensor, "roi time"],
         counts: Num[Tensor, "roi time"],
@@ -75,71 +70,31 @@ class DyeBinding(GenerativeModel):
         rate = as_rate(frame_rate, observed).expand(len(observed))
         counts = counts.to(observed.dtype).nan_to_num()
         measured, weights = measured_frames(observed, valid)
-        window = _busiest(counts * weights, _FRAMES)
-        y, s, w = (x.gather(1, window) for x in (measured, counts, weights))
-        step = max(1, _BUDGET // (window.shape[1] * len(self._grid(observed)["k_on"])))
-        parts = [
-            self._best_kinetics(y[i : i + step], s[i : i + step], w[i : i + step], rate[i : i + step])
-            for i in range(0, len(observed), step)
-        ]
-        theta = {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
-        predicted = theta["saturation"].unsqueeze(-1) * self._bound(counts, theta, rate)
+        theta = ShapeGrid(_GRID, SATURATION, _bound).fit(measured, counts, weights, rate)
+        predicted = theta["saturation"].unsqueeze(-1) * _bound(counts, theta, rate)
         return theta | baseline_and_noise(measured, predicted, weights, rate)
 
-    def _bound(
-        self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
-    ) -> Float[Tensor, "*out time"]:
-        """Bound share of the dye at the middle of each frame."""
-        dt = 1 / as_rate(frame_rate, theta["tau_calcium"])
-        x = dt / theta["tau_calcium"]
-        counts = counts.to(x.dtype)
-        left = (
-            -torch.expm1(-x) / x
-        )  # of a spike's calcium at the end of its frame, averaged over where in it the spike was
-        start = exponential_filter(counts, torch.zeros_like(x), left.unsqueeze(-1), torch.exp(-x).unsqueeze(-1))
-        third = torch.exp(-x / 3).unsqueeze(-1)
-        hill = theta["hill"].unsqueeze(-1)
-        before = _power(start * third, hill)
-        after = _power((start * third + counts) * third, hill)
-        binding = theta["k_on"].unsqueeze(-1) * (before + after) / 2
-        total = binding + 1 / theta["tau_unbind"].unsqueeze(-1)
-        exponent = -total * dt.unsqueeze(-1)
-        end = linear_scan(torch.exp(exponent), -torch.expm1(exponent) * binding / total)
-        return (end + pad(end[..., :-1], (1, 0))) / 2
 
-    def _grid(self, like: Tensor) -> dict[str, Tensor]:
-        by_name = {p.name: p for p in self.parameters}
-        rows = like.new_tensor(list(itertools.product(*_GRID.values())))
-        return {key: by_name[key].median * torch.exp(by_name[key].spread * rows[:, i]) for i, key in enumerate(_GRID)}
-
-    def _best_kinetics(self, observed: Tensor, counts: Tensor, weights: Tensor, rate: Tensor) -> dict[str, Tensor]:
-        grid = self._grid(observed)
-        response = self._bound(counts[:, None], grid, rate[:, None])  # roi, candidate, time
-        n = weights.sum(-1, keepdim=True).clamp_min(1)
-        centred = (response - (response @ weights[..., None]).squeeze(-1)[..., None] / n[..., None]) * weights[:, None]
-        y = (observed - observed.sum(-1, keepdim=True) / n) * weights
-        xx, xy = (centred**2).sum(-1), (centred @ y[..., None]).squeeze(-1)
-        yy = (y**2).sum(-1, keepdim=True)
-        explained = xy.clamp_min(0) ** 2 / xx.clamp_min(torch.finfo(xx.dtype).tiny)
-        freedom = (n - 2).clamp_min(1)
-        noise_var = torch.maximum((yy - explained.amax(1, keepdim=True)) / freedom, 1e-6 * yy / freedom + 1e-10)
-        gain = shrunk_gain(xx, xy, noise_var, SATURATION)
-        deviation = observed.new_tensor(list(itertools.product(*_GRID.values())))
-        score = evidence(xx, xy, gain, noise_var, SATURATION) - 0.5 * (deviation**2).sum(-1)
-        best = score.argmax(1)
-        theta = {key: values[best] for key, values in grid.items()}
-        return theta | {"saturation": gain.gather(1, best[:, None]).squeeze(1)}
+def _bound(
+    counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
+) -> Float[Tensor, "*out time"]:
+    """Bound share of the dye at the middle of each frame."""
+    dt = 1 / as_rate(frame_rate, theta["tau_calcium"])
+    x = dt / theta["tau_calcium"]
+    counts = counts.to(x.dtype)
+    left = -torch.expm1(-x) / x  # of a spike's calcium at the end of its frame, averaged over where in it the spike was
+    start = exponential_filter(counts, torch.zeros_like(x), left.unsqueeze(-1), torch.exp(-x).unsqueeze(-1))
+    third = torch.exp(-x / 3).unsqueeze(-1)
+    hill = theta["hill"].unsqueeze(-1)
+    before = _power(start * third, hill)
+    after = _power((start * third + counts) * third, hill)
+    binding = theta["k_on"].unsqueeze(-1) * (before + after) / 2
+    total = binding + 1 / theta["tau_unbind"].unsqueeze(-1)
+    exponent = -total * dt.unsqueeze(-1)
+    end = linear_scan(torch.exp(exponent), -torch.expm1(exponent) * binding / total)
+    return (end + pad(end[..., :-1], (1, 0))) / 2
 
 
 def _power(c: Tensor, exponent: Tensor) -> Tensor:
     """c^h, whose slope at c = 0 is taken as zero (for h < 1 it is infinite)."""
     return c.clamp_min(1e-9) ** exponent * (c > 0)
-
-
-def _busiest(counts: Float[Tensor, "roi time"], length: int) -> Num[Tensor, "roi frame"]:
-    """Indices of the ``length`` successive frames of each ROI that hold the most spikes."""
-    n_frames = counts.shape[-1]
-    length = min(length, n_frames)
-    before = pad(counts.cumsum(-1), (1, 0))
-    start = (before[:, length:] - before[:, : n_frames + 1 - length]).argmax(-1, keepdim=True)
-    return start + torch.arange(length, device=counts.device)

@@ -38,7 +38,7 @@ class LinearAR(GenerativeModel):
 
     name: ClassVar[str] = "linear_ar"
     label: ClassVar[str] = "Linear calcium (AR)"
-    parameters: ClassVar[tuple[Parameter, ...]] = (RISE, DECAY, AMPLITUDE, BASELINE, NOISE)
+    parameters: tuple[Parameter, ...] = (RISE, DECAY, AMPLITUDE, BASELINE, NOISE)
 
     def fluorescence(
         self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
@@ -56,7 +56,7 @@ class LinearAR(GenerativeModel):
         response = exponential_filter(counts.to(decay.dtype), (sign * first).sum(-1), sign * tail, factor)
         return response + theta["baseline"].unsqueeze(-1)
 
-    def initial_theta(
+    def first_guess(
         self,
         observed: Float[Tensor, "roi time"],
         counts: Num[Tensor, "roi time"],

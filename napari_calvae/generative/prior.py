@@ -49,7 +49,7 @@ class SpikePrior:
 
         Counts that are no integers from 0 to ``max_count`` are impossible.
         """
-        table = self._log_table(frame_rate, torch.device(counts.device))
+        table = self.log_table(frame_rate, torch.device(counts.device))
         measured = torch.ones_like(counts, dtype=torch.bool) if valid is None else valid
         log_p, n_left = torch.zeros((), dtype=table.dtype, device=table.device), measured.sum(-1)
         # The frames are alike, so that it only matters how many hold how many spikes.
@@ -71,8 +71,8 @@ class SpikePrior:
         mean = (rate / as_rate(frame_rate, rate)).detach().unsqueeze(-1).expand(shape)
         return torch.poisson(mean, generator=generator).clamp_max(self.max_count)
 
-    def _log_table(self, frame_rate: float | Tensor, device: torch.device) -> Float[Tensor, "*batch count"]:
-        """Log-probability of each count."""
+    def log_table(self, frame_rate: float | Tensor, device: torch.device) -> Float[Tensor, "*batch count"]:
+        """Log-probability of each count in one frame."""
         rate = torch.as_tensor(self.rate, device=device)
         rate = rate if rate.is_floating_point() else rate.to(torch.get_default_dtype())
         mean = (rate / as_rate(frame_rate, rate)).unsqueeze(-1)

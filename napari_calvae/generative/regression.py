@@ -1,12 +1,20 @@
-"""Closed-form pieces of `initial_theta`: amplitude, baseline and noise given the shape of the response."""
+"""Pieces of `initial_theta`: the response's shape from a grid; amplitude, baseline and noise in closed form."""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float, Shaped
-from torch import Tensor
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from napari_calvae.generative.base import BASELINE, NOISE, Parameter, as_rate
+import torch
+from jaxtyping import Bool, Float, Num, Shaped
+from torch import Tensor
+from torch.nn.functional import pad
+
+from napari_calvae.generative.base import BASELINE, NOISE, Parameter, Theta, as_rate
+
+#: At most this many numbers are worked on at once.
+_BUDGET = 4_000_000
 
 
 def measured_frames(
@@ -82,3 +90,68 @@ def baseline_and_noise(
     data, prior = 2 * (n - 1).clamp_min(0), 1 / NOISE.spread**2
     log_density = (data * density.log() + prior * NOISE.centre) / (data + prior)
     return {BASELINE.name: baseline, NOISE.name: log_density.exp()}
+
+
+@dataclass(frozen=True)
+class ShapeGrid:
+    """Finds the most probable shape of the response among all combinations of some values.
+
+    Parameters
+    ----------
+    steps
+        For each positive parameter of the shape the values to try, in prior spreads from its median.
+    gain
+        The parameter that scales the response.
+    respond
+        Response of gain one and baseline zero from counts, θ and frame rate.
+    n_frames
+        Shapes are compared on this many frames of each trace, those around the most spikes.
+    """
+
+    steps: Mapping[Parameter, tuple[float, ...]]
+    gain: Parameter
+    respond: Callable[[Tensor, Theta, Tensor], Tensor]
+    n_frames: int = 3000
+
+    def fit(
+        self,
+        observed: Float[Tensor, "roi time"],
+        counts: Float[Tensor, "roi time"],
+        weights: Float[Tensor, "roi time"],
+        rate: Float[Tensor, " roi"],
+    ) -> dict[str, Tensor]:
+        """Shape and gain of each ROI from `measured_frames`, spikes and frame rate (Hz)."""
+        window = _busiest(counts * weights, self.n_frames)
+        y, s, w = (x.gather(1, window) for x in (observed, counts, weights))
+        deviations = observed.new_tensor(list(itertools.product(*self.steps.values())))
+        step = max(1, _BUDGET // (window.shape[1] * len(deviations)))
+        rows = [slice(i, i + step) for i in range(0, len(observed), step)]
+        parts = [self._best(y[i], s[i], w[i], rate[i], deviations) for i in rows]
+        return {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+
+    def _best(
+        self, observed: Tensor, counts: Tensor, weights: Tensor, rate: Tensor, deviations: Tensor
+    ) -> dict[str, Tensor]:
+        grid = {p.name: p.median * torch.exp(p.spread * x) for p, x in zip(self.steps, deviations.mT, strict=True)}
+        response = self.respond(counts[:, None], grid, rate[:, None])  # roi, candidate, time
+        n = weights.sum(-1, keepdim=True).clamp_min(1)
+        centred = (response - (response @ weights[..., None]).squeeze(-1)[..., None] / n[..., None]) * weights[:, None]
+        y = (observed - observed.sum(-1, keepdim=True) / n) * weights
+        xx, xy = (centred**2).sum(-1), (centred @ y[..., None]).squeeze(-1)
+        yy = (y**2).sum(-1, keepdim=True)
+        explained = xy.clamp_min(0) ** 2 / xx.clamp_min(torch.finfo(xx.dtype).tiny)
+        freedom = (n - 2).clamp_min(1)
+        noise_var = torch.maximum((yy - explained.amax(1, keepdim=True)) / freedom, 1e-6 * yy / freedom + 1e-10)
+        gain = shrunk_gain(xx, xy, noise_var, self.gain)
+        best = (evidence(xx, xy, gain, noise_var, self.gain) - 0.5 * (deviations**2).sum(-1)).argmax(1)
+        theta = {name: values[best] for name, values in grid.items()}
+        return theta | {self.gain.name: gain.gather(1, best[:, None]).squeeze(1)}
+
+
+def _busiest(counts: Float[Tensor, "roi time"], length: int) -> Num[Tensor, "roi frame"]:
+    """Indices of the ``length`` successive frames of each ROI that hold the most spikes."""
+    n_frames = counts.shape[-1]
+    length = min(length, n_frames)
+    before = pad(counts.cumsum(-1), (1, 0))
+    start = (before[:, length:] - before[:, : n_frames + 1 - length]).argmax(-1, keepdim=True)
+    return start + torch.arange(length, device=counts.device)
