@@ -24,7 +24,7 @@ from napari_calvae.vae import SpikeVAE, load_model
 #: Trace-frames per block of ROIs: small enough to stop soon, large enough to keep a core busy.
 BLOCK_FRAMES = 262_144
 #: Frames that pass through the network at once.
-CHUNK = 65_536
+CHUNK = 16_384
 
 
 class InferConfig(BaseModel):
@@ -69,7 +69,14 @@ def iter_infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **set
     provenance = provenance_of(vae, traces, config, device)
     step = max(1, BLOCK_FRAMES // dff.n_frames)
     blocks = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
-    yield from _in_order(lambda block: _infer_block(block, vae, config, device, provenance), blocks, device)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    n_workers = min(threads, len(blocks))
+    spare = threads // n_workers
+
+    def work(block: Traces) -> SpikeInference:
+        return _infer_block(block, vae, config, spare, provenance)
+
+    yield from _in_order(work, blocks, n_workers)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -86,15 +93,14 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _in_order(
-    work: Callable[[Traces], SpikeInference], blocks: Sequence[Traces], device: torch.device
+    work: Callable[[Traces], SpikeInference], blocks: Sequence[Traces], n_workers: int
 ) -> Iterator[SpikeInference]:
-    """Results of ``work`` on each block, on a CPU as many at a time as there are threads, each on one core.
+    """Results of ``work`` on each block, ``n_workers`` at a time, each on one core.
 
-    One core per block is faster than all cores on each block in turn: a block is small, and threads that wait for each
-    other spin for seconds when another program wants the cores, too.
+    One core per block is faster than all cores on each block in turn: a block is small, and torch's threads that wait
+    for each other spin for seconds when another program wants the cores, too.
     """
     threads = torch.get_num_threads()
-    n_workers = min(threads, len(blocks)) if device.type == "cpu" else 1
     pending: deque[Future[SpikeInference]] = deque()
     with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -113,11 +119,16 @@ def _in_order(
 
 @torch.inference_mode()
 def _infer_block(
-    dff: Traces, vae: SpikeVAE, config: InferConfig, device: torch.device, provenance: dict[str, Any]
+    dff: Traces, vae: SpikeVAE, config: InferConfig, n_threads: int, provenance: dict[str, Any]
 ) -> SpikeInference:
+    device = next(vae.recognition.parameters()).device
     observed = torch.from_numpy(dff.values.copy()).to(device)
     valid = torch.from_numpy(dff.valid.copy()).to(device)
-    posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
+    if n_threads == 1:
+        posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
+    else:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=pool.map)
     return inference_of(dff, vae, config, posterior, provenance)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +92,7 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         frame_rate: float | Float[Tensor, " roi"],
         valid: Bool[Tensor, "roi time"] | None = None,
         chunk: int | None = None,
+        apply: Callable[..., Iterable[Tensor]] = map,
     ) -> SpikePosterior:
         """Posterior over the spikes of each trace.
 
@@ -104,7 +106,10 @@ class RecognitionNetwork(nn.Module, abc.ABC):
             (roi, time) False where a frame is missing.
         chunk
             Work through the trace in pieces of about this many frames; the result is the same.
+        apply
+            How a function is applied to the pieces: ``map``, or that of a thread pool.
         """
+        inference = torch.is_inference_mode_enabled()  # which is a property of the thread
         n_frames = fluorescence.shape[-1]
         short = (0, max(0, self.min_frames - n_frames))
         fluorescence = nn.functional.pad(fluorescence, short, value=torch.nan)
@@ -112,30 +117,40 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         features = trace_features(fluorescence, valid)
         rate = torch.as_tensor(frame_rate, dtype=features.dtype, device=features.device).expand(len(features))
         log_rate = torch.log(rate)
-        summary = self._summary(features, log_rate)
+        summary = self._summary(features, log_rate, apply)
         if chunk is None or chunk >= n_frames:
             local = self.local(features, log_rate, summary)[..., :n_frames]
         else:
             step = max(self.stride, chunk // self.stride * self.stride)
             margin = -(-self.halo // self.stride) * self.stride
-            pieces = []
-            for start in range(0, n_frames, step):
-                first = max(0, start - margin)
-                last = min(n_frames, start + step + margin)
-                piece = self.local(features[..., first:last], log_rate, summary)
-                pieces.append(piece[..., start - first : min(start + step, n_frames) - first])
-            local = torch.cat(pieces, -1)
+
+            def piece(start: int) -> Tensor:
+                first, last = max(0, start - margin), min(n_frames, start + step + margin)
+                with torch.inference_mode(inference):
+                    out = self.local(features[..., first:last], log_rate, summary)
+                    return out[..., start - first : min(start + step, n_frames) - first]
+
+            local = torch.cat(list(apply(piece, range(0, n_frames, step))), -1)
         return self.posterior(local, log_rate, summary)
 
     def _summary(
-        self, features: Float[Tensor, "roi channel time"], log_rate: Float[Tensor, " roi"]
+        self,
+        features: Float[Tensor, "roi channel time"],
+        log_rate: Float[Tensor, " roi"],
+        apply: Callable[..., Iterable[Tensor]],
     ) -> Float[Tensor, "roi summary"]:
         n_frames = features.shape[-1]
+        inference = torch.is_inference_mode_enabled()
         if n_frames <= self.summary_frames:
             return self.summarise(features, log_rate)
         n_pieces, length = 8, self.summary_frames // 8
         starts = torch.linspace(0, n_frames - length, n_pieces).long().tolist()
-        return torch.stack([self.summarise(features[..., s : s + length], log_rate) for s in starts]).mean(0)
+
+        def piece(start: int) -> Tensor:
+            with torch.inference_mode(inference):
+                return self.summarise(features[..., start : start + length], log_rate)
+
+        return torch.stack(list(apply(piece, starts))).mean(0)
 
 
 def trace_features(

@@ -59,21 +59,27 @@ class GainCategorical(SpikePosterior):
             return torch.zeros(shape, dtype=torch.uint8, device=device)
         normal = torch.randn((n, weights.shape[0], 1), generator=generator, device=device, dtype=dtype)
         tilt = (self.gain_mean[:, None] + self.gain_std[:, None] * normal).exp()
-        # Counts that have no weight anywhere cost time and change nothing.
-        top = int(
-            (weights.amax((0, 2)) * tilt.amax() ** torch.arange(weights.shape[1], device=device) > 1e-9).nonzero()[-1]
-        )
         u = torch.rand(shape, generator=generator, device=device, dtype=dtype)
-        total = weights[:, top].expand(shape)
-        for k in range(top - 1, -1, -1):
-            total = torch.addcmul(weights[:, k], total, tilt)
-        u *= total
         counts = torch.zeros(shape, dtype=torch.uint8, device=device)
-        threshold, power = weights[:, 0].expand(shape), tilt
-        for k in range(1, top + 1):
-            counts += u > threshold
-            threshold = torch.addcmul(threshold, weights[:, k], power)
-            power = power * tilt
+        # Counts that have no weight at any gain drawn cost time and change nothing.
+        weight = weights.amax((0, 2)) * tilt.amax() ** self._counts()
+        top = int((weight > 1e-9).nonzero()[-1])
+        # One sample at a time: what it needs stays in the cache. Where its number does not exceed the probability of
+        # silence there is no spike; only the few other frames are worked out.
+        for row, own in enumerate(tilt):
+            total = weights[:, top]
+            for k in range(top - 1, -1, -1):
+                total = torch.addcmul(weights[:, k], total, own)
+            threshold = u[row] * total
+            roi, frame = (threshold > weights[:, 0]).nonzero().unbind(1)
+            threshold, chosen, power = threshold[roi, frame], weights[roi, :, frame], own[roi, 0]
+            below, factor = chosen[:, 0], power
+            drawn = torch.ones_like(roi, dtype=torch.uint8)
+            for k in range(1, top):
+                below = torch.addcmul(below, chosen[:, k], factor)
+                factor = factor * power
+                drawn += threshold > below
+            counts[row, roi, frame] = drawn
         return counts
 
     def log_prob(
@@ -85,7 +91,7 @@ class GainCategorical(SpikePosterior):
         index = counts.movedim(-2, 0)  # roi *sample time
         flat = index.reshape(len(self.logits), -1, index.shape[-1])
         chosen = self.logits.gather(1, flat)
-        k = torch.arange(self.logits.shape[1], device=self.logits.device, dtype=self.logits.dtype)[:, None]
+        k = self._counts()[:, None]
         normaliser = torch.stack([torch.logsumexp(self.logits + k * g[:, None, None], 1) for g in gains])
         mask = torch.ones_like(self.logits[:, 0]) if valid is None else valid.to(self.logits.dtype)
         constant = (normaliser * mask).sum(-1)  # node roi
@@ -98,6 +104,9 @@ class GainCategorical(SpikePosterior):
     def select(self, rois: slice) -> GainCategorical:
         """The same distribution for some of the ROIs."""
         return GainCategorical(self.logits[rois], self.gain_mean[rois], self.gain_std[rois])
+
+    def _counts(self) -> Float[Tensor, " count"]:
+        return torch.arange(self.logits.shape[1], device=self.logits.device, dtype=self.logits.dtype)
 
     def _weights(self) -> Float[Tensor, "roi count time"]:
         return torch.softmax(self.logits, 1)
