@@ -21,8 +21,8 @@ from napari_calvae.recognition import SpikePosterior
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.vae import SpikeVAE, load_model
 
-#: Trace-frames per block of ROIs: small enough to stop soon, large enough to keep a core busy.
-BLOCK_FRAMES = 262_144
+#: Trace-frames per block of ROIs: small enough to stop soon and to stay near the cache, large enough for a core.
+BLOCK_FRAMES = 65_536
 #: Frames that pass through the network at once.
 CHUNK = 16_384
 
