@@ -153,8 +153,9 @@ def inference_of(
         if config.n_samples:
             traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
             traces = _same_gain(traces, samples, mean[row].sum(), theta["baseline"][row])
-            centre.append(traces.mean(0))
-            spread.append(_spread(traces, observed[row].nan_to_num() - centre[-1], valid[row]))
+            variance, average = torch.var_mean(traces, 0, correction=0)
+            centre.append(average)
+            spread.append(_spread(variance, observed[row].nan_to_num() - average, valid[row]))
         else:
             centre.append(expected[row])
             spread.append(noise[row].expand(dff.n_frames))
@@ -192,23 +193,22 @@ def _to_events(samples: Tensor, row: int) -> np.ndarray:
 
 
 def _same_gain(traces: Tensor, samples: Tensor, expected: Tensor, baseline: Tensor) -> Tensor:
-    """Give each sampled trace the amplitude that goes with its number of spikes.
+    """Give each sampled trace, in place, the amplitude that goes with its number of spikes.
 
     A train of twice the spikes goes with half the response to each, and the data hardly tell the two apart. One
     amplitude for all samples would show that freedom as misfit. The added spike keeps near-silent cells from extremes.
     """
     scale = (expected + 1) / (samples.sum(-1, keepdim=True) + 1)
-    return baseline + scale * (traces - baseline)
+    return traces.sub_(baseline).mul_(scale).add_(baseline)
 
 
-def _spread(traces: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
+def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     """Standard deviation to be expected around the mean trace, as far as the residuals bear it out.
 
-    It is white noise and a share of the variance of the samples. Samples whose frames are independent given the gain
-    overstate how much a burst's fluorescence may vary, since a spike more here goes with one less there: the share is
-    the one under which the residuals are most likely.
+    It is white noise and a share of the ``variance`` of the samples. Samples whose frames are independent given the
+    gain overstate how much a burst's fluorescence may vary, since a spike more here goes with one less there: the share
+    is the one under which the residuals are most likely.
     """
-    variance = traces.var(0, unbiased=False)
     power = torch.where(valid, residual, 0.0) ** 2
     n = valid.sum().clamp_min(1)
     total = (power.sum() / n).clamp_min(1e-12)

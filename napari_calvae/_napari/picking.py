@@ -103,7 +103,10 @@ class Outline:
         loops = [loop for loop in drawing.outlines(mask) if len(loop) > 3]
         if self._layer is not None and self._layer in self._viewer.layers:
             self._layer.data = loops, "polygon"
-            self._layer.scale, self._layer.translate = movie.scale[-2:], movie.translate[-2:]
+            for name in ("scale", "translate"):  # each makes napari draw again, even where it changes nothing
+                wanted = getattr(movie, name)[-2:]
+                if not np.array_equal(getattr(self._layer, name), wanted):
+                    setattr(self._layer, name, wanted)
             return
         selection = set(self._viewer.layers.selection)
         active = self._viewer.layers.selection.active

@@ -67,3 +67,14 @@ def speed(
     from napari_calvae import benchmark as measure
 
     show(measure.speed(model, frames, repeats))
+
+
+@benchmark.command()
+def click(
+    frames: Annotated[int, typer.Option(min=300, help="Length of the movie")] = 54_000,
+    clicks: Annotated[int, typer.Option(min=1, max=9, help="ROIs to click, each once")] = 9,
+) -> None:
+    """Milliseconds from a mouse click in napari to the painted posterior; needs a display."""
+    from napari_calvae._napari.latency import iter_latency
+
+    show(iter_latency(frames, clicks), summary="median")

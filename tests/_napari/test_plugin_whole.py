@@ -61,3 +61,10 @@ def test_the_demo_says_how_to_get_a_display(monkeypatch):
     monkeypatch.setattr(demo.shutil, "which", lambda _: None)
     with pytest.raises(calvae.RecordingError, match="apt-get install -y xvfb"):
         demo.run()
+
+
+def test_clicks_are_measured_in_a_window_of_their_own():
+    code = "from napari_calvae._napari.latency import iter_latency; print([r['ROI'] for r in iter_latency(600, 2)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("['1', '2']")
