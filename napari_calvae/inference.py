@@ -17,14 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from napari_calvae.metrics import Explained, quality_table
-from napari_calvae.recognition import SpikePosterior
+from napari_calvae.recognition import CHUNK, SpikePosterior
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.vae import SpikeVAE, load_model
 
 #: Trace-frames per block of ROIs: small enough to stop soon and to stay near the cache, large enough for a core.
 BLOCK_FRAMES = 65_536
-#: Frames that pass through the network at once.
-CHUNK = 16_384
 
 
 class InferConfig(BaseModel):

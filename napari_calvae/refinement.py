@@ -20,18 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from napari_calvae.fitting.losses import MIN_RATE
 from napari_calvae.generative import SpikePrior
 from napari_calvae.inference import InferConfig, inference_of, provenance_of
+from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
 from napari_calvae.vae import SpikeVAE, load_model
 
-#: Frames that pass through the network at once.
-_CHUNK = 65_536
 #: A spike is taken to show for this long (s).
 _MEMORY = 5.0
-#: Lowest prior rate (Hz) of a cell.
-_MIN_RATE = 0.02
 
 
 class RefineConfig(BaseModel):
@@ -282,7 +280,7 @@ def _start(traces: Traces, model: str | Path | SpikeVAE) -> tuple[_Target, GainC
     observed, valid = torch.from_numpy(dff.values.copy()), torch.from_numpy(dff.valid.copy())
     vae.recognition.to("cpu").eval()
     with torch.no_grad():
-        posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=_CHUNK)
+        posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
         if not isinstance(posterior, GainCategorical):
             raise RecordingError(
                 f"refinement: expected a network whose posterior is categorical with a gain (factorized), got "
@@ -291,6 +289,6 @@ def _start(traces: Traces, model: str | Path | SpikeVAE) -> tuple[_Target, GainC
         mean = posterior.mean
         theta = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
     theta |= {name: torch.full_like(theta[name], value) for name, value in vae.theta.items()}
-    rate = (mean.mean(-1) * dff.frame_rate).clamp_min(_MIN_RATE)
+    rate = (mean.mean(-1) * dff.frame_rate).clamp_min(MIN_RATE)
     prior = SpikePrior(rate=rate, max_count=vae.recognition.max_count)
     return _Target(dff, vae, observed, valid, theta, prior), posterior

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from napari_calvae import objectives
 from napari_calvae.generative import SpikePrior
+from napari_calvae.recognition import CHUNK
 from napari_calvae.recording import Traces
 from napari_calvae.training import TrainConfig
 from napari_calvae.vae import SpikeVAE
 
 #: Lowest rate (Hz) that a cell's prior may have.
 MIN_RATE = 0.02
-#: Frames that pass through the network at once.
-CHUNK = 65_536
 #: Snippets with a smaller share of measured frames are not drawn where others are to be had.
 _LEAST_MEASURED = 0.5
 

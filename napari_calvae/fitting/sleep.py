@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from napari_calvae import objectives
-from napari_calvae.fitting.losses import CHUNK, Snippets
+from napari_calvae.fitting.losses import Snippets
 from napari_calvae.generative import Theta
+from napari_calvae.recognition import CHUNK
 from napari_calvae.vae import SpikeVAE
 
 #: Log-standard deviation of what each rendered snippet's θ and noise differ from the fitted ones by.

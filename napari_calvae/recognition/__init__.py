@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from napari_calvae.recognition.autoregressive import AutoregressiveNetwork
-from napari_calvae.recognition.base import RecognitionNetwork, SpikePosterior
+from napari_calvae.recognition.base import CHUNK, RecognitionNetwork, SpikePosterior
 from napari_calvae.recognition.factorized import FactorizedNetwork
 
 #: Every network that a saved model may name. Contract tests collect this.
 NETWORKS: dict[str, type[RecognitionNetwork]] = {cls.name: cls for cls in (FactorizedNetwork, AutoregressiveNetwork)}
 
-__all__ = ["NETWORKS", "AutoregressiveNetwork", "FactorizedNetwork", "RecognitionNetwork", "SpikePosterior"]
+__all__ = ["CHUNK", "NETWORKS", "AutoregressiveNetwork", "FactorizedNetwork", "RecognitionNetwork", "SpikePosterior"]

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor, nn
 
+#: Frames that pass through a network at once where a trace is long.
+CHUNK = 16_384
 #: Channels of ``trace_features``.
 N_FEATURES = 4
 

@@ -201,8 +201,8 @@ class FactorizedNetwork(RecognitionNetwork):
         self.grow = nn.ModuleList(nn.Conv1d(b, a, 1) for a, b in itertools.pairwise(widths))
         self.up = nn.ModuleList(_Block(2 * w, w, n_rate + n_summary) for w in widths[:-1])
         self.head = nn.Conv1d(widths[0], 1 + max_count, 1)
-        hidden, gain = nn.Linear(n_rate + n_summary, 32), nn.Linear(32, 2)
-        self.gain = nn.Sequential(hidden, nn.ReLU(), gain)
+        gain = nn.Linear(32, 2)
+        self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
         with torch.no_grad():
             # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
             self.head.weight[1:] = 0
