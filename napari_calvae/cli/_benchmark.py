@@ -70,6 +70,29 @@ def speed(
 
 
 @benchmark.command()
+def paper(
+    proofs: Annotated[list[str] | None, typer.Argument(help="Proofs to run, by name; all without")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of ground truth, for those on real recordings")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the records and the report")] = Path("paper"),
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only see that it runs: the numbers mean nothing")] = False,
+) -> None:
+    """Repeat the experiments of the paper and of its neighbours."""
+    from napari_calvae.benchmark import paper as proof
+    from napari_calvae.formats import whole_files
+
+    unknown = sorted(set(proofs or ()) - set(proof.PROOFS))
+    if unknown:
+        raise typer.BadParameter(f"expected some of {', '.join(proof.PROOFS)}, got {', '.join(unknown)}.")
+    setting = proof.Setting(cache=out / "cache", data=data, seed=seed, quick=quick)
+    for name in proofs or proof.PROOFS:
+        typer.echo(proof.PROOFS[name].title)
+        show(proof.run(proof.PROOFS[name], setting, out))
+    with whole_files(out / "README.md") as (temporary,):
+        temporary.write_text(proof.to_markdown(proof.PROOFS, proof.read_records(out)), encoding="utf-8")
+
+
+@benchmark.command()
 def click(
     frames: Annotated[int, typer.Option(min=300, help="Length of the movie")] = 54_000,
     clicks: Annotated[int, typer.Option(min=1, max=9, help="ROIs to click, each once")] = 9,

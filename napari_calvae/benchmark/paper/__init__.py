@@ -1,0 +1,17 @@
+"""The proofs that the science owes: the paper's experiments and its neighbours', repeatable one by one.
+
+A proof is a module of this package with one function of a `Setting` that yields the rows of its table. ``PROOFS`` names
+them all; ``calvae benchmark paper`` runs them and keeps what they yield.
+"""
+
+from __future__ import annotations
+
+from napari_calvae.benchmark.paper.base import Proof, Row, Setting
+from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
+
+_ALL: tuple[Proof, ...] = ()
+
+#: In the order in which the report shows them.
+PROOFS: dict[str, Proof] = {proof.name: proof for proof in _ALL}
+
+__all__ = ["PROOFS", "Proof", "Row", "Setting", "read_records", "run", "to_markdown"]
