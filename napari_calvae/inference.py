@@ -142,6 +142,7 @@ def inference_of(
     known = {name: torch.full_like(estimated[name], value) for name, value in vae.theta.items()}
     theta = {**estimated, **known}
     expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
+    drift = vae.generative.drift(observed, mean, theta, dff.frame_rate, valid)
     noise = vae.generative.noise_std(theta, dff.frame_rate)
     events, centre, spread = [], [], []
     for row, roi in enumerate(dff.roi_ids):
@@ -152,10 +153,10 @@ def inference_of(
             traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
             traces = _same_gain(traces, samples, mean[row].sum(), theta["baseline"][row])
             variance, average = torch.var_mean(traces, 0, correction=0)
-            centre.append(average)
-            spread.append(_spread(variance, observed[row].nan_to_num() - average, valid[row]))
+            centre.append(average + drift[row])
+            spread.append(_spread(variance, observed[row].nan_to_num() - centre[-1], valid[row]))
         else:
-            centre.append(expected[row])
+            centre.append(expected[row] + drift[row])
             spread.append(noise[row].expand(dff.n_frames))
     rate = (mean * dff.frame_rate).cpu().numpy()
     reconstruction = torch.stack(centre).cpu().numpy()

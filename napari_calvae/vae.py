@@ -19,12 +19,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from napari_calvae.formats import whole_files
-from napari_calvae.generative import MODELS, NOISES, GenerativeModel, SpikePrior
+from napari_calvae.generative import MODELS, NOISES, PRIORS, BurstyPrior, GenerativeModel, Noise, SpikePrior
 from napari_calvae.preprocess import check_traces, delta_f_over_f
 from napari_calvae.recognition import NETWORKS, RecognitionNetwork
 from napari_calvae.recording import RecordingError, Traces
 
 SCHEMA = 1
+#: What the names of the noise's weights begin with in a file.
+_NOISE = "generative.noise."
 
 
 class ModelError(ValueError):
@@ -72,7 +74,7 @@ class SpikeVAE:
 
     recognition: RecognitionNetwork
     generative: GenerativeModel
-    prior: SpikePrior
+    prior: SpikePrior | BurstyPrior
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     theta: Mapping[str, float] = field(default_factory=dict)
     description: str = ""
@@ -80,15 +82,20 @@ class SpikeVAE:
     sha256: str = ""
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: weights, and a JSON description with their checksum in its header."""
+        """Write one safetensors file: weights, and a JSON description with their checksum in its header.
+
+        What a prior has learned cell by cell does not outlast the recording; a value for cells in general is kept.
+        """
         path = Path(path)
-        weights = {name: t.detach().cpu().contiguous() for name, t in self.recognition.state_dict().items()}
+        noise = self.generative.noise
+        learned = {_NOISE + name: t for name, t in noise.learned.state_dict().items()}
+        weights = {name: t.detach().cpu().contiguous() for name, t in (self.recognition.state_dict() | learned).items()}
         spec = {
             "schema": SCHEMA,
             "recognition": {"kind": self.recognition.name, "config": self.recognition.config},
             "generative": self.generative.name,
-            "noise": self.generative.noise.name,
-            "prior": {"rate": self.prior.rate, "max_count": self.prior.max_count},
+            "noise": {"kind": noise.name, "config": noise.config},
+            "prior": {"kind": self.prior.name, "config": self.prior.config},
             "preprocessing": self.preprocessing.model_dump(),
             "theta": {name: float(value) for name, value in self.theta.items()},
             "description": self.description,
@@ -128,11 +135,11 @@ class SpikeVAE:
                     "Copy or download it again."
                 )
             recognition = NETWORKS[spec["recognition"]["kind"]](**spec["recognition"]["config"])
-            recognition.load_state_dict(weights)
+            recognition.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_NOISE)})
             model = cls(
                 recognition=recognition.eval(),
-                generative=MODELS[spec["generative"]](NOISES[spec.get("noise", "gaussian")]()),
-                prior=SpikePrior(**spec["prior"]),
+                generative=MODELS[spec["generative"]](_noise(spec.get("noise", "gaussian"), weights)),
+                prior=_prior(spec["prior"]),
                 preprocessing=Preprocessing(**spec["preprocessing"]),
                 theta=spec["theta"],
                 description=str(spec["description"]),
@@ -186,6 +193,21 @@ def load_model(model: str | Path | SpikeVAE = "universal") -> SpikeVAE:
 @functools.lru_cache(maxsize=4)
 def _load_cached(path: Path, _modified: int, _size: int) -> SpikeVAE:
     return SpikeVAE.load(path)
+
+
+def _noise(spec: str | Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Noise:
+    """Noise as it was saved; the first files held its name alone."""
+    kind, config = (spec, {}) if isinstance(spec, str) else (spec["kind"], spec["config"])
+    noise = NOISES[kind](**config)
+    noise.learned.load_state_dict({k.removeprefix(_NOISE): v for k, v in weights.items() if k.startswith(_NOISE)})
+    return noise
+
+
+def _prior(spec: Mapping[str, Any]) -> SpikePrior | BurstyPrior:
+    """Prior as it was saved; the first files held the values of a Poisson prior alone."""
+    if "kind" not in spec:
+        return SpikePrior(**spec)
+    return PRIORS[spec["kind"]](**spec["config"])
 
 
 def _read_spec(data: bytes) -> dict[str, Any]:

@@ -10,7 +10,14 @@ import struct
 import pytest
 import torch
 
-from napari_calvae.generative import MODELS, CorrelatedNoise, SpikePrior
+from napari_calvae.generative import (
+    MODELS,
+    BurstyPrior,
+    CorrelatedNoise,
+    DriftingNoise,
+    FlowNoise,
+    SpikePrior,
+)
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.vae import ModelError, Preprocessing, SpikeVAE, load_model, models
@@ -45,6 +52,65 @@ def test_a_saved_model_keeps_its_noise(vae, tmp_path):
     again = SpikeVAE.load(vae.save(tmp_path / "correlated.safetensors"))
     assert again.generative.parameters == vae.generative.parameters
     assert again.generative.parameters[-1].name == "tau_noise"
+
+
+def test_a_saved_model_keeps_the_options_of_its_noise(vae, tmp_path):
+    vae.generative = MODELS["physiological"](DriftingNoise("correlated", spacing=2.0))
+    again = SpikeVAE.load(vae.save(tmp_path / "drift.safetensors")).generative
+    assert again.parameters == vae.generative.parameters
+    assert (again.noise.around.name, again.noise.spacing) == ("correlated", 2.0)
+
+
+def test_a_saved_model_keeps_what_its_noise_has_learned(vae, tmp_path):
+    flow = FlowNoise(width=5)
+    for p in flow.learned.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    vae.generative = MODELS["linear_ar"](flow)
+    path = vae.save(tmp_path / "flow.safetensors")
+    again = SpikeVAE.load(path).generative.noise
+    theta = {"baseline": torch.zeros(2), "noise_density": torch.full((2,), 0.03)}
+    residual = torch.randn(2, 30)
+    arguments = (residual, residual.abs(), theta, 20.0, torch.ones(2, 30, dtype=torch.bool))
+    assert torch.equal(again.log_prob(*arguments), flow.log_prob(*arguments))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10  # within the last weights
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match="damaged"):
+        SpikeVAE.load(path)
+
+
+@pytest.mark.parametrize(
+    ("prior", "same"),
+    [
+        (SpikePrior(0.7, 2), {"rate": 0.7, "max_count": 2}),
+        (SpikePrior(torch.tensor([0.5, 2.0]), 4), {"rate": 1.0, "max_count": 4}),
+        (
+            BurstyPrior(0.3, torch.tensor([4.0, 9.0]), onset=torch.tensor(0.5), duration=0.1),
+            {"quiet": 0.3, "burst": 6.0, "onset": 0.5, "duration": 0.1, "max_count": 10},
+        ),
+    ],
+    ids=["one rate", "a rate per cell", "bursty"],
+)
+def test_a_saved_model_keeps_its_prior_and_of_values_per_cell_their_geometric_mean(vae, tmp_path, prior, same):
+    vae.prior = prior
+    again = SpikeVAE.load(vae.save(tmp_path / "prior.safetensors")).prior
+    assert type(again) is type(prior)
+    assert again.config == pytest.approx(same)
+
+
+def test_files_from_before_noise_and_prior_had_kinds_still_load(saved):
+    """The shipped model is one of them; here is another, with every old key."""
+    assert load_model("universal").prior.rate == 1.0
+    data = saved.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    spec = json.loads(header["__metadata__"]["calvae"])
+    old = spec | {"noise": "correlated", "prior": {"rate": 0.7, "max_count": 3}}
+    header["__metadata__"]["calvae"] = json.dumps(old)
+    text = json.dumps(header).encode()
+    saved.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    again = SpikeVAE.load(saved)
+    assert (again.prior.rate, again.prior.max_count, again.generative.noise.name) == (0.7, 3, "correlated")
 
 
 def test_every_flipped_byte_is_noticed(saved, tmp_path):

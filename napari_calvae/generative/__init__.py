@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
 from napari_calvae.generative.bursts import BurstyPrior
+from napari_calvae.generative.drift import DriftingNoise
 from napari_calvae.generative.dye_binding import DyeBinding
+from napari_calvae.generative.flow import FlowNoise
 from napari_calvae.generative.indicator_kinetics import IndicatorKinetics, JGCaMP8f, JGCaMP8m
 from napari_calvae.generative.linear_ar import LinearAR
-from napari_calvae.generative.noise import NOISES, CorrelatedNoise, GaussianNoise, Noise, SignalDependentNoise
+from napari_calvae.generative.noise import Noise
+from napari_calvae.generative.normal_noise import CorrelatedNoise, GaussianNoise, SignalDependentNoise
 from napari_calvae.generative.physiological import Physiological
 from napari_calvae.generative.prior import SpikePrior
 
@@ -16,12 +19,23 @@ MODELS: dict[str, type[GenerativeModel]] = {
     cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m)
 }
 
+#: Every kind of noise that a saved model may name. Contract tests collect this.
+NOISES: dict[str, type[Noise]] = {
+    cls.name: cls for cls in (GaussianNoise, SignalDependentNoise, CorrelatedNoise, DriftingNoise, FlowNoise)
+}
+
+#: Every prior that a saved model may name.
+PRIORS: dict[str, type[SpikePrior | BurstyPrior]] = {cls.name: cls for cls in (SpikePrior, BurstyPrior)}
+
 __all__ = [
     "MODELS",
     "NOISES",
+    "PRIORS",
     "BurstyPrior",
     "CorrelatedNoise",
+    "DriftingNoise",
     "DyeBinding",
+    "FlowNoise",
     "GaussianNoise",
     "GenerativeModel",
     "IndicatorKinetics",

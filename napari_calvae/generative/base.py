@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-from napari_calvae.generative.noise import GaussianNoise, Noise
+from napari_calvae.generative.noise import Noise
+from napari_calvae.generative.normal_noise import GaussianNoise
 from napari_calvae.generative.parameters import BASELINE, NOISE, Parameter, Theta, as_rate
 
 __all__ = ["BASELINE", "NOISE", "GenerativeModel", "Parameter", "Theta", "as_rate"]
@@ -98,10 +99,43 @@ class GenerativeModel(abc.ABC):
 
         With ``bins`` above 1 counts are that much finer than frames; see `per_frame`.
         """
+        residual, expected, measured = self.residual(observed, counts, theta, frame_rate, valid, bins)
+        return self.noise.log_prob(residual, expected, theta, frame_rate, measured)
+
+    @final
+    def residual(
+        self,
+        observed: Float[Tensor, "*observed time"],
+        counts: Num[Tensor, "*counts bin"],
+        theta: Theta,
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "*valid time"] | None = None,
+        bins: int = 1,
+    ) -> tuple[Float[Tensor, "*out time"], Float[Tensor, "*clean time"], Bool[Tensor, "*measured time"]]:
+        """What the noise has to explain: ΔF/F beyond the noise-free one, that, and which frames were measured.
+
+        Arguments are those of `log_prob`; residuals are zero where a frame is missing.
+        """
         measured = torch.isfinite(observed) if valid is None else torch.isfinite(observed) & valid
         expected = self.per_frame(counts, theta, frame_rate, bins)
-        residual = torch.where(measured, observed - expected, 0)
-        return self.noise.log_prob(residual, expected, theta, frame_rate, measured)
+        return torch.where(measured, observed - expected, 0), expected, measured
+
+    @final
+    def drift(
+        self,
+        observed: Float[Tensor, "*observed time"],
+        counts: Num[Tensor, "*counts bin"],
+        theta: Theta,
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "*valid time"] | None = None,
+        bins: int = 1,
+    ) -> Float[Tensor, "*out time"]:
+        """Expected slow change of the baseline (ΔF/F) given fluorescence and spikes; zero if the noise has no drift.
+
+        Arguments are those of `log_prob`. Every frame has one, measured or not.
+        """
+        residual, expected, measured = self.residual(observed, counts, theta, frame_rate, valid, bins)
+        return self.noise.drift(residual, expected, theta, frame_rate, measured)
 
     @final
     def simulate(

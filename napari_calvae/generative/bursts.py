@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from napari_calvae.generative.parameters import as_rate
-from napari_calvae.generative.prior import SpikePrior
+from napari_calvae.generative.prior import SpikePrior, typical
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class BurstyPrior:
         Highest count per frame.
     """
 
+    name: ClassVar[str] = "bursty"
+
     quiet: float | Tensor
     burst: float | Tensor
     onset: float | Tensor = 0.2
@@ -50,6 +53,12 @@ class BurstyPrior:
                 )
         if self.max_count < 1:
             raise ValueError(f"BurstyPrior: expected max_count ≥ 1, got {self.max_count}. Use 1 for Bernoulli spikes.")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of a prior for cells in general: of values that differ by cell, the `typical` one."""
+        values = {name: typical(getattr(self, name)) for name in ("quiet", "burst", "onset", "duration")}
+        return values | {"max_count": self.max_count}
 
     @property
     def rate(self) -> Tensor:

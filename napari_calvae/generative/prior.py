@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Num
@@ -27,6 +28,8 @@ class SpikePrior:
         Highest count per frame.
     """
 
+    name: ClassVar[str] = "poisson"
+
     rate: float | Tensor
     max_count: int = 10
 
@@ -38,6 +41,11 @@ class SpikePrior:
             )
         if not bool(torch.all(torch.as_tensor(self.rate) > 0)):
             raise ValueError(f"SpikePrior: expected rates above 0 Hz, got {self.rate}. Give spikes per second.")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Arguments of a prior for cells in general: of values that differ by cell, the `typical` one."""
+        return {"rate": typical(self.rate), "max_count": self.max_count}
 
     def log_prob(
         self,
@@ -83,3 +91,9 @@ class SpikePrior:
         terms = (mean.log() - later.log()).cumsum(-1)
         tail = torch.logsumexp(torch.cat([torch.zeros_like(mean), terms], -1), -1, keepdim=True)
         return torch.cat([poisson[..., :-1], poisson[..., -1:] + tail], -1)
+
+
+def typical(value: float | Tensor) -> float:
+    """Geometric mean of a positive value over all cells: what a new cell may be expected to have."""
+    values = torch.as_tensor(value, dtype=torch.float64).detach()
+    return float(values) if values.numel() == 1 else float(values.log().mean().exp())
