@@ -138,7 +138,11 @@ def inference_of(
     mean = posterior.mean
     observed = torch.from_numpy(dff.values.copy()).to(mean.device)
     valid = torch.from_numpy(dff.valid.copy()).to(mean.device)
-    estimated = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
+    predicted = posterior.theta
+    if predicted is not None and predicted.names == tuple(p.name for p in vae.generative.parameters):
+        estimated, doubt = predicted.theta, predicted.std
+    else:
+        estimated, doubt = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid), {}
     known = {name: torch.full_like(estimated[name], value) for name, value in vae.theta.items()}
     theta = {**estimated, **known}
     expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
@@ -171,6 +175,7 @@ def inference_of(
         theta={name: value.cpu().numpy() for name, value in theta.items()},
         quality=quality_table(Explained(dff.values, rate, reconstruction, reconstruction_std, dff.frame_rate)),
         provenance=provenance,
+        theta_std={name: value.cpu().numpy() for name, value in doubt.items() if name not in known},
     )
 
 

@@ -270,6 +270,8 @@ class SpikeInference:
         Structured array: one row per ROI, one column per metric of ``metrics.QC``.
     provenance
         Model id and hash, seed, preprocessing, versions.
+    theta_std
+        (roi,) posterior standard deviation of those parameters that the network predicted itself.
     """
 
     traces: Traces
@@ -281,6 +283,7 @@ class SpikeInference:
     theta: Mapping[str, np.ndarray]
     quality: np.ndarray
     provenance: Mapping[str, Any]
+    theta_std: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def roi_ids(self) -> tuple[int, ...]:
@@ -318,6 +321,7 @@ class SpikeInference:
             theta={name: np.concatenate([p.theta[name] for p in parts]) for name in first.theta},
             quality=np.concatenate([p.quality for p in parts]),
             provenance=first.provenance,
+            theta_std={name: np.concatenate([p.theta_std[name] for p in parts]) for name in first.theta_std},
         )
 
     def events_of(self, row: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from napari_calvae.formats import whole_files
 from napari_calvae.generative import MODELS, NOISES, PRIORS, BurstyPrior, GenerativeModel, Noise, SpikePrior
 from napari_calvae.preprocess import check_traces, delta_f_over_f
-from napari_calvae.recognition import NETWORKS, RecognitionNetwork
+from napari_calvae.recognition import RecognitionNetwork, build_network
 from napari_calvae.recording import RecordingError, Traces
 
 SCHEMA = 1
@@ -59,7 +59,7 @@ class Preprocessing(BaseModel):
 
 @dataclass(eq=False)
 class SpikeVAE:
-    """Prior p(s), generative model p(F | s, θ) and recognition network q(s | F), with the preprocessing they assume.
+    """Prior p(s), generative model p(F | s, θ) and recognition network q(s, θ | F), with the preprocessing they assume.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class SpikeVAE:
         The parts.
     theta
         Parameters of the generative model that were learned for all cells, in physical units; those not named are
-        estimated for each cell when it is inferred.
+        estimated for each cell when it is inferred, by the network where it has a head for them.
     description
         One line for people.
     """
@@ -134,7 +134,7 @@ class SpikeVAE:
                     f"model {path.name}: the weights do not match their checksum, so the file is damaged. "
                     "Copy or download it again."
                 )
-            recognition = NETWORKS[spec["recognition"]["kind"]](**spec["recognition"]["config"])
+            recognition = build_network(**spec["recognition"])
             recognition.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_NOISE)})
             model = cls(
                 recognition=recognition.eval(),

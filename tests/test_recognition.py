@@ -13,6 +13,7 @@ from napari_calvae.recognition.base import trace_features
 from napari_calvae.recognition.factorized import GainCategorical
 
 SMALL = {
+    "convolutional": {"width": 6, "kernels": (5, 3), "max_count": 2},
     "factorized": {"widths": (4, 6, 8), "max_count": 2},
     "autoregressive": {"width": 6, "hidden": 5, "max_count": 2, "segment": 128},
 }
@@ -75,7 +76,7 @@ def test_chunks_with_halo_equal_the_whole(network):
 
 
 def test_local_outputs_reach_no_further_than_the_halo(network):
-    if network.name != "factorized":
+    if network.name == "autoregressive":
         pytest.skip("a recurrent network's memory has no end; its halo is where it has faded")
     features = trace_features(traces(1, 800))
     rate = torch.zeros(1, dtype=torch.float64)
@@ -127,6 +128,22 @@ def test_gain_posterior_agrees_with_a_fine_integral():
     torch.testing.assert_close(posterior.log_prob(counts)[0], expected, rtol=0, atol=1e-6)
     mean = ((k[:, None] * table.exp()).sum(1) * (weight / weight.sum())[:, None]).sum(0)
     torch.testing.assert_close(posterior.mean[0], mean, rtol=0, atol=1e-6)
+
+
+def test_frames_of_the_convolutional_posterior_are_independent_and_bernoulli_where_asked():
+    torch.manual_seed(0)
+    net = NETWORKS["convolutional"](width=6, kernels=(5, 3), max_count=1).double()
+    with torch.no_grad():
+        net.head.weight.normal_()
+        posterior = net(traces(2, 6), 5.0)
+    p = posterior.mean  # of one spike
+    assert ((p > 0.01) & (p < 0.99)).all()
+    trains = torch.tensor(list(itertools.product(range(2), repeat=6)))[:, None].expand(-1, 2, -1)
+    product = torch.where(trains == 1, p, 1 - p).log().sum(-1)
+    torch.testing.assert_close(posterior.log_prob(trains), product, rtol=1e-9, atol=0)
+    torch.testing.assert_close(posterior.select(slice(1, 2)).log_prob(trains[:, 1:]), product[:, 1:], rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="odd kernels"):
+        NETWORKS["convolutional"](kernels=(4,))
 
 
 def test_samples_share_the_gain_of_their_cell():

@@ -133,6 +133,7 @@ def one_roi(inference: calvae.SpikeInference, row: int) -> calvae.SpikeInference
         reconstruction_std=inference.reconstruction_std[rows],
         theta={name: values[rows] for name, values in inference.theta.items()},
         quality=inference.quality[rows],
+        theta_std={name: values[rows] for name, values in inference.theta_std.items()},
     )
 
 

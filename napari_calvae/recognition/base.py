@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor, nn
+
+from napari_calvae.recognition.amortised import ThetaEntry, ThetaHead, ThetaPosterior, TraceScale
 
 #: Frames that pass through a network at once where a trace is long.
 CHUNK = 16_384
@@ -22,6 +25,9 @@ _MEDIAN_DIFFERENCE = 0.6744897501960817 * math.sqrt(2)
 
 class SpikePosterior(abc.ABC):
     """A distribution over spike counts per frame, (roi, time), independent between ROIs."""
+
+    #: q(θ | F) of all ROIs, from networks that predict it; q(s, θ | F) = q(θ | F) q(s | F).
+    theta: ThetaPosterior | None = None
 
     @property
     @abc.abstractmethod
@@ -40,11 +46,11 @@ class SpikePosterior(abc.ABC):
 
     @abc.abstractmethod
     def select(self, rois: slice) -> SpikePosterior:
-        """The same distribution for some of the ROIs."""
+        """The same distribution over the spikes of some of the ROIs."""
 
 
 class RecognitionNetwork(nn.Module, abc.ABC):
-    """q(s | F) for whole traces, however long.
+    """q(s | F) for whole traces, however long, and if it is asked for q(θ | F) beside it (``predict_theta``).
 
     A trace is summarised once (``summarise``); given that summary everything is local: the outputs of frame t depend on
     frames within ``halo`` of t only, so that a long trace can be cut into chunks without changing the answer.
@@ -63,6 +69,18 @@ class RecognitionNetwork(nn.Module, abc.ABC):
     min_frames: int = 1
     #: At most this many frames, evenly spread over the trace, are summarised.
     summary_frames: ClassVar[int] = 16384
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta_head: ThetaHead | None = None
+
+    def predict_theta(self, entries: Sequence[ThetaEntry]) -> None:
+        """Add a head that predicts θ, not yet trained, in place of one that may be there; ``config`` remembers it."""
+        like = next(self.parameters()).detach()
+        with torch.no_grad():
+            summary = self.summarise(like.new_zeros(1, N_FEATURES, self.stride), like.new_zeros(1))
+        self.theta_head = ThetaHead(summary.shape[-1], entries).to(like.device, like.dtype)
+        self.config["theta"] = [dataclasses.asdict(entry) for entry in entries]
 
     @abc.abstractmethod
     def summarise(
@@ -116,7 +134,8 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         short = (0, max(0, self.min_frames - n_frames))
         fluorescence = nn.functional.pad(fluorescence, short, value=torch.nan)
         valid = None if valid is None else nn.functional.pad(valid, short, value=False)
-        features = trace_features(fluorescence, valid)
+        scale = trace_scale(fluorescence, valid)
+        features = trace_features(fluorescence, valid, scale)
         rate = torch.as_tensor(frame_rate, dtype=features.dtype, device=features.device).expand(len(features))
         log_rate = torch.log(rate)
         summary = self._summary(features, log_rate, apply)
@@ -133,7 +152,10 @@ class RecognitionNetwork(nn.Module, abc.ABC):
                     return out[..., start - first : min(start + step, n_frames) - first]
 
             local = torch.cat(list(apply(piece, range(0, n_frames, step))), -1)
-        return self.posterior(local, log_rate, summary)
+        posterior = self.posterior(local, log_rate, summary)
+        if self.theta_head is not None:
+            posterior.theta = self.theta_head(summary, features[:, 2], log_rate, scale)
+        return posterior
 
     def _summary(
         self,
@@ -155,13 +177,8 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         return torch.stack(list(apply(piece, starts))).mean(0)
 
 
-def trace_features(
-    fluorescence: Float[Tensor, "roi time"], valid: Bool[Tensor, "roi time"] | None = None
-) -> Float[Tensor, "roi channel time"]:
-    """Describe each trace in units of itself, so that neither offset nor scale of ΔF/F matters.
-
-    With z the distance from the median in units of the noise (from the median absolute difference of successive
-    frames): asinh(z), z/10 clipped, the trace in units of its own range, and a mask of measured frames.
+def trace_scale(fluorescence: Float[Tensor, "roi time"], valid: Bool[Tensor, "roi time"] | None = None) -> TraceScale:
+    """Median, noise (from the median absolute difference of successive frames) and range of each trace.
 
     Parameters
     ----------
@@ -170,16 +187,43 @@ def trace_features(
     valid
         (roi, time) False where a frame is missing.
     """
-    finite = torch.isfinite(fluorescence)
-    measured = finite if valid is None else finite & valid
-    nan = fluorescence.masked_fill(~measured, torch.nan)
+    nan = fluorescence.masked_fill(~_measured(fluorescence, valid), torch.nan)
     centre = nan.nanmedian(-1, keepdim=True).values.nan_to_num()
     f = (nan - centre).nan_to_num()
     difference = (nan[:, 1:] - nan[:, :-1]).abs()
     noise = difference.nanmedian(-1, keepdim=True).values.nan_to_num() / _MEDIAN_DIFFERENCE
     peak = f.kthvalue(max(1, math.ceil(0.995 * f.shape[-1])), -1, keepdim=True).values
     # Quantised or very short traces can have a median difference of zero; a hundredth of the range stands in.
-    scale = torch.maximum(noise, 0.01 * f.abs().amax(-1, keepdim=True)).clamp_min(torch.finfo(f.dtype).tiny)
-    z = f / scale
-    spread = torch.maximum(peak, 2 * scale)
+    noise = torch.maximum(noise, 0.01 * f.abs().amax(-1, keepdim=True)).clamp_min(torch.finfo(f.dtype).tiny)
+    return TraceScale(centre, noise, torch.maximum(peak, 2 * noise))
+
+
+def trace_features(
+    fluorescence: Float[Tensor, "roi time"],
+    valid: Bool[Tensor, "roi time"] | None = None,
+    scale: TraceScale | None = None,
+) -> Float[Tensor, "roi channel time"]:
+    """Describe each trace in units of itself, so that neither offset nor scale of ΔF/F matters.
+
+    With z the distance from the median in units of the noise: asinh(z), z/10 clipped, the trace in units of its own
+    range, and a mask of measured frames.
+
+    Parameters
+    ----------
+    fluorescence
+        (roi, time) ΔF/F; NaN is missing.
+    valid
+        (roi, time) False where a frame is missing.
+    scale
+        `trace_scale` of the same, if it is known already.
+    """
+    centre, noise, spread = trace_scale(fluorescence, valid) if scale is None else scale
+    measured = _measured(fluorescence, valid)
+    f = (fluorescence.masked_fill(~measured, torch.nan) - centre).nan_to_num()
+    z = f / noise
     return torch.stack([torch.asinh(z), (z / 10).clamp(-2, 10), (f / spread).clamp(-2, 4), measured.to(f.dtype)], dim=1)
+
+
+def _measured(fluorescence: Tensor, valid: Tensor | None) -> Bool[Tensor, "roi time"]:
+    finite = torch.isfinite(fluorescence)
+    return finite if valid is None else finite & valid

@@ -29,19 +29,21 @@ class GainCategorical(SpikePosterior):
         (roi, count, time) unnormalised log-probabilities at gain 0.
     gain_mean, gain_std
         (roi,) of the log-gain. The integral over the gain is a Gauss–Hermite quadrature.
+    n_nodes
+        Of the quadrature; 1 is exact where the gain is known, ``gain_std`` 0.
     """
-
-    n_nodes: int = 7
 
     def __init__(
         self,
         logits: Float[Tensor, "roi count time"],
         gain_mean: Float[Tensor, " roi"],
         gain_std: Float[Tensor, " roi"],
+        n_nodes: int = 7,
     ) -> None:
         self.logits = logits
         self.gain_mean = gain_mean
         self.gain_std = gain_std
+        self.n_nodes = n_nodes
 
     @property
     def mean(self) -> Float[Tensor, "roi time"]:
@@ -102,8 +104,8 @@ class GainCategorical(SpikePosterior):
         return log_p.reshape(index.shape[:-1]).movedim(0, -1)
 
     def select(self, rois: slice) -> GainCategorical:
-        """The same distribution for some of the ROIs."""
-        return GainCategorical(self.logits[rois], self.gain_mean[rois], self.gain_std[rois])
+        """The same distribution over the spikes of some of the ROIs."""
+        return GainCategorical(self.logits[rois], self.gain_mean[rois], self.gain_std[rois], self.n_nodes)
 
     def _counts(self) -> Float[Tensor, " count"]:
         return torch.arange(self.logits.shape[1], device=self.logits.device, dtype=self.logits.dtype)
@@ -129,6 +131,28 @@ def _moments(weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, " roi
         total = torch.addcmul(weights[:, k], total, e)
         first = torch.addcmul(k * weights[:, k], first, e)
     return first / total
+
+
+def count_logits(
+    local: Float[Tensor, "roi output time"], log_rate: Float[Tensor, " roi"]
+) -> Float[Tensor, "roi count time"]:
+    """Poisson log-probabilities of the counts, unnormalised, plus a learned residual.
+
+    Parameters
+    ----------
+    local
+        (roi, output, time) log-rate (spikes/s), and log-weights of the counts 1, 2, … beyond a Poisson distribution.
+    log_rate
+        (roi,) logarithm of the frame rate (Hz).
+    """
+    # Expected spikes per frame, before the residual. Beyond what counts can mean both hardly grow: a single wild
+    # frame would otherwise outweigh all others in training. Their slope never vanishes, or it could not come back.
+    log_mean = local[:, :1] - log_rate[:, None, None]
+    log_mean = torch.where(log_mean > 3.0, 3.0 + 0.02 * (log_mean - 3.0), log_mean)
+    residual = 8 * torch.tanh(local[:, 1:] / 8)
+    k = torch.arange(local.shape[1], device=local.device, dtype=local.dtype)[:, None]
+    logits = k * log_mean - torch.lgamma(k + 1)
+    return torch.cat([logits[:, :1], logits[:, 1:] + residual], 1)
 
 
 class _Block(nn.Module):
@@ -167,7 +191,6 @@ class FactorizedNetwork(RecognitionNetwork):
     """
 
     name: ClassVar[str] = "factorized"
-    log_factorial: Tensor
 
     def __init__(
         self,
@@ -209,8 +232,6 @@ class FactorizedNetwork(RecognitionNetwork):
             cast(Tensor, self.head.bias)[:] = 0
             gain.weight[:] = 0
             gain.bias[:] = torch.tensor([0.0, math.log(0.3)])
-        k = torch.arange(max_count + 1.0)
-        self.register_buffer("log_factorial", torch.lgamma(k + 1), persistent=False)
 
     def set_gain_scale(self, gain_scale: float) -> None:
         """Widen the posterior of the log-gain by this factor."""
@@ -234,16 +255,9 @@ class FactorizedNetwork(RecognitionNetwork):
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
-        # Expected spikes per frame, before the residual. Beyond what counts can mean both hardly grow: a single wild
-        # frame would otherwise outweigh all others in training. Their slope never vanishes, or it could not come back.
-        log_mean = local[:, :1] - log_rate[:, None, None]
-        log_mean = torch.where(log_mean > 3.0, 3.0 + 0.02 * (log_mean - 3.0), log_mean)
-        residual = 8 * torch.tanh(local[:, 1:] / 8)
-        k = torch.arange(self.max_count + 1, device=local.device, dtype=local.dtype)[:, None]
-        logits = k * log_mean - self.log_factorial[:, None].to(local.dtype)
-        logits = torch.cat([logits[:, :1], logits[:, 1:] + residual], 1)
         mean, log_std = self.gain(torch.cat([self._rate(log_rate), summary], 1)).unbind(-1)
-        return GainCategorical(logits, mean, self.gain_scale * log_std.clamp(-4, 1.5).exp())
+        gain_std = self.gain_scale * log_std.clamp(-4, 1.5).exp()
+        return GainCategorical(count_logits(local, log_rate), mean, gain_std)
 
     def _rate(self, log_rate: Tensor) -> Tensor:
         x = log_rate - math.log(30.0)
