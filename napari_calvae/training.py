@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,21 @@ class TrainConfig(BaseModel):
     cell_learning_rate: float = Field(
         5e-3, gt=0, title="Learning rate of cells", description="Of each cell's parameters, in spreads of their prior"
     )
+    margin: float = Field(
+        0.25,
+        ge=0,
+        lt=0.6,
+        title="Margin",
+        description="Share of a snippet at its beginning, and half as much at its end, that is context only (VIMCO)",
+    )
+    rate_spread: float = Field(
+        0.3, gt=0, title="Doubt about rates", description="Spread of the log-normal prior of each cell's rate (VIMCO)"
+    )
     label_weight: float = Field(
         1.0, ge=0, title="Weight of labels", description="Of true spikes beside the bound, if some cells have them"
+    )
+    early_stopping: bool = Field(
+        False, title="Early stopping", description="Stop a fit when the cells that it holds out stop gaining"
     )
     check_every: int = Field(20, ge=1, title="Check", description="Steps between held-out values, if there are any")
     patience: int = Field(5, ge=1, title="Patience", description="Checks without a better held-out value before a stop")
@@ -98,6 +111,7 @@ def iter_train(
     average = [p.detach().clone() for p in modules.parameters()] if config.ema else []
     watch = _Watch(modules, average, held_out, config.patience)
     start, before = 0, 0.0
+    history: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         modules.load_state_dict(state["modules"])
@@ -106,6 +120,7 @@ def iter_train(
         for kept, saved in zip(average, state["average"], strict=True):
             kept.copy_(saved)
         watch.load(state["watch"])
+        history = state["history"]
     elif held_out is not None:
         watch.check()
     began = time.perf_counter()
@@ -129,6 +144,8 @@ def iter_train(
         if held_out is not None and (last or (step + 1) % config.check_every == 0):
             terms = {**terms, "held_out": watch.check()}
         seconds = before + time.perf_counter() - began
+        record = TrainRecord(step + 1, config.n_steps, float(value.detach()), seconds, terms)
+        history.append(asdict(record))
         if checkpoint is not None and (last or watch.stopped or (step + 1) % config.checkpoint_every == 0):
             state = {
                 "modules": modules.state_dict(),
@@ -137,13 +154,19 @@ def iter_train(
                 "watch": watch.state(),
                 "step": step + 1,
                 "seconds": seconds,
+                "history": history,
             }
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             with whole_files(checkpoint) as (temporary,):
                 torch.save(state, temporary)
-        yield TrainRecord(step + 1, config.n_steps, float(value.detach()), seconds, terms)
+        yield record
     watch.finish()
     modules.eval()
+
+
+def read_history(checkpoint: Path) -> list[TrainRecord]:
+    """Records of every step until a checkpoint was written, those before an interruption included."""
+    return [TrainRecord(**fields) for fields in torch.load(checkpoint, weights_only=True)["history"]]
 
 
 class _Watch:

@@ -86,16 +86,71 @@ def test_mean_is_that_of_all_trains():
     assert torch.equal(posterior.mean, short_posterior(2).mean)
 
 
-def test_spikes_are_correlated_in_time_within_a_segment_only():
-    def covariance(segment: int) -> float:
-        posterior = short_posterior(2, segment)
-        trains = all_trains(2).double()[:, 0]
-        p = posterior.log_prob(all_trains(2).expand(-1, 2, -1))[:, 0].exp().detach()
-        mean = p @ trains
-        return float(p @ (trains[:, 0] * trains[:, 1]) - mean[0] * mean[1])
+@pytest.mark.parametrize("segment", [1, 2])
+def test_spikes_are_correlated_in_time_across_the_borders_of_parts(segment):
+    def probabilities(segment: int) -> torch.Tensor:
+        return short_posterior(2, segment).log_prob(all_trains(2).expand(-1, 2, -1))[:, 0].exp().detach()
 
-    assert abs(covariance(512)) > 1e-2
-    assert abs(covariance(1)) < 1e-9
+    trains = all_trains(2).double()[:, 0]
+    p = probabilities(512)
+    mean = p @ trains
+    assert abs(p @ (trains[:, 0] * trains[:, 1]) - mean[0] * mean[1]) > 1e-2
+    assert (probabilities(segment) - p).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("memory", [0.0, 4.0])
+def test_parts_side_by_side_give_the_trains_of_one_pass(memory):
+    """With the same random numbers the same spikes, though the parts start at once and, with ``memory`` 4, hardly forget.
+
+    A train that is one draw from the distribution stays that however it is computed, borders of parts included.
+    """
+
+    def posterior(segment: int) -> AutoregressivePosterior:
+        net = network(2, segment)
+        with torch.no_grad():
+            net.decoder.gru.bias_ih_l0[6:12] += memory  # keeps the state: 0.98 of it from frame to frame
+            return net(fluorescence(2, 700), 10.0)
+
+    whole, parts = posterior(1024), posterior(60)
+    one, many = (q.sample(20, torch.Generator().manual_seed(5)) for q in (whole, parts))
+    # Each of 28,000 counts may differ with a probability of about the tolerance of 1e-4 times the weights' size.
+    assert (one != many).float().mean() < 1e-3
+    assert one.float().mean() > 0.05
+    # Only borders could do harm, and harm in two of the trains would leave the rest of both wrong.
+    assert (one == many).all(-1).float().mean() > 0.9
+    with torch.no_grad():
+        assert (whole.log_prob(one) - parts.log_prob(one)).abs().max() < 0.05
+
+
+def test_drawing_scores_its_own_spikes():
+    for n_frames in (50, 200):
+        q = network(2, 64)(fluorescence(2, n_frames), 10.0)
+        counts, log_p = q.draw(7, torch.Generator().manual_seed(5))
+        assert torch.equal(counts, q.sample(7, torch.Generator().manual_seed(5)))
+        assert (log_p.sum(-1) - q.log_prob(counts)).abs().max() < 1e-9
+
+
+def test_gradients_are_those_of_the_recurrent_unit_of_torch():
+    net = network(3)
+    q = net(fluorescence(2, 30), 10.0)
+    counts = q.sample(4, torch.Generator().manual_seed(5)).long()
+    weight = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    ours = (q.log_prob(counts) * weight).sum()
+    # The same by nn.GRU on all inputs at once, as the definition of the posterior has it.
+    decoder = net.decoder
+    q = net(fluorescence(2, 30), 10.0)
+    before = torch.nn.functional.pad(counts[..., :-1], (1, 0), value=4)
+    recalled = torch.nn.functional.one_hot(before, 5).double()
+    x = q.inputs.mT.expand(4, -1, -1, -1)
+    hidden, _ = decoder.gru(torch.cat([x, recalled], -1).flatten(0, 1))
+    out = decoder.head(torch.cat([hidden.unflatten(0, (4, 2)), x], -1))
+    k = torch.arange(4)
+    odds = k * (out[..., :1] - q.log_rate[:, None, None]) - decoder.log_factorial
+    odds[..., 1:] += out[..., 1:]
+    theirs = (torch.log_softmax(odds, -1).gather(-1, counts[..., None])[..., 0].sum(-1) * weight).sum()
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(f, list(net.parameters())) for f in (ours, theirs)), strict=True):
+        assert (a - b).abs().max() < 1e-9 * (1 + b.abs().max())
 
 
 def test_order_of_rois_is_irrelevant():

@@ -37,9 +37,12 @@ def fit(
     spikes: np.ndarray | None = None,
     generative: str | None = None,
     config: TrainConfig | None = None,
+    checkpoint: str | Path | None = None,
 ) -> SpikeVAE:
     """Fit a model to a recording; see ``iter_fit``, which reports every step."""
-    steps = iter_fit(traces, base, objective, spikes=spikes, generative=generative, config=config)
+    steps = iter_fit(
+        traces, base, objective, spikes=spikes, generative=generative, config=config, checkpoint=checkpoint
+    )
     while True:
         try:
             next(steps)
@@ -55,6 +58,7 @@ def iter_fit(
     spikes: np.ndarray | None = None,
     generative: str | None = None,
     config: TrainConfig | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Generator[TrainRecord, None, SpikeVAE]:
     """Fit the recognition network to a recording; yields a record per step and returns the model.
 
@@ -81,7 +85,11 @@ def iter_fit(
     generative
         Name in ``generative.MODELS``; by default the one of ``base``.
     config
-        How to train, by default as in ``DEFAULTS``.
+        How to train, by default as in ``DEFAULTS``. With ``early_stopping`` training also ends when the held-out cells
+        stop gaining, and their best weights are the ones that are judged.
+    checkpoint
+        File from which an interrupted fit with the same arguments goes on, to the same weights bit for bit. It keeps
+        the history of every term, too: `training.read_history`.
 
     Raises
     ------
@@ -103,7 +111,14 @@ def iter_fit(
         judge = Judge(model, held, config, pairs=objective == "sleep")
     start = copy.deepcopy(model.recognition)
     loss, trained = _loss(objective, model, dff, spikes, config)
-    yield from iter_train(trained, loss, config, rates={"1.": config.cell_learning_rate})
+    yield from iter_train(
+        trained,
+        loss,
+        config,
+        None if checkpoint is None else Path(checkpoint),
+        held_out=None if judge is None or not config.early_stopping else lambda: judge.loss(model),
+        rates={"1.": config.cell_learning_rate},
+    )
     outcome = f"fitted by {objective}, {config.n_steps} steps, seed {config.seed}"
     if judge is not None:
         verdict = judge.verdict(model)

@@ -69,7 +69,7 @@ class Judge:
         self.snippets, self.config = Snippets(held, window), window
         self.index = self.snippets.draw(torch.Generator().manual_seed(config.seed))
         self.dreams = Dreams(start, self.snippets) if pairs else None
-        self.rates = BoundLoss(start, self.snippets, window).rates
+        self.log_rate = BoundLoss(start, self.snippets, window).cells.log_rate
         self.before = self._values(start)
 
     def verdict(self, model: SpikeVAE) -> Verdict:
@@ -77,6 +77,11 @@ class Judge:
         gain = (self._values(model) - self.before).nan_to_num(nan=-torch.inf)
         bound, pairs = torch.minimum(gain.median(-1).values, gain.mean(-1)).tolist()
         return Verdict(bound, pairs)
+
+    def loss(self, model: SpikeVAE) -> float:
+        """What a fit does worse than its start, in nats per second; below zero where it does better."""
+        verdict = self.verdict(model)
+        return -(verdict.bound + verdict.pairs)
 
     @torch.no_grad()
     def _values(self, model: SpikeVAE) -> Float[Tensor, "value snippet"]:
@@ -87,7 +92,7 @@ class Judge:
         if not bool(torch.isfinite(model.recognition(observed, rate, valid).mean).all()):
             return torch.full((2, len(observed)), torch.nan)
         bound = BoundLoss(model, self.snippets, self.config)
-        bound.rates = self.rates
+        bound.cells.log_rate = self.log_rate
         log_joint, log_posterior, _ = bound.weights(self.index, torch.Generator().manual_seed(self.config.seed))
         # One snippet at a time: the loss is a mean over them.
         pairs = zip(log_joint.split(1, 1), log_posterior.split(1, 1), strict=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from napari_calvae import objectives
 from napari_calvae.generative import SpikePrior
-from napari_calvae.recognition import CHUNK
+from napari_calvae.recognition import CHUNK, RecognitionNetwork, SpikePosterior
+from napari_calvae.recognition.autoregressive import AutoregressivePosterior
+from napari_calvae.recognition.base import trace_features
 from napari_calvae.recording import Traces
 from napari_calvae.training import TrainConfig
 from napari_calvae.vae import SpikeVAE
@@ -18,6 +22,8 @@ from napari_calvae.vae import SpikeVAE
 MIN_RATE = 0.02
 #: Snippets with a smaller share of measured frames are not drawn where others are to be had.
 _LEAST_MEASURED = 0.5
+#: Frames around a snippet that the network summarises.
+_SUMMARY = 2048
 
 
 class Snippets:
@@ -29,12 +35,15 @@ class Snippets:
         (roi, time) ΔF/F and the frames that were measured.
     frame_rate
         Frames per second (Hz).
+    features
+        (roi, channel, time) of the whole traces.
     """
 
     def __init__(self, dff: Traces, config: TrainConfig) -> None:
         self.observed = torch.from_numpy(dff.values.copy())
         self.valid = torch.from_numpy(dff.valid.copy())
         self.frame_rate = dff.frame_rate
+        self.features = trace_features(self.observed, self.valid)
         self.window = min(config.window, dff.n_frames)
         self.batch = config.batch
 
@@ -49,22 +58,61 @@ class Snippets:
         kept = poor.int().argsort(stable=True)[: self.batch]
         return chosen[kept, None], frames[kept]
 
+    def posterior(self, network: RecognitionNetwork, index: tuple[Tensor, Tensor]) -> SpikePosterior:
+        """What a network says of snippets that it sees in units of their whole traces, as it will in inference.
+
+        It summarises `_SUMMARY` frames around each snippet; beyond the snippet it sees nothing else.
+        """
+        rows, frames = index
+        n_frames = self.features.shape[-1]
+        wide = max(self.window, min(_SUMMARY, n_frames))
+        first = (frames[:, :1] - (wide - self.window) // 2).clamp(0, n_frames - wide)
+        channels = torch.arange(self.features.shape[1])[:, None]
+        log_rate = torch.full((len(rows),), math.log(self.frame_rate))
+        around = self.features[rows[..., None], channels, (first + torch.arange(wide))[:, None]]
+        summary = network.summarise(around, log_rate)
+        local = network.local(self.features[rows[..., None], channels, frames[:, None]], log_rate, summary)
+        return network.posterior(local[..., : frames.shape[-1]], log_rate, summary)
+
 
 class Cells(nn.Module):
-    """θ of every cell, (roi, parameter): steps away from a first guess, in units of the prior's spread."""
+    """θ and prior rate of every cell: steps away from a first guess, in units of their priors' spreads.
+
+    Parameters
+    ----------
+    start, spread
+        (roi, parameter) unconstrained θ to begin with, and (parameter,) its prior's spread.
+    rates, rate_spread
+        (roi,) median (Hz) and spread (of the logarithm) of the log-normal prior of each cell's rate, which is where
+        the rate begins, too.
+    """
 
     start: Tensor
     spread: Tensor
+    log_rate: Tensor
 
-    def __init__(self, start: Tensor, spread: Tensor) -> None:
+    def __init__(
+        self, start: Float[Tensor, "roi parameter"], spread: Tensor, rates: Float[Tensor, " roi"], rate_spread: float
+    ) -> None:
         super().__init__()
         self.register_buffer("start", start)
         self.register_buffer("spread", spread)
+        self.register_buffer("log_rate", rates.clamp_min(MIN_RATE).log())
+        self.rate_spread = rate_spread
         self.move = nn.Parameter(torch.zeros_like(start))
+        self.rate_move = nn.Parameter(torch.zeros_like(rates))
 
     def forward(self, rows: Tensor) -> Tensor:
         """Unconstrained θ of some cells."""
         return (self.start + self.spread * self.move)[rows]
+
+    def rates(self, rows: Tensor) -> Float[Tensor, " cell"]:
+        """Spikes per second (Hz) of the prior of some cells."""
+        return torch.exp(self.log_rate + self.rate_spread * self.rate_move)[rows].clamp_min(MIN_RATE)
+
+    def log_prior_rate(self, rows: Tensor) -> Float[Tensor, " cell"]:
+        """Log-density of the rates, in units of their spread."""
+        return -0.5 * self.rate_move[rows] ** 2
 
 
 class SupervisedLoss:
@@ -83,10 +131,15 @@ class SupervisedLoss:
 
 
 class BoundLoss:
-    """Minus the importance-weighted bound per frame over network and θ, by VIMCO or reweighted wake-sleep.
+    """Minus the importance-weighted bound per frame over network, θ and rates, by VIMCO or reweighted wake-sleep.
 
-    The gauge (twice the spikes at half the amplitude) is anchored twice: each cell's prior rate is the mean rate that
-    the network gave it at the start, and its amplitude has the prior of the generative model.
+    The gauge (twice the spikes at half the amplitude) is anchored by two explicit priors: log-normal around the rate that
+    the network gave each cell at the start (`TrainConfig.rate_spread`), and that of the generative model for amplitudes.
+
+    The margins of a snippet (`TrainConfig.margin`) are context. What fired before it still glows at its beginning: those
+    frames are not asked to be explained. Spikes in either margin are drawn, since they glow in other frames, but count
+    neither in p nor in q. So the bound is that on the fluorescence behind the first margin, with a spike prior that is q
+    itself in the margins.
 
     Parameters
     ----------
@@ -95,7 +148,7 @@ class BoundLoss:
     snippets
         The recording.
     config
-        Number of samples.
+        Number of samples, margins and the rates' prior.
     objective
         `objectives.vimco` or `objectives.wake_sleep`.
     rows
@@ -116,46 +169,58 @@ class BoundLoss:
         with torch.no_grad():
             mean = model.recognition(snippets.observed, rate, snippets.valid, chunk=CHUNK).mean
             theta = model.generative.initial_theta(snippets.observed, mean, rate, snippets.valid)
-        self.rates = (mean.mean(-1) * rate).clamp_min(MIN_RATE)
         spread = torch.tensor([p.spread for p in model.generative.parameters])
-        self.cells = Cells(model.generative.unconstrain(theta), spread)
-        # What fired before the snippet still glows in it: no spike that q can draw explains its first frames.
-        self.warm_up = snippets.window // 4
+        self.cells = Cells(model.generative.unconstrain(theta), spread, mean.mean(-1) * rate, config.rate_spread)
+        before = round(config.margin * snippets.window)
+        self.counted = slice(before, snippets.window - before // 2)
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and terms of one step."""
         index = self.snippets.draw(generator, self.rows)
         log_joint, log_posterior, theta = self.weights(index, generator)
         loss = self.objective(log_joint, log_posterior)
-        n_frames = index[1].shape[-1]
-        theta_prior = self.theta_prior(theta, n_frames)
-        return (loss - theta_prior) / n_frames, {"bound": -float(loss.detach()), **medians(theta)}
+        n_frames = self.counted.stop - self.counted.start
+        log_prior = self.log_prior(index[0][:, 0], theta)
+        share = torch.softmax((log_joint - log_posterior).detach(), 0)
+        terms = {
+            "bound": -float(loss.detach()),
+            "log_prior": float(log_prior.detach()),
+            "effective_samples": float((1 / (share**2).sum(0)).mean()),
+            "rate": float(self.cells.rates(index[0][:, 0]).detach().median()),
+        }
+        return (loss - log_prior) / n_frames, terms | medians(theta)
 
     def weights(
         self, index: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sample, snippet) log p(F, s | θ) and log q(s | F) of trains from q, and θ of each snippet."""
-        observed, valid = self.snippets.observed[index], self.snippets.valid[index]
-        posterior = self.model.recognition(observed, self.snippets.frame_rate, valid)
-        with torch.no_grad():
-            counts = posterior.sample(self.n_samples, generator).to(observed.dtype)
+        posterior = self.snippets.posterior(self.model.recognition, index)
+        if isinstance(posterior, AutoregressivePosterior):
+            counts, each = posterior.draw(self.n_samples, generator)
+            log_posterior = each[..., self.counted].sum(-1)
+        else:
+            with torch.no_grad():
+                counts = posterior.sample(self.n_samples, generator)
+            counted = torch.zeros(index[1].shape, dtype=torch.bool)
+            counted[:, self.counted] = True
+            log_posterior = posterior.log_prob(counts, counted)
         theta = self.model.generative.constrain(self.cells(index[0][:, 0]))
-        return self.log_joint(index, counts, theta), posterior.log_prob(counts), theta
+        return self.log_joint(index, counts.to(self.snippets.observed.dtype), theta), log_posterior, theta
 
     def log_joint(self, index: tuple[Tensor, Tensor], counts: Tensor, theta: dict[str, Tensor]) -> Tensor:
-        """(…, snippet) log p(s) + log p(F | s, θ) of snippets, their first frames aside."""
+        """(…, snippet) log p(s) + log p(F | s, θ) of snippets, their margins aside."""
         rate = self.snippets.frame_rate
         explained = self.snippets.valid[index].clone()
-        explained[:, : self.warm_up] = False
-        prior = SpikePrior(rate=self.rates[index[0][:, 0]], max_count=self.model.recognition.max_count)
-        return prior.log_prob(counts, rate) + self.model.generative.log_prob(
+        explained[:, : self.counted.start] = False
+        prior = SpikePrior(rate=self.cells.rates(index[0][:, 0]), max_count=self.model.recognition.max_count)
+        return prior.log_prob(counts[..., self.counted], rate) + self.model.generative.log_prob(
             self.snippets.observed[index], counts, theta, rate, explained
         )
 
-    def theta_prior(self, theta: dict[str, Tensor], n_frames: int) -> Tensor:
-        """Log-prior of θ, as much of it as a snippet is of the recording."""
-        share = n_frames / self.snippets.observed.shape[-1]
-        return self.model.generative.log_prior(theta).mean() * share
+    def log_prior(self, rows: Tensor, theta: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """Log-prior of θ and rates of some cells, as much of it as the counted frames are of the recording."""
+        share = (self.counted.stop - self.counted.start) / self.snippets.observed.shape[-1]
+        return (self.model.generative.log_prior(theta) + self.cells.log_prior_rate(rows)).mean() * share
 
 
 class SemiSupervisedLoss:
@@ -175,19 +240,21 @@ class SemiSupervisedLoss:
         counts, valid = self.truth[index], bound.snippets.valid[index]
         theta = bound.model.generative.constrain(bound.cells(index[0][:, 0]))
         log_joint = bound.log_joint(index, counts, theta)
-        posterior = bound.model.recognition(bound.snippets.observed[index], bound.snippets.frame_rate, valid)
-        log_posterior = posterior.log_prob(counts, valid)
+        # The truth of the margins is known as well; it counts as much as if it were that of the other frames alone.
+        n_frames = bound.counted.stop - bound.counted.start
+        log_q = bound.snippets.posterior(bound.model.recognition, index).log_prob(counts, valid)
+        log_posterior = log_q * n_frames / counts.shape[-1]
         unlabelled, terms = torch.zeros(()), medians(theta)
-        prior = bound.theta_prior(theta, counts.shape[-1]) * self.share
+        prior = bound.log_prior(index[0][:, 0], theta) * self.share
         if len(bound.rows if bound.rows is not None else ()):
             others = bound.snippets.draw(generator, bound.rows)
-            weights, log_q, their_theta = bound.weights(others, generator)
-            unlabelled = bound.objective(weights, log_q)
+            weights, their_log_q, their_theta = bound.weights(others, generator)
+            unlabelled = bound.objective(weights, their_log_q)
             terms = {"bound": -float(unlabelled.detach()), **medians(their_theta)}
-            prior = prior + bound.theta_prior(their_theta, counts.shape[-1]) * (1 - self.share)
+            prior = prior + bound.log_prior(others[0][:, 0], their_theta) * (1 - self.share)
         loss = objectives.semi_supervised(unlabelled, log_joint, log_posterior, self.share, self.weight)
-        terms["log_truth"] = float(log_posterior.detach().mean())
-        return (loss - prior) / counts.shape[-1], terms
+        terms["log_truth"] = float(log_q.detach().mean())
+        return (loss - prior) / n_frames, terms
 
 
 def medians(theta: dict[str, Tensor]) -> dict[str, float]:

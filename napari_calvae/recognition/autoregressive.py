@@ -7,21 +7,27 @@ reads them backwards in time, and one that runs forwards on them and on its own 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Num, Shaped
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import pad
 
 from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, SpikePosterior
+from napari_calvae.recognition.recurrence import Draw, Run, Weights, differentiable, run
 
 #: At most this many frames of all samples together go through `AutoregressivePosterior.log_prob` at once.
-_BUDGET = 400_000
+_BUDGET = 200_000
+#: Frames before each part on which its state forgets that it started from nothing.
+RUN_UP = 128
+#: Where a part's state differs by more than this from what the part before has left, it is run again.
+TOLERANCE = 1e-4
 
 
 class _Decoder(nn.Module):
-    """Forward recurrent network: inputs and the count before in, log-probabilities of the next count out."""
+    """Forward recurrent network: inputs and the count before in, log-odds of the next counts against none out."""
 
     log_factorial: Tensor
 
@@ -38,18 +44,31 @@ class _Decoder(nn.Module):
         k = torch.arange(max_count + 1.0)
         self.register_buffer("log_factorial", torch.lgamma(k + 1), persistent=False)
 
-    def log_softmax(self, out: Float[Tensor, "*batch count"], log_rate: Float[Tensor, "*#batch"]) -> Tensor:
-        """Log-probabilities: those of a Poisson distribution of rate e^{out_0} Hz, tilted by the other outputs."""
-        k = torch.arange(out.shape[-1], dtype=out.dtype, device=out.device)
-        poisson = k * (out[..., :1] - log_rate.unsqueeze(-1)) - self.log_factorial
-        return torch.log_softmax(torch.cat([poisson[..., :1], poisson[..., 1:] + out[..., 1:]], -1), -1)
+    def project(
+        self, x: Float[Tensor, "step lane input"], log_rate: Float[Tensor, " lane"]
+    ) -> tuple[Weights, Float[Tensor, "step lane odds"]]:
+        """The recurrence on given inputs, and what these add to the log-odds of the counts 1, 2, … against none.
+
+        The odds are those of a Poisson distribution of rate e^{out_0} Hz, tilted by the other outputs of the head.
+        """
+        gru = dict(self.gru.named_parameters())
+        w_x, w_count = gru["weight_ih_l0"].split([self.n_input, self.unknown + 1], 1)
+        k = torch.arange(1, self.unknown, dtype=x.dtype, device=x.device)
+        odds = torch.cat([k[:, None], torch.eye(len(k), dtype=x.dtype, device=x.device)], 1)
+        v_hidden, v_x = (odds @ self.head.weight).split([self.gru.hidden_size, self.n_input], 1)
+        poisson = odds @ self.head.bias - k * log_rate[:, None] - self.log_factorial[1:].to(x.dtype)
+        from_x = x @ w_x.T + gru["bias_ih_l0"]
+        return Weights(from_x, w_count.T, gru["weight_hh_l0"], gru["bias_hh_l0"], v_hidden), x @ v_x.T + poisson
 
 
 class AutoregressivePosterior(SpikePosterior):
     """Counts of each frame given all counts before it: q(s) = Π_t q(s_t | s_{<t}, F).
 
-    What the network remembers of its own spikes is cleared at every multiple of ``segment`` frames; segments are
-    independent given the fluorescence, in ``sample`` as in ``log_prob``, and therefore computed side by side.
+    Memory has no end, but it fades. Long traces are worked through in parts side by side, each after a run-up on which
+    its state forgets that it started from nothing; parts that overlap share the random numbers there, so that they draw
+    the same spikes. Where a part's state at its beginning is still not what the part before has left, it is run again
+    from that. Trains and probabilities are therefore those of one pass from the first frame to the last, to within what
+    a difference of `TOLERANCE` in the recurrent state does.
 
     Parameters
     ----------
@@ -60,7 +79,7 @@ class AutoregressivePosterior(SpikePosterior):
     decoder
         Network that both methods run.
     segment
-        Frames after which memory is cleared.
+        Frames of a part. Gradients of `log_prob` do not pass the borders of parts.
     """
 
     #: Samples, of seed 0, that ``mean`` is averaged over.
@@ -83,12 +102,29 @@ class AutoregressivePosterior(SpikePosterior):
         """
         if self._mean is None:
             generator = torch.Generator(self.inputs.device).manual_seed(0)
-            self._mean = self._run(self.n_mean, generator)[1]
+            self._mean = self._sample(self.n_mean, generator)[1]
         return self._mean
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
         """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
-        return self._run(n, generator)[0]
+        return self._sample(n, generator)[0]
+
+    def draw(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> tuple[Shaped[Tensor, "sample roi time"], Float[Tensor, "sample roi time"]]:
+        """Spike trains as from `sample`, and the log-probability of each count given those before it.
+
+        Up to ``segment`` frames one pass does both, gradient included: this is what VIMCO spends its time on.
+        """
+        if self.inputs.shape[-1] > self.segment:
+            counts = self.sample(n, generator)
+            return counts, self._score(counts.long(), torch.ones_like(counts[0], dtype=torch.bool))
+        weights, offset = self._project()
+        tokens, state = self._blank(weights, n)
+        drawing = _drawing(offset.detach(), self._uniform(n, generator))
+        done = run(weights, tokens, state, drawing(0, None), keep=torch.is_grad_enabled())
+        counts = self._whole(done.tokens[1:])
+        return counts.to(torch.uint8), self._chosen(weights, offset, done, counts)
 
     def log_prob(
         self, counts: Num[Tensor, "*sample roi time"], valid: Bool[Tensor, "roi time"] | None = None
@@ -105,80 +141,128 @@ class AutoregressivePosterior(SpikePosterior):
                 f"log_prob: expected counts from 0 to {self.decoder.unknown - 1}, got {low} to {high}. "
                 "Clip them, or build the network with a larger max_count."
             )
+        measured = torch.ones_like(flat[0], dtype=torch.bool) if valid is None else valid
         block = max(1, _BUDGET // (n_rois * n_frames))
-        parts = [self._log_prob(piece, valid) for piece in flat.split(block)]
+        parts = [torch.where(measured, self._score(piece, measured), 0).sum(-1) for piece in flat.split(block)]
         return torch.cat(parts).reshape(counts.shape[:-1])
 
     def select(self, rois: slice) -> AutoregressivePosterior:
         """The same distribution for some of the ROIs."""
         return AutoregressivePosterior(self.inputs[rois], self.log_rate[rois], self.decoder, self.segment)
 
-    def _segments(self, x: Shaped[Tensor, "*batch time"]) -> Shaped[Tensor, "*batch part step"]:
-        """Cut the last axis into segments, the last one padded with zeros."""
-        size = min(self.segment, x.shape[-1])
-        return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-
-    def _log_prob(
-        self, counts: Int[Tensor, "sample roi time"], valid: Bool[Tensor, "roi time"] | None
-    ) -> Float[Tensor, "sample roi"]:
-        decoder = self.decoder
-        n_samples, _, n_frames = counts.shape
-        measured = torch.ones_like(counts[0], dtype=torch.bool) if valid is None else valid
-        known = torch.where(measured, counts, decoder.unknown)
-        parts, known = self._segments(counts), self._segments(known)
-        before = pad(known[..., :-1], (1, 0), value=decoder.unknown)
-        x = self._segments(self.inputs).permute(0, 2, 3, 1).expand(n_samples, -1, -1, -1, -1)
-        recalled = one_hot(before, decoder.unknown + 1).to(x.dtype)
-        hidden, _ = decoder.gru(torch.cat([x, recalled], -1).flatten(0, 2))
-        out = decoder.head(torch.cat([hidden.unflatten(0, x.shape[:3]), x], -1))
-        log_p = decoder.log_softmax(out, self.log_rate[:, None, None])
-        chosen = log_p.gather(-1, parts.unsqueeze(-1)).squeeze(-1).flatten(-2)[..., :n_frames]
-        return torch.where(measured, chosen, 0).sum(-1)
-
     @torch.no_grad()
-    def _run(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Counts (sample, roi, time) as uint8, and conditional means averaged over the samples, (roi, time)."""
-        decoder = self.decoder
-        gru = dict(decoder.gru.named_parameters())
-        n_rois, _, n_frames = self.inputs.shape
-        uniform = torch.rand(
-            (n, n_rois, n_frames), generator=generator, dtype=self.inputs.dtype, device=self.inputs.device
-        )
-        uniform = self._segments(uniform).permute(3, 0, 1, 2).flatten(1).contiguous()  # step, sample·roi·part
-        x = self._segments(self.inputs).permute(3, 0, 2, 1)  # step roi part input
-        size, n_parts = x.shape[0], x.shape[2]
-        w_x, w_count = gru["weight_ih_l0"].split([decoder.n_input, decoder.unknown + 1], 1)
-        v_hidden, v_x = decoder.head.weight.split([decoder.gru.hidden_size, decoder.n_input], 1)
-        from_x = (x @ w_x.T + gru["bias_ih_l0"]).flatten(1, 2)  # what does not depend on the sample
-        head_x = (x @ v_x.T + decoder.head.bias).flatten(1, 2)
-        table, weight_hh = w_count.T.contiguous(), gru["weight_hh_l0"].T.contiguous()
-        log_rate = self.log_rate.repeat_interleave(n_parts)
-        h = from_x.new_zeros(n * n_rois * n_parts, decoder.gru.hidden_size)
-        last = torch.full((len(h),), decoder.unknown, device=h.device)
-        k = torch.arange(decoder.unknown, dtype=h.dtype, device=h.device)
-        counts = torch.empty((size, len(h)), dtype=torch.uint8, device=h.device)
-        means = []
-        for t in range(size):
-            given = (table[last].unflatten(0, (n, -1)) + from_x[t]).flatten(0, 1)
-            h = _gru_step(given, torch.addmm(gru["bias_hh_l0"], h, weight_hh), h)
-            out = (h @ v_hidden.T).unflatten(0, (n, -1)) + head_x[t]
-            p = decoder.log_softmax(out, log_rate).exp()
-            means.append((p @ k).mean(0))
-            # The last count takes what rounding leaves of the unit interval.
-            last = (uniform[t, :, None] > p.flatten(0, 1)[:, :-1].cumsum(-1)).sum(-1)
-            counts[t] = last
-        whole = counts.unflatten(1, (n, n_rois, n_parts)).permute(1, 2, 3, 0).flatten(-2)[..., :n_frames]
-        mean = torch.stack(means, -1).unflatten(0, (n_rois, n_parts)).flatten(-2)[..., :n_frames]
-        return whole.contiguous(), mean
+        weights, offset = self._project()
+        means = offset.new_empty(offset.shape[:-1])
+        tokens, _ = self._blank(weights, n)
+        _settle(weights, tokens, self._n_parts, _drawing(offset, self._uniform(n, generator), means))
+        return self._whole(tokens[1:]).to(torch.uint8), self._whole(means)
+
+    def _score(
+        self, counts: Int[Tensor, "sample roi time"], measured: Bool[Tensor, "roi time"]
+    ) -> Float[Tensor, "sample roi time"]:
+        """Log-probability of each count given those before it that were measured."""
+        weights, offset = self._project()
+        known = torch.where(measured, counts, self.decoder.unknown)
+        before = self._lanes(pad(known[..., :-1], (1, 0), value=self.decoder.unknown)).flatten(2)
+        tokens = torch.cat([before, self._lanes(known).flatten(2)[-1:]])
+        state = self._blank(weights, len(counts))[1] if self._n_parts == 1 else _settle(weights, tokens, self._n_parts)
+        done = run(weights, tokens, state, keep=torch.is_grad_enabled())
+        return self._chosen(weights, offset, done, counts)
+
+    def _chosen(self, weights: Weights, offset: Tensor, done: Run, counts: Tensor) -> Float[Tensor, "sample roi time"]:
+        odds = differentiable(weights, done) + offset.unsqueeze(1)
+        log_p = torch.log_softmax(pad(odds, (1, 0)), -1)
+        lanes = self._lanes(counts).flatten(2)
+        return self._whole(log_p.gather(-1, lanes.unsqueeze(-1)).squeeze(-1))
+
+    @property
+    def _n_parts(self) -> int:
+        return -(-self.inputs.shape[-1] // self.segment)
+
+    def _lanes(self, x: Shaped[Tensor, "*batch time"]) -> Shaped[Tensor, "step *batch part"]:
+        """Cut the last axis into parts, the last one padded with zeros."""
+        size = min(self.segment, x.shape[-1])
+        return pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).movedim(-1, 0)
+
+    def _whole(self, x: Shaped[Tensor, "step *sample lane"]) -> Shaped[Tensor, "*sample roi time"]:
+        """Inverse of `_lanes`; a lane is a part of a ROI."""
+        return x.unflatten(-1, (len(self.inputs), -1)).movedim(0, -1).flatten(-2)[..., : self.inputs.shape[-1]]
+
+    def _project(self) -> tuple[Weights, Float[Tensor, "step lane odds"]]:
+        x = self._lanes(self.inputs).transpose(-1, -2)  # step roi part input
+        return self.decoder.project(x.flatten(1, 2), self.log_rate.repeat_interleave(self._n_parts))
+
+    def _uniform(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "step sample lane"]:
+        shape, like = (n, len(self.inputs), self.inputs.shape[-1]), self.inputs
+        drawn = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+        return self._lanes(drawn).flatten(2).contiguous()
+
+    def _blank(self, weights: Weights, n: int) -> tuple[Tensor, Tensor]:
+        """Tokens (edge, sample, lane) to be drawn, and a state (sample, lane, hidden) without memory."""
+        n_steps, n_lanes, _ = weights.from_input.shape
+        tokens = torch.full((n_steps + 1, n, n_lanes), self.decoder.unknown, device=weights.bias.device)
+        return tokens, weights.bias.new_zeros(n, n_lanes, self.decoder.gru.hidden_size)
 
 
-def _gru_step(given: Tensor, recalled: Tensor, h: Tensor) -> Tensor:
-    """One step of ``nn.GRU`` from its two projections, of the input and of the state."""
-    size = h.shape[-1]
-    gates = torch.sigmoid(given[:, : 2 * size] + recalled[:, : 2 * size])
-    reset, keep = gates.split(size, -1)
-    new = torch.tanh(torch.addcmul(given[:, 2 * size :], reset, recalled[:, 2 * size :]))
-    return torch.lerp(new, h, keep)
+#: How counts are drawn in some lanes from a step on; None stands for all lanes.
+_Drawing = Callable[[int, Tensor | None], Draw]
+
+
+def _drawing(
+    offset: Float[Tensor, "step lane odds"],
+    uniform: Float[Tensor, "step sample lane"],
+    means: Float[Tensor, "step lane"] | None = None,
+) -> _Drawing:
+    """Counts by inversion of their cumulative distribution; conditional means over the samples go into ``means``."""
+    k = torch.arange(1.0, offset.shape[-1] + 1, dtype=offset.dtype, device=offset.device)
+
+    def start(first: int, lanes: Tensor | None) -> Draw:
+        some = slice(None) if lanes is None else lanes
+        own_offset, own_uniform = offset[first:, some], uniform[first:, :, some]
+
+        def draw(step: int, odds: Tensor) -> Tensor:
+            weight = (odds + own_offset[step]).clamp_max(60).exp_()  # against 1 for no spike
+            upper = weight.cumsum(-1) + 1
+            total = upper[..., -1:]
+            if means is not None:
+                means[first + step, some] = ((weight @ k) / total[..., 0]).mean(0)
+            return (own_uniform[step].unsqueeze(-1) * total > upper - weight).sum(-1)
+
+        return draw
+
+    return start
+
+
+@torch.no_grad()
+def _settle(
+    weights: Weights, tokens: Int[Tensor, "edge sample lane"], n_parts: int, drawing: _Drawing | None = None
+) -> Float[Tensor, "sample lane hidden"]:
+    """States before the first step of every lane, as if parts had been run one after the other.
+
+    With ``drawing`` ``tokens`` are drawn on the way; without, they are known. At the latest after as many rounds as
+    there are parts all agree.
+    """
+    n_steps, n_lanes, _ = weights.from_input.shape
+    lanes = torch.arange(n_lanes, device=tokens.device)
+    late = lanes[lanes % n_parts > 0]
+    start = weights.bias.new_zeros(tokens.shape[1], n_lanes, weights.recurrent.shape[1])
+    if len(late):
+        first, before = max(0, n_steps - RUN_UP), late - 1
+        lead = tokens[first:, :, before]
+        done = run(weights.some(first, before), lead, start[:, before], drawing and drawing(first, before))
+        start[:, late], tokens[0, :, late] = done.state, done.tokens[-1]
+    end, todo = torch.empty_like(start), lanes
+    while len(todo):
+        every = None if len(todo) == n_lanes else todo
+        done = run(weights.some(0, every), tokens[:, :, todo], start[:, todo], drawing and drawing(0, every))
+        tokens[:, :, todo], end[:, todo] = done.tokens, done.state
+        apart = (end[:, late - 1] - start[:, late]).abs().amax(-1) > TOLERANCE
+        apart = apart | (tokens[-1, :, late - 1] != tokens[0, :, late])
+        todo = late[apart.any(0)]
+        start[:, todo], tokens[0, :, todo] = end[:, todo - 1], tokens[-1, :, todo - 1]
+    return start
 
 
 class AutoregressiveNetwork(RecognitionNetwork):
@@ -197,7 +281,7 @@ class AutoregressiveNetwork(RecognitionNetwork):
     max_count
         Highest spike count per frame; 1 for Bernoulli spikes.
     segment
-        Frames after which the posterior forgets its own spikes.
+        Frames that the forward network works through in one part; see `AutoregressivePosterior`.
     """
 
     name: ClassVar[str] = "autoregressive"
