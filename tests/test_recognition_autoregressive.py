@@ -128,6 +128,8 @@ def test_drawing_scores_its_own_spikes():
         counts, log_p = q.draw(7, torch.Generator().manual_seed(5))
         assert torch.equal(counts, q.sample(7, torch.Generator().manual_seed(5)))
         assert (log_p.sum(-1) - q.log_prob(counts)).abs().max() < 1e-9
+        with torch.no_grad():
+            assert (q.draw(7, torch.Generator().manual_seed(5))[1] - log_p).abs().max() < 1e-9
 
 
 def test_gradients_are_those_of_the_recurrent_unit_of_torch():

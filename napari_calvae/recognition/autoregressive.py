@@ -251,12 +251,14 @@ def _settle(
     if len(late):
         first, before = max(0, n_steps - RUN_UP), late - 1
         lead = tokens[first:, :, before]
-        done = run(weights.some(first, before), lead, start[:, before], drawing and drawing(first, before))
+        draw = drawing and drawing(first, before)
+        done = run(weights.some(first, before), lead, start[:, before], draw, outputs=False)
         start[:, late], tokens[0, :, late] = done.state, done.tokens[-1]
     end, todo = torch.empty_like(start), lanes
     while len(todo):
         every = None if len(todo) == n_lanes else todo
-        done = run(weights.some(0, every), tokens[:, :, todo], start[:, todo], drawing and drawing(0, every))
+        draw = drawing and drawing(0, every)
+        done = run(weights.some(0, every), tokens[:, :, todo], start[:, todo], draw, outputs=False)
         tokens[:, :, todo], end[:, todo] = done.tokens, done.state
         apart = (end[:, late - 1] - start[:, late]).abs().amax(-1) > TOLERANCE
         apart = apart | (tokens[-1, :, late - 1] != tokens[0, :, late])

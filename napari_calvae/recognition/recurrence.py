@@ -57,7 +57,7 @@ class Run:
     tokens
         (step + 1, sample, lane) count before each step, and after the last one.
     out
-        (step, sample, lane, output) readout of the state of each step; empty where nobody needs it.
+        (step, sample, lane, output) readout of the state of each step; empty if not asked for.
     state
         (sample, lane, hidden) after the last step.
     kept
@@ -78,6 +78,7 @@ def run(
     state: Float[Tensor, "sample lane hidden"],
     draw: Draw | None = None,
     keep: bool = False,
+    outputs: bool = True,
 ) -> Run:
     """Go through all steps from ``state``.
 
@@ -92,7 +93,9 @@ def run(
     draw
         Gives the counts drawn in a step; none where they are known.
     keep
-        Whether to keep the activations for `scored`.
+        Whether to keep the activations for `differentiable`.
+    outputs
+        Whether to keep the readouts.
     """
     n_steps, n_lanes, _ = weights.from_input.shape
     n, size = tokens.shape[1], state.shape[-1]
@@ -101,7 +104,7 @@ def run(
     h = state.reshape(-1, size)
     projected = torch.addmm(bias, h, both)
     n_rows = n * n_lanes
-    out = h.new_empty(n_steps if keep or draw is None else 0, n_rows, len(weights.readout))
+    out = h.new_empty(n_steps if outputs else 0, n_rows, len(weights.readout))
     states = h.new_empty(n_steps + 1 if keep else 0, n_rows, size)
     gates = h.new_empty(n_steps if keep else 1, n_rows, 2 * size)
     candidates = h.new_empty(n_steps if keep else 1, n_rows, size)
@@ -120,7 +123,7 @@ def run(
             states[t + 1], recalled[t] = h, old
         projected = torch.addmm(bias, h, both)
         readout = projected[:, 3 * size :]
-        if len(out):
+        if outputs:
             out[t] = readout
         if draw is not None:
             tokens[t + 1] = draw(t, readout.unflatten(0, (n, n_lanes)))
