@@ -7,19 +7,17 @@ them all; ``calvae benchmark paper`` runs them and keeps what they yield.
 from __future__ import annotations
 
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
-<<<<<<< HEAD
-from napari_calvae.benchmark.paper.real import LABELS, UNSUPERVISED
-=======
 from napari_calvae.benchmark.paper.posteriors import POSTERIORS
->>>>>>> w-scdf
+from napari_calvae.benchmark.paper.real import LABELS, UNSUPERVISED
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
 from napari_calvae.benchmark.paper.scdf import SCDF
 
-<<<<<<< HEAD
-_ALL: tuple[Proof, ...] = (UNSUPERVISED, LABELS)
-=======
-_ALL: tuple[Proof, ...] = (SCDF, POSTERIORS)
->>>>>>> w-scdf
+_ALL: tuple[Proof, ...] = (
+    SCDF,
+    POSTERIORS,
+    UNSUPERVISED,
+    LABELS,
+)
 
 #: In the order in which the report shows them.
 PROOFS: dict[str, Proof] = {proof.name: proof for proof in _ALL}
