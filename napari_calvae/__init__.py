@@ -16,10 +16,13 @@ _HOME = {
     "SpikeInference": "recording",
     "Traces": "recording",
     "SpikeVAE": "vae",
+    "Stimulation": "stimulation",
     "diagnose": "refinement",
     "extract": "preprocess",
     "fit": "fitting",
     "infer": "inference",
+    "infer_all_optical": "all_optical",
+    "iter_all_optical": "all_optical",
     "iter_extract": "preprocess",
     "iter_fit": "fitting",
     "iter_infer": "inference",
@@ -36,6 +39,7 @@ _HOME = {
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
+    from napari_calvae.all_optical import infer_all_optical, iter_all_optical
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.formats import read, read_labels, read_movie, write
     from napari_calvae.inference import infer, iter_infer
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine
     from napari_calvae.simulation import simulate
+    from napari_calvae.stimulation import Stimulation
     from napari_calvae.vae import SpikeVAE, load_model, models
 
 

@@ -152,7 +152,7 @@ def inference_of(
     for row, roi in enumerate(dff.roi_ids):
         one = {name: value[row] for name, value in theta.items()}
         samples = _sample(posterior.select(slice(row, row + 1)), config, roi)
-        events.append(_to_events(samples, row))
+        events.append(to_events(samples, row))
         if config.n_samples:
             traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
             traces = _same_gain(traces, samples, mean[row].sum(), theta["baseline"][row])
@@ -187,7 +187,8 @@ def _sample(posterior: SpikePosterior, config: InferConfig, roi: int) -> Tensor:
     return posterior.sample(config.n_samples, generator)[:, 0]
 
 
-def _to_events(samples: Tensor, row: int) -> np.ndarray:
+def to_events(samples: Tensor, row: int) -> np.ndarray:
+    """Events, as in ``SpikeInference.events``, of the (sample, time) counts of one row."""
     where = samples.nonzero()
     events = np.zeros(len(where), EVENT_DTYPE)
     events["sample"], events["frame"] = where.cpu().numpy().T

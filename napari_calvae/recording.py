@@ -239,6 +239,16 @@ class RoiMasks:
         discs = [((y - cy) ** 2 + (x - cx) ** 2 <= (diameter / 2) ** 2) for cy, cx in centres]
         return cls(shape, tuple(np.flatnonzero(d) for d in discs), tuple(ids))
 
+    @property
+    def centroids(self) -> np.ndarray:
+        """(roi, 2) weighted mean position (x, y) of each ROI's pixels."""
+        width = self.shape[1]
+        means = [
+            (np.average(p % width, weights=w), np.average(p // width, weights=w))
+            for p, w in zip(self.pixels, self.weights, strict=True)
+        ]
+        return np.array(means)
+
     def to_labels(self) -> np.ndarray:
         """(y, x) int32 label image; where ROIs overlap the later one is shown."""
         image = np.zeros(self.shape[0] * self.shape[1], np.int32)
