@@ -13,7 +13,9 @@ from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, Traces
-from napari_calvae.refinement import RefineConfig, _refine, _Target
+from napari_calvae.refinement import RefineConfig, _refine
+from napari_calvae.refinement.particles import log_evidence
+from napari_calvae.refinement.target import Target, at_each_gain
 from napari_calvae.vae import SpikeVAE
 
 N_FRAMES, FRAME_RATE = 6, 10.0
@@ -37,7 +39,7 @@ def target():
     vae = SpikeVAE(NETWORKS["factorized"](widths=(4, 6), max_count=1), model, SpikePrior(1.0, 1))
     dff = Traces(observed.numpy(), frame_rate=FRAME_RATE)
     prior = SpikePrior(torch.tensor([2.0, 2.0]), 1)
-    return _Target(dff, vae, observed, torch.ones_like(observed, dtype=torch.bool), theta, prior)
+    return Target(dff, vae, observed, torch.ones_like(observed, dtype=torch.bool), theta, prior)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,66 @@ def test_bounds_and_evidence_agree_with_enumeration(target, start):
     estimate = torch.logsumexp(log_weight, 0) - np.log(20_000)
     relative = (log_weight - evidence).exp().std(0) / 20_000**0.5
     assert ((estimate - evidence).abs() < 4 * relative).all()
+
+
+def test_the_particle_filter_has_the_evidence_without_bias(target, start):
+    """Its mean over runs against enumeration, from a posterior that knows nothing, with few particles."""
+    _, evidence = exact(target, start)
+    for row in range(2):
+        one, q = target.select(row), start.select(slice(row, row + 1))
+        generator = torch.Generator().manual_seed(row)
+        runs = torch.tensor([log_evidence(one, q, 20, generator) for _ in range(100)], dtype=torch.float64)
+        weight = (runs[:, 0] - evidence[row]).exp()
+        assert float(weight.mean()) == pytest.approx(1, abs=4 * float(weight.std()) / 10)
+        assert weight.std() > 0.01  # or the test could not fail
+        assert ((runs[:, 1] >= 1) & (runs[:, 1] <= 20)).all()
+
+
+def test_each_gain_has_its_share_of_the_posterior(start):
+    table, log_node = at_each_gain(start)
+    log_p = table[:, :, 1].cumsum(-1)[..., -1] + log_node[:, None]  # of the train with a spike in every frame
+    assert torch.allclose(torch.logsumexp(log_p, 0), start.log_prob(torch.ones(2, N_FRAMES)), atol=1e-5)
+
+
+def chain_evidence(target):
+    """Log-evidence of a trace whose spikes show in their own frame and the next one: forward recursion over pairs."""
+    theta, rate = target.theta, FRAME_RATE
+    pairs = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])  # before, now
+    clean = target.vae.generative.fluorescence(pairs[:, None], theta, rate)[:, 0, 1]
+    seen = torch.distributions.Normal(clean.double(), target.vae.generative.noise_std(theta, rate).double())
+    prior = target.prior.log_prob(torch.tensor([[0.0], [1.0]])[:, None], rate)[:, 0].double()
+    log_p = torch.stack([seen.log_prob(target.observed[0, t]).reshape(2, 2) for t in range(target.observed.shape[-1])])
+    forward = prior + log_p[0, 0]  # nothing before the first frame
+    for t in range(1, len(log_p)):
+        forward = torch.logsumexp(forward[:, None] + log_p[t], 0) + prior
+    return float(torch.logsumexp(forward, 0))
+
+
+def test_the_particle_filter_is_tight_on_a_long_trace():
+    """60 s with some hundred spikes, where the importance-weighted bound with as many trains is tens of nats off."""
+    n_frames, generator = 600, torch.Generator().manual_seed(0)
+    # What is left of a spike two frames later is e^{−0.1/0.006} = 6e-8.
+    values = {"tau_rise": 0.002, "tau_decay": 0.006, "amplitude": 3.0, "baseline": 0.0, "noise_density": 0.03}
+    theta = {name: torch.full((1,), value) for name, value in values.items()}
+    model, prior = MODELS["linear_ar"](), SpikePrior(torch.tensor([2.0]), 1)
+    counts = prior.sample((1, n_frames), FRAME_RATE, generator)
+    observed = model.simulate(counts, theta, FRAME_RATE, generator)
+    vae = SpikeVAE(NETWORKS["factorized"](widths=(4, 6), max_count=1), model, prior)
+    valid = torch.ones_like(observed, dtype=torch.bool)
+    target = Target(Traces(observed.numpy(), frame_rate=FRAME_RATE), vae, observed, valid, theta, prior)
+    # A posterior that sees each frame by itself and too little in it, expects too many spikes and doubts its gain.
+    clean = model.fluorescence(torch.tensor([[1.0, 0]]), theta, FRAME_RATE)[0, 0]
+    std = model.noise_std(theta, FRAME_RATE)
+    logits = torch.stack([0 * observed, 0.3 * (observed - clean / 2) * clean / std**2 - 1.5], 1)
+    q = GainCategorical(logits, torch.ones(1), torch.full((1,), 0.3))
+    evidence = chain_evidence(target)
+    runs = torch.tensor([log_evidence(target, q, 200, generator)[0] for _ in range(4)], dtype=torch.float64)
+    log_weight = target.log_weights(q, 800, generator)[:, 0]
+    bound = float(torch.logsumexp(log_weight, 0)) - np.log(800)
+    # The logarithm of an unbiased estimate is low by half its variance, which the spread of four runs tells roughly.
+    assert abs(float(runs.mean()) - evidence) < 4 * float(runs.std()) / 2 + float(runs.var()) + 0.05
+    assert float(runs.std()) < 2
+    assert bound < evidence - 20
 
 
 def test_refinement_that_finds_nothing_better_returns_the_start(target, start):
