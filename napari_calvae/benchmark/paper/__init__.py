@@ -6,17 +6,18 @@ them all; ``calvae benchmark paper`` runs them and keeps what they yield.
 
 from __future__ import annotations
 
+from napari_calvae.benchmark.paper import all_optical, posteriors, real, refinement, residuals, scdf
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
-from napari_calvae.benchmark.paper.posteriors import POSTERIORS
-from napari_calvae.benchmark.paper.real import LABELS, UNSUPERVISED
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
-from napari_calvae.benchmark.paper.scdf import SCDF
 
 _ALL: tuple[Proof, ...] = (
-    SCDF,
-    POSTERIORS,
-    UNSUPERVISED,
-    LABELS,
+    scdf.SCDF,
+    posteriors.POSTERIORS,
+    real.UNSUPERVISED,
+    real.LABELS,
+    all_optical.PROOF,
+    residuals.PROOF,
+    refinement.PROOF,
 )
 
 #: In the order in which the report shows them.
