@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import napari_calvae as calvae
+from napari_calvae.all_optical.chain import Chain
 from napari_calvae.all_optical.coupling import Coupling, stack
 from napari_calvae.all_optical.spikes import Recording, move_spikes
 from napari_calvae.generative.all_optical import AllOptical, Illumination, SparseWeights
@@ -124,7 +126,7 @@ def test_probabilities_of_all_trains_sum_to_one_and_are_those_of_simulate():
     p = model.log_prob_counts(every, theta, rate, light).exp()
     # No bin expects more than about 1.5 spikes, of which more than 5 come with a probability below 0.005.
     assert 0.98 < p.sum() <= 1
-    n = 1200
+    n = 800
     g = generator()
     drawn = torch.stack([model.simulate(theta, rate, light, g)[0] for _ in range(n)])
     for statistic in (lambda s: s[:, 1, 2], lambda s: s[:, 0, 0] * s[:, 1, 1], lambda s: s[:, 1, 0] * s[:, 0, 1]):
@@ -277,7 +279,7 @@ def test_spike_moves_leave_the_enumerated_posterior_as_it_is():
     proposal = 0.2 + torch.rand(2, n_frames, generator=generator(1))
     recording = Recording(observed, valid, rate, light, proposal)
     counts, g, kept = torch.zeros(2, n_frames), generator(2), []
-    for k in range(90):
+    for k in range(65):
         counts = move_spikes(model, recording, counts, theta, g)
         if k >= 15:
             assert counts[:, ~inside].sum() == 0
@@ -297,6 +299,40 @@ def test_spike_moves_leave_the_enumerated_posterior_as_it_is():
         compare(lambda s, t=t: s[..., 0, t] * s[..., 0, t + 1])
         compare(lambda s, t=t: s[..., 1, t] * s[..., 1, t + 1])
     compare(lambda s: (s.sum((-2, -1)) == 0).double())
+
+
+@pytest.mark.slow
+def test_the_chain_keeps_the_prior_where_data_are_made_anew_in_every_step():
+    """Geweke's joint distribution test: F from p(F | s, θ), then s and θ by a sweep; θ must stay as the prior says."""
+    rate, n_frames, n_cells = 10.0, 8, 2
+    model, g = AllOptical(), generator(11)
+    light = lit(n_cells, n_frames, rate, torch.float32)
+    theta = make_theta(n_cells, torch.float32)
+    counts, observed = model.simulate(theta, rate, light, g)
+    ones = torch.ones_like(observed)
+    chain = Chain(model, Recording(observed, ones, rate, light, 0.3 * ones), counts, theta, g)
+    values: dict[str, list[np.ndarray]] = {p.name: [] for p in model.parameters} | {"own": [], "others": []}
+    for k in range(6000):
+        clean = model.fluorescence(chain.counts, chain.theta, rate, light)
+        noise = model.calcium.noise_std(chain.theta, rate)[:, None] * torch.randn(clean.shape, generator=g)
+        chain.recording = replace(chain.recording, observed=clean + noise)
+        chain.sweep(settling=k < 500)
+        if k < 500:
+            continue
+        u = model.unconstrain(chain.theta)
+        for p in model.parameters:
+            values[p.name].append(((u[p.name] - p.centre) / p.spread).reshape(-1).numpy())
+        weights = chain.theta["weights"].numpy()
+        values["own"].append(np.diag(weights) / model.prior.slab)
+        values["others"].append((np.abs(weights[[0, 1], [1, 0]]) > 0.1).astype(float))
+    for name, rows in values.items():
+        draws = np.array(rows)
+        # P(|weight| > 0.1) is as in test_priors_are_densities; all else is standard normal.
+        moments = [(draws, 0.0739)] if name == "others" else [(draws, 0.0), (draws**2, 1.0)]
+        for x, expected in moments:
+            blocks = x.mean(1)[: len(x) // 20 * 20].reshape(20, -1).mean(1)
+            # The 20 block means are about independent; t with 19 degrees of freedom exceeds 4.5 with p = 2e-4.
+            assert abs(blocks.mean() - expected) < 4.5 * blocks.std(ddof=1) / math.sqrt(20), name
 
 
 def test_coupling_finds_the_mode_and_curvature_of_the_log_density():

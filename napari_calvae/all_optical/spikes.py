@@ -71,7 +71,7 @@ def move_spikes(
 
 @dataclass
 class _Moves:
-    """One proposal per zone at most: a spike more at ``base + to`` if ``add``, one less at ``base + off`` if ``drop``."""
+    """At most one per zone: a spike more in frame ``base + to`` if ``add``, one less in ``base + off`` if ``drop``."""
 
     base: Tensor
     to: Tensor
