@@ -6,11 +6,11 @@ them all; ``calvae benchmark paper`` runs them and keeps what they yield.
 
 from __future__ import annotations
 
-from napari_calvae.benchmark.paper import refinement, residuals
+from napari_calvae.benchmark.paper import info_vae, refinement, residuals
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
 
-_ALL: tuple[Proof, ...] = (residuals.PROOF, refinement.PROOF)
+_ALL: tuple[Proof, ...] = (residuals.PROOF, info_vae.PROOF, refinement.PROOF)
 
 #: In the order in which the report shows them.
 PROOFS: dict[str, Proof] = {proof.name: proof for proof in _ALL}
