@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import napari_calvae as calvae
-from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.generative import MODELS, DriftingNoise, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, Traces
@@ -194,6 +194,17 @@ def test_diagnose_orders_bounds_below_the_evidence(recording):
     assert ((gaps.effective_samples >= 1) & (gaps.effective_samples <= 400)).all()
     same = calvae.diagnose(traces, vae, n_steps=0, n_evidence=400)
     assert (np.abs(same.amortization_gap) < 4 * np.hypot(same.amortized_error, same.refined_error)).all()
+
+
+def test_refinement_works_on_a_drifting_baseline(recording):
+    """The drift is no spike's doing, and the evidence has it integrated out."""
+    traces, vae, _ = recording
+    slow = (0.2 * np.sin(np.arange(300) / 50)).astype(np.float32)
+    drifting = traces.replace(values=traces.values + slow).select([0])
+    model = SpikeVAE(vae.recognition, MODELS["linear_ar"](DriftingNoise(spacing=1.0)), vae.prior)
+    plain, drift = (calvae.diagnose(drifting, m, n_steps=40, n_evidence=64) for m in (vae, model))
+    assert drift.amortization_gap[0] > 3 * np.hypot(drift.amortized_error, drift.refined_error)[0]
+    assert drift.evidence[0] > plain.evidence[0] + 3 * np.hypot(plain.evidence_error, drift.evidence_error)[0]
 
 
 def test_refine_returns_an_inference_that_does_not_depend_on_company(recording):

@@ -41,7 +41,8 @@ class Physiological(GenerativeModel):
     as mass action has it. ``peak`` makes the amplitude that of one spike's peak: exact without saturation, and with a
     rise as slow as the decay 1 % too large at γ = 0.05 and 16 % at γ = 1. These are the equations of `DyeBinding`
     (k_on = γ/τ_rise, τ_unbind = τ_rise, saturation = amplitude/γ) in coordinates that stay good where binding is fast
-    and far from saturated.
+    and far from saturated. Their drifting baseline, a random walk, is here the noise's: `DriftingNoise`, which stays
+    around its mean.
 
     A frame's spikes come in its middle, and F is the mean over the frame; for a linear response that equals `LinearAR`,
     where spikes are spread over the frame and F is taken in its middle. Each half of a frame is one exponential step of

@@ -65,13 +65,14 @@ class Target:
         """What each frame's count has to answer for: its own log p(s) − log q(s), and the fluorescence that follows it.
 
         No earlier fluorescence depends on it, and none beyond `MEMORY` seconds noticeably. The learning signal of a
-        whole trace would drown in what all its other frames have done.
+        whole trace would drown in what all its other frames have done. Where the noise is not independent and of one
+        size, this guides less well than it might; a drift is taken off first.
         """
-        rate = self.dff.frame_rate
-        generative = self.vae.generative
-        noise = generative.noise_std(self.theta, rate)[:, None]
-        missed = self.observed.nan_to_num() - generative.fluorescence(counts, self.theta, rate)
-        explained = torch.where(self.valid, -0.5 * (missed / noise) ** 2, 0).double()
+        rate, theta, generative = self.dff.frame_rate, self.theta, self.vae.generative
+        residual, expected, measured = generative.residual(self.observed, counts, theta, rate, self.valid)
+        missed = residual - generative.noise.drift(residual, expected, theta, rate, measured)
+        std = generative.noise_std(theta, rate)[:, None]
+        explained = torch.where(measured, -0.5 * (missed / std) ** 2, 0).double()
         total = pad(explained.cumsum(-1), (1, 0))
         at = torch.arange(counts.shape[-1])
         later = total[..., (at + math.ceil(MEMORY * rate)).clamp_max(len(at))] - total[..., at]

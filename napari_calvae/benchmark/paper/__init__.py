@@ -6,7 +6,7 @@ them all; ``calvae benchmark paper`` runs them and keeps what they yield.
 
 from __future__ import annotations
 
-from napari_calvae.benchmark.paper import all_optical, posteriors, real, refinement, residuals, scdf
+from napari_calvae.benchmark.paper import all_optical, info_vae, posteriors, real, refinement, residuals, scdf
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
 
@@ -17,6 +17,7 @@ _ALL: tuple[Proof, ...] = (
     real.LABELS,
     all_optical.PROOF,
     residuals.PROOF,
+    info_vae.PROOF,
     refinement.PROOF,
 )
 

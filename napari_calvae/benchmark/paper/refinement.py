@@ -21,8 +21,17 @@ from napari_calvae.simulation import simulate
 _RATE = 30.0
 #: Widths (s) of the smoothing of the true spikes.
 _SIGMAS = (0.025, 0.2)
-#: Rows are groups of data sets by these words in their names, in this order; a data set is in the first that fits.
-_GROUPS = ("OGB1", "Cal520", "zf", "CaMP", "GECO", "GCaMP6f", "GCaMP6s", "GCaMP5k", "GCaMP8")
+#: What a data set's name holds, and its group; the first that fits.
+_GROUPS = {
+    "OGB1": "OGB-1",
+    "Cal520": "Cal-520",
+    "GCaMP5k": "GCaMP5k",
+    "GCaMP6f": "GCaMP6f",
+    "GCaMP6s": "GCaMP6s",
+    "GCaMP8": "jGCaMP8f, 8m",
+    "CaMP": "red indicators",
+    "GECO": "red indicators",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,14 @@ def _run(setting: Setting) -> Iterator[Row]:
         found.append(_measure(case, size, setting.seed))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))
-    for group in dict.fromkeys(case.group for case in cases):
-        own = [values for case, values in zip(cases, found, strict=True) if case.group == group]
+    groups = [*dict.fromkeys(case.group for case in cases), "all real recordings"]
+    for group in groups:
+        real = group == groups[-1]
+        own = [
+            values
+            for case, values in zip(cases, found, strict=True)
+            if case.group == group or (real and case.group != "simulated")
+        ]
         head: Row = {"cells": group, "n": len(own)}
         yield head | {name: float(np.median([values[name] for values in own])) for name in own[0]}
 
@@ -72,7 +87,7 @@ def _recorded(setting: Setting, size: _Size) -> Iterator[_Case]:
         if own:
             own.sort(key=lambda p: int(p.counts[:n].sum()))
             chosen = own[len(own) // 2]
-            group = next((word for word in _GROUPS if word in dataset), "other")
+            group = next((group for word, group in _GROUPS.items() if word in dataset), "other")
             yield _Case(group, chosen.dff[:n], chosen.counts[:n])
 
 
