@@ -8,7 +8,17 @@ import math
 import pytest
 import torch
 
-from napari_calvae.generative import LinearAR, SpikePrior
+from napari_calvae.benchmark.paper.enumeration import ShortProblem as Toy
+from napari_calvae.benchmark.paper.enumeration import (
+    divergence,
+    exact_bound,
+    exact_mmd,
+    expected_gradient,
+    expected_wake_phi,
+    finite_differences,
+    leading_bias_of_wake_phi,
+    tuples,
+)
 from napari_calvae.objectives import (
     elbo,
     info_vae,
@@ -23,72 +33,7 @@ from napari_calvae.objectives import (
     window_counts,
 )
 
-N_FRAMES, FRAME_RATE = 3, 20.0
-OBSERVED = torch.tensor([0.05, 0.22, 0.13], dtype=torch.float64)
-
-
-def all_trains(max_count: int) -> torch.Tensor:
-    return torch.tensor(list(itertools.product(range(max_count + 1), repeat=N_FRAMES)), dtype=torch.float64)
-
-
-class Toy:
-    """A correlated q over all trains with parameters φ, and a real generative model with parameters θ."""
-
-    def __init__(self, max_count: int) -> None:
-        self.trains = all_trains(max_count)
-        generator = torch.Generator().manual_seed(max_count)
-        self.phi = torch.randn(N_FRAMES + 1, max_count + 1, generator=generator, dtype=torch.float64)
-        self.model = LinearAR()
-        self.prior = SpikePrior(2.0, max_count)
-        start = {"tau_rise": 0.03, "tau_decay": 0.3, "amplitude": 0.2, "baseline": 0.01, "noise_density": 0.02}
-        self.theta = self.model.unconstrain({k: torch.tensor(v, dtype=torch.float64) for k, v in start.items()})
-
-    def log_q(self, phi: torch.Tensor) -> torch.Tensor:
-        """(train,): frame-wise logits, and a coupling of neighbouring counts."""
-        k = self.trains.long()
-        score = phi[torch.arange(N_FRAMES), k].sum(-1) + (phi[-1][k[:, 1:]] * self.trains[:, :-1]).sum(-1)
-        return score - torch.logsumexp(score, 0)
-
-    def log_p(self, u: torch.Tensor) -> torch.Tensor:
-        """(train,) log joint."""
-        theta = self.model.constrain(u)
-        prior = self.prior.log_prob(self.trains, FRAME_RATE)
-        return self.model.log_prob(OBSERVED, self.trains, theta, FRAME_RATE) + prior
-
-
-def tuples(n_trains: int, n_samples: int) -> torch.Tensor:
-    """(tuple, sample) indices of trains."""
-    return torch.tensor(list(itertools.product(range(n_trains), repeat=n_samples)))
-
-
-def exact_bound(toy: Toy, phi: torch.Tensor, u: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """E_q[log mean of the weights], every tuple of samples enumerated, with nothing of the package's objectives."""
-    log_q, log_p = toy.log_q(phi), toy.log_p(u)
-    log_w = (log_p - log_q)[index]
-    return (log_q[index].sum(1).exp() * (torch.logsumexp(log_w, 1) - math.log(index.shape[1]))).sum()
-
-
-def finite_differences(function, x: torch.Tensor, step: float = 1e-5) -> torch.Tensor:
-    gradient = torch.zeros_like(x)
-    for i in range(x.numel()):
-        shift = torch.zeros_like(x).view(-1)
-        shift[i] = step
-        shift = shift.view_as(x)
-        gradient.view(-1)[i] = (function(x + shift) - function(x - shift)) / (2 * step)
-    return gradient
-
-
-def expected_gradient(objective, toy: Toy, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Expectation over all tuples of the loss and of its autograd gradient for φ and θ."""
-    phi, u = toy.phi.clone().requires_grad_(), toy.theta.clone().requires_grad_()
-    log_q, log_p = toy.log_q(phi), toy.log_p(u)
-    probability = log_q.detach()[index].sum(1).exp()
-    # One column per tuple, as if it were a ROI; scaling the columns turns the mean over ROIs into the expectation.
-    losses = torch.stack([objective(log_p[i, None], log_q[i, None]) for i in index])
-    expected = (probability * losses).sum()
-    return expected.detach(), *torch.autograd.grad(expected, (phi, u))
-
-
+FRAME_RATE = Toy.frame_rate
 CASES = [(1, 2), (1, 3), (2, 2)]
 
 
@@ -193,7 +138,7 @@ def test_too_few_samples_are_refused():
 def test_wake_theta_gradient_is_that_of_the_enumerated_bound_and_passes_q_by(max_count, n_samples):
     toy = Toy(max_count)
     index = tuples(len(toy.trains), n_samples)
-    loss, grad_phi, grad_theta = expected_gradient(wake_theta_alone, toy, index)
+    loss, grad_phi, grad_theta = expected_gradient(wake_theta, toy, index)
     with torch.no_grad():
         assert abs(loss + exact_bound(toy, toy.phi, toy.theta, index)) < 1e-10
         by_theta = finite_differences(lambda x: -exact_bound(toy, toy.phi, x, index), toy.theta)
@@ -201,55 +146,11 @@ def test_wake_theta_gradient_is_that_of_the_enumerated_bound_and_passes_q_by(max
     assert (grad_theta - by_theta).abs().max() < 1e-6 * (1 + by_theta.abs().max())
 
 
-def wake_theta_alone(log_joint, log_posterior):
-    """Autograd wants both leaves in the graph."""
-    return wake_theta(log_joint, log_posterior) + 0 * log_posterior.sum()
-
-
-def compositions(n_samples: int, n_trains: int) -> torch.Tensor:
-    """(composition, train) how often each train is drawn, all ways there are."""
-    bars = torch.tensor(list(itertools.combinations(range(n_samples + n_trains - 1), n_trains - 1)))
-    edges = torch.nn.functional.pad(
-        torch.nn.functional.pad(bars, (1, 0), value=-1), (0, 1), value=n_samples + n_trains - 1
-    )
-    return edges.diff() - 1
-
-
-def expected_wake_phi(toy: Toy, n_samples: int) -> torch.Tensor:
-    """Expectation of the gradient (of the loss) for φ over all sets of samples."""
-    times = compositions(n_samples, len(toy.trains)).double()
-    phi = toy.phi.clone().requires_grad_()
-    log_q, log_p = toy.log_q(phi), toy.log_p(toy.theta)
-    coefficient = math.lgamma(n_samples + 1) - torch.lgamma(times + 1).sum(1)
-    probability = (coefficient + times @ log_q.detach()).exp()
-    rows = (
-        torch.repeat_interleave(torch.arange(len(toy.trains)).repeat(len(times)), times.flatten().long())
-        .reshape(-1, n_samples)
-        .T
-    )  # (sample, composition)
-    leaf = log_q.detach()[rows].requires_grad_()
-    (signal,) = torch.autograd.grad(wake_phi(log_p[rows], leaf) * rows.shape[1], leaf)
-    per_train = torch.zeros(len(toy.trains), dtype=torch.float64).index_add(
-        0, rows.flatten(), (signal * probability).flatten()
-    )
-    return torch.autograd.grad(log_q, phi, per_train)[0]
-
-
 def test_wake_phi_gradient_tends_to_that_of_the_enumerated_divergence_with_the_stated_bias():
     toy = Toy(1)
-    log_p = toy.log_p(toy.theta)
-    posterior = torch.softmax(log_p, 0)
-
-    def divergence(phi):
-        return (posterior * (log_p - torch.logsumexp(log_p, 0) - toy.log_q(phi))).sum()
-
-    exact = finite_differences(divergence, toy.phi)
+    exact = finite_differences(lambda phi: divergence(toy, phi), toy.phi)
     assert exact.abs().max() > 0.05
-    # Leading bias, by enumeration: E_q[(w/Z)² (∇ log q − E_p ∇ log q)] / K, here as a gradient of the loss.
-    phi = toy.phi.clone().requires_grad_()
-    log_q = toy.log_q(phi)
-    ratio = (posterior / log_q.detach().exp()) ** 2 * log_q.detach().exp()
-    (leading,) = torch.autograd.grad((ratio * log_q).sum() - ratio.sum() * (posterior * log_q).sum(), phi)
+    leading = leading_bias_of_wake_phi(toy)
     bias = {k: expected_wake_phi(toy, k) - exact for k in (2, 4, 8, 12)}
     sizes = [float(b.abs().max()) for b in bias.values()]
     assert sizes == sorted(sizes, reverse=True)
@@ -276,14 +177,6 @@ def two_cells() -> tuple[Toy, torch.Tensor, torch.Tensor]:
     """Two posteriors over the same trains, as functions of one φ: that of the toy, and that at −φ/2."""
     toy = Toy(1)
     return toy, window_counts(toy.trains, (1, 2)).double(), torch.tensor([6, 1, 3])
-
-
-def exact_mmd(statistic: torch.Tensor, q: torch.Tensor, draws: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """Between the pooled posterior q (train,) and the empirical prior, pairs of the same draw left out."""
-    k = torch.exp(-0.5 * ((statistic[:, None] - statistic) / bandwidth) ** 2).mean(-1)
-    n = len(draws)
-    among = (k[draws][:, draws].sum() - k[draws, draws].sum()) / (n * (n - 1))
-    return q @ k @ q - 2 * (k[:, draws].mean(1) * q).sum() + among
 
 
 @pytest.mark.parametrize("n_samples", [2, 3])

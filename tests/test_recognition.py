@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
+from napari_calvae.benchmark.paper.enumeration import all_trains
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.base import trace_features
 from napari_calvae.recognition.factorized import GainCategorical
@@ -36,7 +35,7 @@ def traces(n_rois: int, n_frames: int) -> torch.Tensor:
 
 def test_log_prob_sums_to_one_over_all_short_trains(network):
     posterior = network(traces(2, 5), 30.0)
-    trains = torch.tensor(list(itertools.product(range(3), repeat=5)))[:, None].expand(-1, 2, -1)
+    trains = all_trains(5, 2)[:, None].expand(-1, 2, -1)
     total = torch.logsumexp(posterior.log_prob(trains), 0)
     torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-9, rtol=0)
 
@@ -138,7 +137,7 @@ def test_frames_of_the_convolutional_posterior_are_independent_and_bernoulli_whe
         posterior = net(traces(2, 6), 5.0)
     p = posterior.mean  # of one spike
     assert ((p > 0.01) & (p < 0.99)).all()
-    trains = torch.tensor(list(itertools.product(range(2), repeat=6)))[:, None].expand(-1, 2, -1)
+    trains = all_trains(6, 1)[:, None].expand(-1, 2, -1)
     product = torch.where(trains == 1, p, 1 - p).log().sum(-1)
     torch.testing.assert_close(posterior.log_prob(trains), product, rtol=1e-9, atol=0)
     torch.testing.assert_close(posterior.select(slice(1, 2)).log_prob(trains[:, 1:]), product[:, 1:], rtol=1e-9, atol=0)

@@ -52,7 +52,7 @@ def test_autocorrelation_of_an_exponential_response_is_exponential():
 
 
 def two_parameters() -> ThetaPosterior:
-    entries = [ThetaEntry("tau", True, 0, 0.0, 1.0), ThetaEntry("baseline", False, 1, 0.0, 1.0)]
+    entries = [ThetaEntry("tau", True, 0, False, 0.0, 1.0), ThetaEntry("baseline", False, 1, False, 0.0, 1.0)]
     scale = torch.tensor([[[0.5, 0.0], [-0.3, 0.4]]], dtype=torch.float64)
     return ThetaPosterior(entries, torch.tensor([[-0.7, 0.2]], dtype=torch.float64), scale)
 

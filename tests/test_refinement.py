@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
 import napari_calvae as calvae
+from napari_calvae.benchmark.paper.enumeration import all_trains
 from napari_calvae.generative import MODELS, DriftingNoise, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.factorized import GainCategorical
@@ -19,7 +18,7 @@ from napari_calvae.refinement.target import Target, at_each_gain
 from napari_calvae.vae import SpikeVAE
 
 N_FRAMES, FRAME_RATE = 6, 10.0
-TRAINS = torch.tensor(list(itertools.product(range(2), repeat=N_FRAMES)))[:, None]  # (train, 1, time)
+TRAINS = all_trains(N_FRAMES, 1).long()[:, None]  # (train, 1, time)
 
 
 @pytest.fixture(scope="module")

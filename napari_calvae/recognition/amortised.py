@@ -63,8 +63,10 @@ class ThetaEntry:
     positive
         Whether its logarithm is predicted.
     power
-        Of the trace's range that it is proportional to: 1, −1 or 0. Without a sign, such as a baseline, a parameter of
-        power 1 is a position and moves with the offset of the trace as well.
+        Of the scale of ΔF/F that it goes with: 1, −1 or 0. A parameter of power 1 that may be negative, such as a
+        baseline, is a position and moves with the offset of the trace as well.
+    density
+        Whether it is noise per √Hz.
     centre, spread
         Where the prediction starts and its unit, where ``power`` is 0.
     """
@@ -72,6 +74,7 @@ class ThetaEntry:
     name: str
     positive: bool
     power: int
+    density: bool
     centre: float
     spread: float
 
@@ -79,16 +82,20 @@ class ThetaEntry:
     def of(cls, parameter: DescribedParameter) -> ThetaEntry:
         """From what the generative model says of it."""
         power = -1 if parameter.unit.startswith("1/(ΔF/F)") else int(parameter.unit.startswith("ΔF/F"))
-        return cls(parameter.name, parameter.positive, power, parameter.centre, parameter.spread)
+        density = parameter.unit.endswith("/√Hz")
+        return cls(parameter.name, parameter.positive, power, density, parameter.centre, parameter.spread)
 
-    def frame(self, scale: TraceScale) -> tuple[Float[Tensor, " roi"], Float[Tensor, " roi"]]:
-        """Origin and unit of the unconstrained value in a trace."""
-        spread = scale.spread.squeeze(-1)
+    def frame(
+        self, scale: TraceScale, log_rate: Float[Tensor, " roi"]
+    ) -> tuple[Float[Tensor, " roi"], Float[Tensor, " roi"]]:
+        """Origin and unit of the unconstrained value in a trace, about where it is to be found."""
+        centre, noise, spread = (x.squeeze(-1) for x in scale)
         if self.power == 0:
             return torch.full_like(spread, self.centre), torch.full_like(spread, self.spread)
-        if self.positive:
-            return self.power * spread.log(), torch.ones_like(spread)
-        return scale.centre.squeeze(-1), spread**self.power
+        if not self.positive:
+            return centre, noise**self.power
+        size = noise.log() - log_rate / 2 if self.density else spread.log()
+        return self.power * size, torch.ones_like(spread)
 
 
 class ThetaPosterior:
@@ -221,7 +228,7 @@ class ThetaHead(nn.Module):
         mean, log_std, below = self.out(torch.cat([hidden, known], -1)).split([n, n, len(self.rows)], -1)
         lower = torch.diag_embed(torch.ones_like(mean))
         lower[:, self.rows, self.columns] = below
-        frames = [entry.frame(scale) for entry in self.entries]
+        frames = [entry.frame(scale, log_rate) for entry in self.entries]
         origin, unit = (torch.stack(part, -1) for part in zip(*frames, strict=True))
         factor = (log_std.clamp(-7, 3).exp() * unit).unsqueeze(-1) * lower
         return ThetaPosterior(self.entries, origin + unit * mean, factor)

@@ -6,11 +6,22 @@ them all; ``calvae benchmark paper`` runs them and keeps what they yield.
 
 from __future__ import annotations
 
-from napari_calvae.benchmark.paper import all_optical, info_vae, posteriors, real, refinement, residuals, scdf
+from napari_calvae.benchmark.paper import (
+    all_optical,
+    calibration,
+    exact,
+    info_vae,
+    posteriors,
+    real,
+    refinement,
+    residuals,
+    scdf,
+)
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
 
 _ALL: tuple[Proof, ...] = (
+    exact.PROOF,
     scdf.SCDF,
     posteriors.POSTERIORS,
     real.UNSUPERVISED,
@@ -19,6 +30,7 @@ _ALL: tuple[Proof, ...] = (
     residuals.PROOF,
     info_vae.PROOF,
     refinement.PROOF,
+    calibration.PROOF,
 )
 
 #: In the order in which the report shows them.
