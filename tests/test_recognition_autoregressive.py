@@ -100,7 +100,7 @@ def test_spikes_are_correlated_in_time_across_the_borders_of_parts(segment):
 
 @pytest.mark.parametrize("memory", [0.0, 4.0])
 def test_parts_side_by_side_give_the_trains_of_one_pass(memory):
-    """With the same random numbers the same spikes, though the parts start at once and, with ``memory`` 4, hardly forget.
+    """With the same random numbers the same spikes, though the parts start at once and, with memory, hardly forget.
 
     A train that is one draw from the distribution stays that however it is computed, borders of parts included.
     """

@@ -22,6 +22,10 @@ from napari_calvae.vae import SpikeVAE
 MIN_RATE = 0.02
 #: Snippets with a smaller share of measured frames are not drawn where others are to be had.
 _LEAST_MEASURED = 0.5
+#: Frames of all ROIs that expected counts are worked out for at once.
+_BLOCK_FRAMES = 65_536
+#: Samples that stand for the mean of an autoregressive posterior at the start of a fit.
+_N_EXPECTED = 16
 #: Frames around a snippet that the network summarises.
 _SUMMARY = 2048
 
@@ -73,6 +77,17 @@ class Snippets:
         summary = network.summarise(around, log_rate)
         local = network.local(self.features[rows[..., None], channels, frames[:, None]], log_rate, summary)
         return network.posterior(local[..., : frames.shape[-1]], log_rate, summary)
+
+
+def expected(posterior: SpikePosterior, snippets: Snippets) -> Float[Tensor, "roi time"]:
+    """Expected counts of all traces, a few ROIs at a time; of trains that know their own spikes, from a few samples."""
+    n_rois, n_frames = snippets.observed.shape
+    step = max(1, _BLOCK_FRAMES // n_frames)
+    parts = [posterior.select(slice(k, k + step)) for k in range(0, n_rois, step)]
+    if not isinstance(posterior, AutoregressivePosterior):
+        return torch.cat([part.mean for part in parts])
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([part.sample(_N_EXPECTED, generator).float().mean(0) for part in parts])
 
 
 class Cells(nn.Module):
@@ -133,13 +148,14 @@ class SupervisedLoss:
 class BoundLoss:
     """Minus the importance-weighted bound per frame over network, θ and rates, by VIMCO or reweighted wake-sleep.
 
-    The gauge (twice the spikes at half the amplitude) is anchored by two explicit priors: log-normal around the rate that
-    the network gave each cell at the start (`TrainConfig.rate_spread`), and that of the generative model for amplitudes.
+    The gauge (twice the spikes at half the amplitude) is anchored by two explicit priors: log-normal around the rate
+    that the network gave each cell at the start (`TrainConfig.rate_spread`), and that of the generative model for the
+    amplitude.
 
-    The margins of a snippet (`TrainConfig.margin`) are context. What fired before it still glows at its beginning: those
-    frames are not asked to be explained. Spikes in either margin are drawn, since they glow in other frames, but count
-    neither in p nor in q. So the bound is that on the fluorescence behind the first margin, with a spike prior that is q
-    itself in the margins.
+    The margins of a snippet (`TrainConfig.margin`) are context. What fired before it still glows at its beginning:
+    those frames are not asked to be explained. Spikes in either margin are drawn, since they glow in other frames, but
+    count neither in p nor in q. So the bound is that on the fluorescence behind the first margin, with a spike prior
+    that is q itself in the margins.
 
     Parameters
     ----------
@@ -153,6 +169,8 @@ class BoundLoss:
         `objectives.vimco` or `objectives.wake_sleep`.
     rows
         Indices of the cells to draw snippets of, by default all.
+    cells
+        θ and rates to go on from, by default a first guess from what the network expects.
     """
 
     def __init__(
@@ -161,18 +179,23 @@ class BoundLoss:
         snippets: Snippets,
         config: TrainConfig,
         objective: Callable[[Tensor, Tensor], Tensor] = objectives.vimco,
+        *,
         rows: Tensor | None = None,
+        cells: Cells | None = None,
     ) -> None:
         self.model, self.snippets, self.n_samples = model, snippets, config.n_samples
         self.objective, self.rows = objective, rows
-        rate = snippets.frame_rate
-        with torch.no_grad():
-            mean = model.recognition(snippets.observed, rate, snippets.valid, chunk=CHUNK).mean
-            theta = model.generative.initial_theta(snippets.observed, mean, rate, snippets.valid)
-        spread = torch.tensor([p.spread for p in model.generative.parameters])
-        self.cells = Cells(model.generative.unconstrain(theta), spread, mean.mean(-1) * rate, config.rate_spread)
+        self.cells = self._first_guess(config.rate_spread) if cells is None else cells
         before = round(config.margin * snippets.window)
         self.counted = slice(before, snippets.window - before // 2)
+
+    def _first_guess(self, rate_spread: float) -> Cells:
+        model, snippets, rate = self.model, self.snippets, self.snippets.frame_rate
+        with torch.no_grad():
+            mean = expected(model.recognition(snippets.observed, rate, snippets.valid, chunk=CHUNK), snippets)
+            theta = model.generative.initial_theta(snippets.observed, mean, rate, snippets.valid)
+        spread = torch.tensor([p.spread for p in model.generative.parameters])
+        return Cells(model.generative.unconstrain(theta), spread, mean.mean(-1) * rate, rate_spread)
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and terms of one step."""

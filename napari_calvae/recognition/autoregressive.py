@@ -7,7 +7,7 @@ reads them backwards in time, and one that runs forwards on them and on its own 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, SpikePosterior
-from napari_calvae.recognition.recurrence import Draw, Run, Weights, differentiable, run
+from napari_calvae.recognition.recurrence import Run, Weights, differentiable, run
 
 #: At most this many frames of all samples together go through `AutoregressivePosterior.log_prob` at once.
 _BUDGET = 200_000
+#: Samples of parts of ROIs that go through a step together keep a core busy.
+_ROWS = 1024
 #: Frames before each part on which its state forgets that it started from nothing.
 RUN_UP = 128
 #: Where a part's state differs by more than this from what the part before has left, it is run again.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 
 
 class _Decoder(nn.Module):
@@ -79,7 +81,7 @@ class AutoregressivePosterior(SpikePosterior):
     decoder
         Network that both methods run.
     segment
-        Frames of a part. Gradients of `log_prob` do not pass the borders of parts.
+        Frames of a part, at least. Gradients of `log_prob` do not pass the borders of parts.
     """
 
     #: Samples, of seed 0, that ``mean`` is averaged over.
@@ -121,8 +123,8 @@ class AutoregressivePosterior(SpikePosterior):
             return counts, self._score(counts.long(), torch.ones_like(counts[0], dtype=torch.bool))
         weights, offset = self._project()
         tokens, state = self._blank(weights, n)
-        drawing = _drawing(offset.detach(), self._uniform(n, generator))
-        done = run(weights, tokens, state, drawing(0, None), keep=torch.is_grad_enabled())
+        sampler = _Sampler(offset.detach(), self._uniform(n, generator))
+        done = run(weights, tokens, state, sampler.draw, keep=torch.is_grad_enabled())
         counts = self._whole(done.tokens[1:])
         return counts.to(torch.uint8), self._chosen(weights, offset, done, counts)
 
@@ -153,23 +155,33 @@ class AutoregressivePosterior(SpikePosterior):
     @torch.no_grad()
     def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Counts (sample, roi, time) as uint8, and conditional means averaged over the samples, (roi, time)."""
-        weights, offset = self._project()
-        means = offset.new_empty(offset.shape[:-1])
-        tokens, _ = self._blank(weights, n)
-        _settle(weights, tokens, self._n_parts, _drawing(offset, self._uniform(n, generator), means))
-        return self._whole(tokens[1:]).to(torch.uint8), self._whole(means)
+        parts = self._in_parts(n)
+        weights, offset = parts._project()
+        uniform = parts._uniform(n, generator)
+        means = torch.empty_like(uniform)
+        tokens, _ = parts._blank(weights, n)
+        _settle(weights, tokens, parts._n_parts, _Sampler(offset, uniform, means))
+        return parts._whole(tokens[1:]).to(torch.uint8), parts._whole(means.mean(1))
 
     def _score(
         self, counts: Int[Tensor, "sample roi time"], measured: Bool[Tensor, "roi time"]
     ) -> Float[Tensor, "sample roi time"]:
         """Log-probability of each count given those before it that were measured."""
-        weights, offset = self._project()
+        parts = self._in_parts(len(counts))
+        weights, offset = parts._project()
         known = torch.where(measured, counts, self.decoder.unknown)
-        before = self._lanes(pad(known[..., :-1], (1, 0), value=self.decoder.unknown)).flatten(2)
-        tokens = torch.cat([before, self._lanes(known).flatten(2)[-1:]])
-        state = self._blank(weights, len(counts))[1] if self._n_parts == 1 else _settle(weights, tokens, self._n_parts)
+        before = parts._lanes(pad(known[..., :-1], (1, 0), value=self.decoder.unknown)).flatten(2)
+        tokens = torch.cat([before, parts._lanes(known).flatten(2)[-1:]])
+        _, state = parts._blank(weights, len(counts))
+        if parts._n_parts > 1:
+            state = _settle(weights, tokens, parts._n_parts)
         done = run(weights, tokens, state, keep=torch.is_grad_enabled())
-        return self._chosen(weights, offset, done, counts)
+        return parts._chosen(weights, offset, done, counts)
+
+    def _in_parts(self, n: int) -> AutoregressivePosterior:
+        """The same, in parts as long as still leaves work enough for each step: the longer, the less is run again."""
+        size = -(-self.inputs.shape[-1] * n * len(self.inputs) // _ROWS)
+        return AutoregressivePosterior(self.inputs, self.log_rate, self.decoder, max(self.segment, size))
 
     def _chosen(self, weights: Weights, offset: Tensor, done: Run, counts: Tensor) -> Float[Tensor, "sample roi time"]:
         odds = differentiable(weights, done) + offset.unsqueeze(1)
@@ -206,65 +218,79 @@ class AutoregressivePosterior(SpikePosterior):
         return tokens, weights.bias.new_zeros(n, n_lanes, self.decoder.gru.hidden_size)
 
 
-#: How counts are drawn in some lanes from a step on; None stands for all lanes.
-_Drawing = Callable[[int, Tensor | None], Draw]
+@dataclass(frozen=True)
+class _Sampler:
+    """Draws counts by inversion of their cumulative distribution.
 
+    Parameters
+    ----------
+    offset
+        (step, lane, odds) what the inputs add to the log-odds.
+    uniform
+        (step, sample, lane) random numbers.
+    means
+        Filled with the conditional mean of each count.
+    """
 
-def _drawing(
-    offset: Float[Tensor, "step lane odds"],
-    uniform: Float[Tensor, "step sample lane"],
-    means: Float[Tensor, "step lane"] | None = None,
-) -> _Drawing:
-    """Counts by inversion of their cumulative distribution; conditional means over the samples go into ``means``."""
-    k = torch.arange(1.0, offset.shape[-1] + 1, dtype=offset.dtype, device=offset.device)
+    offset: Float[Tensor, "step lane odds"]
+    uniform: Float[Tensor, "step sample lane"]
+    means: Float[Tensor, "step sample lane"] | None = None
 
-    def start(first: int, lanes: Tensor | None) -> Draw:
-        some = slice(None) if lanes is None else lanes
-        own_offset, own_uniform = offset[first:, some], uniform[first:, :, some]
+    def draw(self, step: int, odds: Float[Tensor, "sample lane odds"]) -> Int[Tensor, "sample lane"]:
+        """Counts of one step, given the state's part of the log-odds."""
+        weight = (odds + self.offset[step]).clamp_max(60).exp_()  # against 1 for no spike
+        upper = weight.cumsum(-1) + 1
+        total = upper[..., -1:]
+        if self.means is not None:
+            k = torch.arange(1.0, weight.shape[-1] + 1, dtype=weight.dtype, device=weight.device)
+            self.means[step] = (weight @ k) / total[..., 0]
+        return (self.uniform[step].unsqueeze(-1) * total > upper - weight).sum(-1)
 
-        def draw(step: int, odds: Tensor) -> Tensor:
-            weight = (odds + own_offset[step]).clamp_max(60).exp_()  # against 1 for no spike
-            upper = weight.cumsum(-1) + 1
-            total = upper[..., -1:]
-            if means is not None:
-                means[first + step, some] = ((weight @ k) / total[..., 0]).mean(0)
-            return (own_uniform[step].unsqueeze(-1) * total > upper - weight).sum(-1)
-
-        return draw
-
-    return start
+    def some(self, first: int, samples: Tensor, lanes: Tensor) -> _Sampler:
+        """From a step on, and of some rows: a single sample of as many lanes."""
+        uniform = self.uniform[first:, samples, lanes].unsqueeze(1)
+        means = None if self.means is None else torch.empty_like(uniform)
+        return _Sampler(self.offset[first:, lanes], uniform, means)
 
 
 @torch.no_grad()
 def _settle(
-    weights: Weights, tokens: Int[Tensor, "edge sample lane"], n_parts: int, drawing: _Drawing | None = None
+    weights: Weights, tokens: Int[Tensor, "edge sample lane"], n_parts: int, sampler: _Sampler | None = None
 ) -> Float[Tensor, "sample lane hidden"]:
     """States before the first step of every lane, as if parts had been run one after the other.
 
-    With ``drawing`` ``tokens`` are drawn on the way; without, they are known. At the latest after as many rounds as
-    there are parts all agree.
+    With ``sampler`` ``tokens`` are drawn on the way, and its means filled; without, they are known. At the latest after
+    as many rounds as there are parts all agree.
     """
     n_steps, n_lanes, _ = weights.from_input.shape
-    lanes = torch.arange(n_lanes, device=tokens.device)
-    late = lanes[lanes % n_parts > 0]
-    start = weights.bias.new_zeros(tokens.shape[1], n_lanes, weights.recurrent.shape[1])
-    if len(late):
-        first, before = max(0, n_steps - RUN_UP), late - 1
-        lead = tokens[first:, :, before]
-        draw = drawing and drawing(first, before)
-        done = run(weights.some(first, before), lead, start[:, before], draw, outputs=False)
-        start[:, late], tokens[0, :, late] = done.state, done.tokens[-1]
-    end, todo = torch.empty_like(start), lanes
-    while len(todo):
-        every = None if len(todo) == n_lanes else todo
-        draw = drawing and drawing(0, every)
-        done = run(weights.some(0, every), tokens[:, :, todo], start[:, todo], draw, outputs=False)
-        tokens[:, :, todo], end[:, todo] = done.tokens, done.state
-        apart = (end[:, late - 1] - start[:, late]).abs().amax(-1) > TOLERANCE
-        apart = apart | (tokens[-1, :, late - 1] != tokens[0, :, late])
-        todo = late[apart.any(0)]
-        start[:, todo], tokens[0, :, todo] = end[:, todo - 1], tokens[-1, :, todo - 1]
-    return start
+    n = tokens.shape[1]
+    start = weights.bias.new_zeros(n, n_lanes, weights.recurrent.shape[1])
+    is_late = torch.arange(n_lanes, device=tokens.device) % n_parts > 0
+
+    def rerun(samples: Tensor, lanes: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """States after and tokens of some rows, from a step on."""
+        own = None if sampler is None else sampler.some(first, samples, lanes)
+        known = tokens[first:, samples, lanes].unsqueeze(1)
+        state = start[samples, lanes].unsqueeze(0)
+        done = run(weights.some(first, lanes), known, state, None if own is None else own.draw, outputs=False)
+        if own is not None and own.means is not None and sampler is not None and sampler.means is not None:
+            sampler.means[first:, samples, lanes] = own.means.squeeze(1)
+        return done.state.squeeze(0), done.tokens.squeeze(1)
+
+    if n_parts > 1:
+        samples, late = is_late.expand(n, -1).nonzero().unbind(1)
+        state, drawn = rerun(samples, late - 1, max(0, n_steps - RUN_UP))
+        start[samples, late], tokens[0, samples, late] = state, drawn[-1]
+    done = run(weights, tokens, start, None if sampler is None else sampler.draw, outputs=False)
+    end = done.state
+    while True:
+        apart = (end.roll(1, 1) - start).abs().amax(-1) > TOLERANCE
+        apart = (apart | (tokens[-1].roll(1, 1) != tokens[0])) & is_late
+        samples, lanes = apart.nonzero().unbind(1)
+        if not len(lanes):
+            return start
+        start[samples, lanes], tokens[0, samples, lanes] = end[samples, lanes - 1], tokens[-1, samples, lanes - 1]
+        end[samples, lanes], tokens[:, samples, lanes] = rerun(samples, lanes, 0)
 
 
 class AutoregressiveNetwork(RecognitionNetwork):

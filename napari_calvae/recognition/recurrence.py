@@ -1,8 +1,8 @@
 """A gated recurrent unit that draws its own inputs: one loop over time for sampling, scoring and their gradient.
 
-``nn.GRU`` knows all of its inputs beforehand. Here each input is the count drawn in the frame before, which has a handful
-of values only: their projections are a table, and what all samples share is computed once. With the activations of the
-drawing kept, its log-probabilities have a gradient without a second pass.
+``nn.GRU`` knows all of its inputs beforehand. Here each input is the count drawn in the frame before, which has a
+handful of values only: their projections are a table, and what all samples share is computed once. With the activations
+of the drawing kept, its log-probabilities have a gradient without a second pass.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class Weights:
     bias: Float[Tensor, " gates"]
     readout: Float[Tensor, "output hidden"]
 
-    def some(self, first: int, lanes: Tensor | None) -> Weights:
-        """From a step on, for some of the lanes."""
-        chosen = self.from_input[first:] if lanes is None else self.from_input[first:, lanes]
-        return replace(self, from_input=chosen)
+    def some(self, first: int, lanes: Int[Tensor, " chosen"]) -> Weights:
+        """From a step on, for some of the lanes, each as often as it is named."""
+        return replace(self, from_input=self.from_input[first:, lanes])
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,7 @@ def differentiable(weights: Weights, done: Run) -> Float[Tensor, "step sample la
     """Outputs of a `run`, with their gradient for the weights if it kept its activations; the first state has none."""
     if not done.kept:
         return done.out
-    return _Replay.apply(
-        done, weights.from_input, weights.from_count, weights.recurrent, weights.bias, weights.readout
-    )
+    return _Replay.apply(done, weights.from_input, weights.from_count, weights.recurrent, weights.bias, weights.readout)
 
 
 class _Replay(torch.autograd.Function):

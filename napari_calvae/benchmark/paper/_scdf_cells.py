@@ -1,0 +1,274 @@
+"""Cells of the SCDF model, as in the second experiment of DeepSpike, and how networks are fitted to their fluorescence.
+
+Speiser et al. (2017), section 3. The truth is made by the paper's recursion, step by step, and not by the model that is
+fitted, which takes the same constants for a process in continuous time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Num
+from torch import Tensor, nn
+
+from napari_calvae import objectives
+from napari_calvae.benchmark.paper.base import Setting
+from napari_calvae.fitting.losses import BoundLoss, Snippets
+from napari_calvae.generative import DyeBinding, GenerativeModel, Parameter, SpikePrior, Theta
+from napari_calvae.recognition import NETWORKS
+from napari_calvae.recording import Traces
+from napari_calvae.training import Loss, TrainConfig, iter_train
+from napari_calvae.vae import SpikeVAE
+
+FRAME_RATE = 60.0
+#: Spikes per second; a third of the cells each.
+RATES = (0.7, 1.0, 1.2)
+#: Ranges of the original's unconstrained units.
+RANGES = {
+    "gamma": (2.5, 3.5),
+    "alpha": (0.2, 0.5),
+    "beta": (-0.2, -0.2),
+    "sigma": (0.02, 0.05),
+    "kappa": (2.0, 2.5),
+    "eta": (-5.9, -4.9),
+    "zeta": (0.5, 1.0),
+    "d_max": (5.5, 6.5),
+}
+#: Frames at either end of what is scored that are left out, as in the original.
+BUFFER = 100
+#: Peak of the response to one spike over the noise of a frame, in the simulations that training starts on.
+_VISIBLE = (1.0, 20.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Simulated cells: (cell, time) fluorescence, its noise-free part and spikes, and θ in physical units, (cell,)."""
+
+    dff: np.ndarray
+    clean: np.ndarray
+    spikes: np.ndarray
+    theta: dict[str, np.ndarray]
+
+    def traces(self, n_frames: int | None = None) -> Traces:
+        """The first frames as a recording."""
+        return Traces(self.dff[:, :n_frames].astype(np.float32), frame_rate=FRAME_RATE, unit="dff")
+
+    def late(self, first: int) -> Cells:
+        """The same from a frame on."""
+        return Cells(self.dff[:, first:], self.clean[:, first:], self.spikes[:, first:], self.theta)
+
+    @property
+    def observed(self) -> Tensor:
+        """(cell, time) fluorescence as networks want it."""
+        return torch.from_numpy(self.dff.astype(np.float32))
+
+
+def simulate(n_cells: int, n_frames: int, seed: int) -> Cells:
+    """Simulate cells by the recursion of Speiser et al. (2017), section 2.2, step by step.
+
+    c_t = γ c_{t−1} + s_t, d_t = k_on c_t^h (d_max − d_{t−1}) + κ d_{t−1} with d ≤ d_max, F_t = α d_t + β + σ noise;
+    γ and κ by sigmoid, α and k_on by softplus, h = 1 + softplus(ζ), of numbers that are uniform in `RANGES`. At most
+    one spike per frame.
+    """
+    rng = np.random.default_rng(seed)
+    u = {name: rng.uniform(low, high, n_cells) for name, (low, high) in RANGES.items()}
+    gamma, kappa = (1 / (1 + np.exp(-u[name])) for name in ("gamma", "kappa"))
+    alpha, k_on, hill = (np.logaddexp(0, u[name]) for name in ("alpha", "eta", "zeta"))
+    hill, d_max = 1 + hill, u["d_max"]
+    spikes = rng.random((n_cells, n_frames)) < np.resize(RATES, n_cells)[:, None] / FRAME_RATE
+    c, d = np.zeros(n_cells), np.zeros(n_cells)
+    bound = np.empty((n_cells, n_frames))
+    for t in range(n_frames):
+        c = gamma * c + spikes[:, t]
+        d = np.minimum(k_on * c**hill * (d_max - d) + kappa * d, d_max)
+        bound[:, t] = d
+    clean = alpha[:, None] * bound + u["beta"][:, None]
+    theta = {
+        "tau_calcium": -1 / (FRAME_RATE * np.log(gamma)),
+        "k_on": k_on * FRAME_RATE,
+        "hill": hill,
+        "tau_unbind": -1 / (FRAME_RATE * np.log(kappa)),
+        "saturation": alpha * d_max,
+        "baseline": u["beta"],
+        "noise_density": u["sigma"] / np.sqrt(FRAME_RATE),
+    }
+    dff = clean + u["sigma"][:, None] * rng.standard_normal(clean.shape)
+    return Cells(dff, clean, spikes.astype(np.uint8), theta)
+
+
+@final
+class AtFrameEnd(GenerativeModel):
+    """`DyeBinding` on the clock of the paper, where F is read at the end of the frame that a spike falls into.
+
+    Our models read it in the middle. Half a frame matters for correlations at 60 Hz, and no fluorescence tells it.
+    """
+
+    name: ClassVar[str] = DyeBinding.name
+    label: ClassVar[str] = DyeBinding.label
+    parameters: tuple[Parameter, ...] = DyeBinding.parameters
+
+    def fluorescence(
+        self, counts: Num[Tensor, "*counts time"], theta: Theta, frame_rate: float | Num[Tensor, "*rate"]
+    ) -> Float[Tensor, "*out time"]:
+        """Noise-free ΔF/F: of half frames, spikes are in the first, and F is read in the middle of the second."""
+        halves = torch.stack([counts, torch.zeros_like(counts)], -1).flatten(-2)
+        return DyeBinding().fluorescence(halves, theta, 2 * frame_rate)[..., 1::2]
+
+    def first_guess(
+        self,
+        observed: Float[Tensor, "roi time"],
+        counts: Num[Tensor, "roi time"],
+        frame_rate: float | Num[Tensor, "*rate"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+    ) -> dict[str, Tensor]:
+        """That of `DyeBinding`, which half a frame does not change."""
+        return DyeBinding().first_guess(observed, counts, frame_rate, valid)
+
+
+_WARM = TrainConfig(n_steps=1500, learning_rate=3e-3, window=256, batch=48, ema=0.99)
+_THETA = TrainConfig(n_steps=120, learning_rate=5e-2, window=224, batch=12, n_samples=32)
+_SLEEP = TrainConfig(n_steps=350, learning_rate=1e-3, window=256, batch=48, ema=0.98)
+_BOUND = TrainConfig(
+    n_steps=400, learning_rate=3e-4, cell_learning_rate=1e-2, window=224, batch=6, n_samples=64, ema=0.98
+)
+_SHORT = TrainConfig(n_steps=2, window=32, batch=4, n_samples=4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything: sizes, and how each stage of `fit_stages` trains."""
+
+    n_cells: int = 30
+    n_frames: int = 18_000
+    n_fit: int = 12_000
+    warm: TrainConfig = _WARM
+    theta: TrainConfig = _THETA
+    sleep: TrainConfig = _SLEEP
+    bound: TrainConfig = _BOUND
+
+
+QUICK = Plan(n_cells=3, n_frames=900, n_fit=500, warm=_SHORT, theta=_SHORT, sleep=_SHORT, bound=_SHORT)
+
+#: Arguments of the networks; the factorised one is as large as lets both cost about the same per step.
+NETWORK: dict[str, dict[str, Any]] = {"autoregressive": {}, "factorized": {"widths": (8, 16, 24, 32)}}
+
+
+class PriorLoss:
+    """Minus log q of the spikes of cells that the generative model makes, per frame: the sleep phase.
+
+    Parameters
+    ----------
+    model
+        Its network is trained.
+    thetas
+        Draws θ of some cells.
+    config
+        Snippets per step, from a fourth as many cells.
+    """
+
+    def __init__(self, model: SpikeVAE, thetas: Callable[[int, torch.Generator], Theta], config: TrainConfig) -> None:
+        self.model, self.thetas, self.config = model, thetas, config
+
+    def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss and terms of one step."""
+        generative, network = self.model.generative, self.model.recognition
+        n, lead = max(1, self.config.batch // 4), 120
+        theta = self.thetas(n, generator)
+        rates = torch.exp(0.6 * torch.randn(n, generator=generator))
+        prior = SpikePrior(rates, network.max_count)
+        with torch.no_grad():
+            counts = prior.sample((n, lead + 8 * self.config.window), FRAME_RATE, generator)
+            dff = generative.simulate(counts, theta, FRAME_RATE, generator)[:, lead:]
+        snippets = Snippets(Traces(dff.numpy(), frame_rate=FRAME_RATE, unit="dff"), self.config)
+        index = snippets.draw(generator)
+        log_q = snippets.posterior(network, index).log_prob(counts[:, lead:][index].long())
+        return objectives.supervised(log_q, self.config.window), {}
+
+
+def broad(generative: GenerativeModel) -> Callable[[int, torch.Generator], Theta]:
+    """Draws θ from the prior of the generative model, of cells whose single spikes can just or well be seen."""
+    pulse = torch.nn.functional.one_hot(torch.tensor(0), 120).float()
+
+    def draw(n: int, generator: torch.Generator) -> Theta:
+        theta = generative.sample_prior(32 * n, generator)
+        with torch.no_grad():
+            response = generative.fluorescence(pulse, theta, FRAME_RATE) - theta["baseline"][:, None]
+            seen = response.amax(-1) / generative.noise_std(theta, FRAME_RATE)
+        fits = (seen > _VISIBLE[0]) & (seen < _VISIBLE[1])
+        # Where too few are in that range, those out of it follow.
+        order = (~fits).int().argsort(stable=True)[:n]
+        return {name: value[order] for name, value in theta.items()}
+
+    return draw
+
+
+def fitted_cells(bound: BoundLoss, jitter: float = 0.2) -> Callable[[int, torch.Generator], Theta]:
+    """Draws θ from that of fitted cells as they are now, moved by ``jitter`` spreads of the prior."""
+    cells = bound.cells
+    u = cells(torch.arange(len(cells.start))).detach().clone()
+
+    def draw(n: int, generator: torch.Generator) -> Theta:
+        rows = torch.randint(len(u), (n,), generator=generator)
+        moved = u[rows] + jitter * cells.spread * torch.randn((n, u.shape[1]), generator=generator)
+        return bound.model.generative.constrain(moved)
+
+    return draw
+
+
+def blank_model(kind: str, seed: int) -> SpikeVAE:
+    """An untrained network for at most one spike per frame, before the SCDF model."""
+    torch.manual_seed(seed)
+    return SpikeVAE(NETWORKS[kind](max_count=1, **NETWORK[kind]), DyeBinding(), SpikePrior(1.0, 1))
+
+
+@dataclass(eq=False)
+class Fitted:
+    """A network and per-cell parameters, and seconds it took."""
+
+    model: SpikeVAE
+    bound: BoundLoss
+    seconds: float
+
+    def theta(self) -> dict[str, Tensor]:
+        """θ of every cell."""
+        cells = self.bound.cells
+        return self.model.generative.constrain(cells(torch.arange(len(cells.start))).detach())
+
+
+def train(setting: Setting, name: str, modules: nn.Module, loss: Loss, config: TrainConfig) -> float:
+    """Train, or resume from the cache; seconds that it took, all together."""
+    checkpoint = setting.cache / f"scdf-{name}-{setting.seed}{'-quick' if setting.quick else ''}.pt"
+    began, seconds = time.perf_counter(), 0.0
+    for record in iter_train(modules, loss, config, checkpoint, rates={"1.": config.cell_learning_rate}):
+        seconds = record.seconds
+    if not seconds and checkpoint.is_file():
+        seconds = float(torch.load(checkpoint, weights_only=True)["seconds"])
+    return max(seconds, time.perf_counter() - began)
+
+
+def fit_stages(setting: Setting, plan: Plan, cells: Cells, kind: str) -> Iterator[tuple[str, Fitted]]:
+    """Warm start on the broad prior; θ of each cell, and sleep on cells of such θ; then VIMCO on the cells' traces."""
+    warm, theta, sleep, final = (
+        config.model_copy(update={"seed": setting.seed}) for config in (plan.warm, plan.theta, plan.sleep, plan.bound)
+    )
+    model = blank_model(kind, setting.seed)
+    network = model.recognition
+    seconds = train(setting, f"{kind}-warm", network, PriorLoss(model, broad(model.generative), warm), warm)
+    model.generative = AtFrameEnd()
+    began = time.perf_counter()
+    bound = BoundLoss(model, Snippets(cells.traces(plan.n_fit), theta), theta, objectives.wake_theta)
+    seconds += time.perf_counter() - began
+    yield "warm start", Fitted(model, bound, seconds)
+    network.requires_grad_(False)
+    seconds += train(setting, f"{kind}-theta", bound.cells, bound, theta)
+    network.requires_grad_(True)
+    seconds += train(setting, f"{kind}-sleep", network, PriorLoss(model, fitted_cells(bound), sleep), sleep)
+    yield "sleep on fitted cells", Fitted(model, bound, seconds)
+    last = BoundLoss(model, Snippets(cells.traces(plan.n_fit), final), final, cells=bound.cells)
+    seconds += train(setting, f"{kind}-bound", nn.ModuleList([network, last.cells]), last, final)
+    yield "VIMCO", Fitted(model, last, seconds)
