@@ -166,7 +166,7 @@ PROOF = Proof(
     "info_vae",
     "InfoVAE against the evidence lower bound",
     "One small network, trained on simulated cells of known θ by either criterion from the same start, judged on other "
-    "cells: means and standard deviations over three seeds. InfoVAE is to bring the pooled posterior closer to the prior and to keep more "
-    "information on the spikes, and not to cost correlation; the bound is what ELBO is made for.",
+    "cells: means and standard deviations over three seeds. InfoVAE is to bring the pooled posterior closer to the "
+    "prior, to keep more information on the spikes, and not to cost correlation; the bound is what ELBO is made for.",
     _run,
 )
