@@ -66,7 +66,7 @@ class FlowNoise(Noise):
         self.learned = _Conditioner(width)
 
     def std(self, theta: Theta, frame_rate: float | Num[Tensor, "*rate"]) -> Float[Tensor, "*batch"]:
-        """Standard deviation of one frame (ΔF/F) in units of which the flow works."""
+        """The unit (ΔF/F) in which the flow works: the standard deviation of one frame in what it was fitted to."""
         return GaussianNoise().std(theta, frame_rate)
 
     def log_prob(
