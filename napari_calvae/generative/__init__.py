@@ -5,7 +5,7 @@ from __future__ import annotations
 from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
 from napari_calvae.generative.bursts import BurstyPrior
 from napari_calvae.generative.dye_binding import DyeBinding
-from napari_calvae.generative.indicator_kinetics import IndicatorKinetics, JGCaMP8f, JGCaMP8m
+from napari_calvae.generative.indicator_kinetics import GCaMP6f, GCaMP6s, IndicatorKinetics, JGCaMP8f, JGCaMP8m
 from napari_calvae.generative.linear_ar import LinearAR
 from napari_calvae.generative.noise import NOISES, CorrelatedNoise, GaussianNoise, Noise, SignalDependentNoise
 from napari_calvae.generative.physiological import Physiological
@@ -13,7 +13,7 @@ from napari_calvae.generative.prior import SpikePrior
 
 #: Every model that a saved file, a form or the command line may name. Contract tests collect this.
 MODELS: dict[str, type[GenerativeModel]] = {
-    cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m)
+    cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m, GCaMP6s, GCaMP6f)
 }
 
 __all__ = [
@@ -22,6 +22,8 @@ __all__ = [
     "BurstyPrior",
     "CorrelatedNoise",
     "DyeBinding",
+    "GCaMP6f",
+    "GCaMP6s",
     "GaussianNoise",
     "GenerativeModel",
     "IndicatorKinetics",

@@ -7,9 +7,10 @@ them all; ``calvae benchmark paper`` runs them and keeps what they yield.
 from __future__ import annotations
 
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
+from napari_calvae.benchmark.paper.kinetics import KINETICS
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
 
-_ALL: tuple[Proof, ...] = ()
+_ALL: tuple[Proof, ...] = (KINETICS,)
 
 #: In the order in which the report shows them.
 PROOFS: dict[str, Proof] = {proof.name: proof for proof in _ALL}
