@@ -68,10 +68,11 @@ GCAMP6S_GREENBERG = SiteConstants(
     off=(0.1001686918, 204.7802878, 11.77442605, 5.831340864),
 )
 
-#: Fitted here, by `pretrained.fit_kinetics`, to recordings with known spikes, since no table is published for GCaMP6f
-#: and that of GCaMP6s explains these recordings less well: two cells of three of three and of two data sets of mouse
-#: visual cortex (Rupprecht et al. 2021, DS13, DS15, DS16 and DS10, DS11), 29 and 31 cells, 30 s each, starting from and
-#: with a prior around the values above (a factor of e at one standard deviation). Single rates are uncertain by such
-#: factors: they trade off with each other and with what differs between cells. Trust responses, not affinities.
+#: Fitted here, by `pretrained.fit_kinetics`, to recordings with known spikes, since GCaMP6f has no published table: two
+#: cells of three of mouse visual cortex (Rupprecht et al. 2021: DS13, DS15 and DS16 for GCaMP6s, DS10 and DS11 for
+#: GCaMP6f), 29 and 31 cells, 30 s each, 10 steps, starting from the values above and with a prior around them (a factor
+#: of e at one standard deviation). On cells left out, those of GCaMP6s explain about as much as the published ones
+#: (proof "kinetics"). Single rates are uncertain by factors: they trade off with each other and with what differs
+#: between cells. Trust responses, not affinities.
 GCAMP6S = SiteConstants(on=(17.811, 23.098, 1.0692, 794.70), off=(0.4598, 132.11, 19.554, 8.9616))
 GCAMP6F = SiteConstants(on=(2.3656, 19.111, 2.1448, 185.34), off=(0.3262, 264.81, 6.1667, 46.183))
