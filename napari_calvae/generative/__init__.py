@@ -7,7 +7,7 @@ from napari_calvae.generative.bursts import BurstyPrior
 from napari_calvae.generative.drift import DriftingNoise
 from napari_calvae.generative.dye_binding import DyeBinding
 from napari_calvae.generative.flow import FlowNoise
-from napari_calvae.generative.indicator_kinetics import IndicatorKinetics, JGCaMP8f, JGCaMP8m
+from napari_calvae.generative.indicator_kinetics import GCaMP6f, GCaMP6s, IndicatorKinetics, JGCaMP8f, JGCaMP8m
 from napari_calvae.generative.linear_ar import LinearAR
 from napari_calvae.generative.noise import Noise
 from napari_calvae.generative.normal_noise import CorrelatedNoise, GaussianNoise, SignalDependentNoise
@@ -16,7 +16,7 @@ from napari_calvae.generative.prior import SpikePrior
 
 #: Every model that a saved file, a form or the command line may name. Contract tests collect this.
 MODELS: dict[str, type[GenerativeModel]] = {
-    cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m)
+    cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m, GCaMP6s, GCaMP6f)
 }
 
 #: Every kind of noise that a saved model may name. Contract tests collect this.
@@ -36,6 +36,8 @@ __all__ = [
     "DriftingNoise",
     "DyeBinding",
     "FlowNoise",
+    "GCaMP6f",
+    "GCaMP6s",
     "GaussianNoise",
     "GenerativeModel",
     "IndicatorKinetics",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,18 +11,42 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from napari_calvae.generative.lobes import BOUND_CALCIUM, BRIGHT, LobeConstants
+from napari_calvae.generative.states import RESTING, SCALE, StateScheme, Table, find
 
-#: Free calcium at rest, and at saturation (µM).
-RESTING, SATURATING = 0.05, 1e4
-#: A fast buffer: concentration, and the free calcium at which half of it is bound (µM): 1e4 /s over 1e8 /M/s.
-BUFFER, BUFFER_HALF = 4000.0, 100.0
-#: Steps through a frame (s): the first one after its spikes, the longest one, and by how much one exceeds the last.
-STEPS = (5e-4, 4e-3, 1.6)
-#: After this long (s) nothing is left of a state: the slowest rates are 0.46 to 0.99 /s.
-MEMORY = 30.0
-#: Free calcium (µM) is tabulated between these, on this many points.
-_TABLE = (2e-3, 300.0, 600)
+
+class Pace(NamedTuple):
+    """How a run goes through a frame.
+
+    Parameters
+    ----------
+    first, longest, growth
+        Length of the first step after the frame's spikes (s), of the longest one (s), and by how much each exceeds the
+        one before.
+    rounds
+        Newton's steps to the calcium of each step.
+    """
+
+    first: float
+    longest: float
+    growth: float
+    rounds: int
+
+
+#: Of the result, and of the states that pieces of it start from.
+FINE, COARSE = Pace(1e-3, 1.2e-2, 2.0, 3), Pace(3e-3, 2.4e-2, 6.0, 5)
+#: Frames are merged to about this length (s) for the coarse run.
+MERGED = 0.035
+#: Length of the pieces (s), and how much earlier (s) than needed each begins: by then fast errors are gone.
+PIECE, LEAD = 2.0, 0.5
+#: After this long (s) next to nothing is left of a state: the slowest rates are those of stores, 0.06 /s.
+MEMORY = 60.0
+
+
+class Cytosol(NamedTuple):
+    """A fast buffer in equilibrium with free calcium: its concentration, and the calcium that half fills it (µM)."""
+
+    buffer: float
+    half: float
 
 
 class Cells(NamedTuple):
@@ -35,19 +58,39 @@ class Cells(NamedTuple):
     store_in: Tensor
     store_out: Tensor
 
+    def repeat(self, n: int) -> Cells:
+        """Each cell ``n`` times."""
+        return Cells(*(value.repeat_interleave(n) for value in self))
+
+
+class State(NamedTuple):
+    """Occupancies (batch, state), total calcium in the cytosol (batch,) (µM), and the store's excess (batch,) (µM)."""
+
+    occupied: Tensor
+    total: Tensor
+    store: Tensor
+
+
+class Medium(NamedTuple):
+    """What does not differ between cells: the indicator and the cytosol that it is in."""
+
+    scheme: StateScheme
+    cytosol: Cytosol
+
 
 def simulate_states(
-    constants: LobeConstants, cells: Cells, spikes: Float[Tensor, "batch time"], rate: float
+    medium: Medium, cells: Cells, spikes: Float[Tensor, "batch time"], rate: float
 ) -> Float[Tensor, "batch time"]:
-    """Share of bright states beyond that at rest, mean over each frame.
+    """Brightness beyond that at rest, mean over each frame.
 
-    Recordings of over twice `MEMORY` are cut into pieces of that length that run side by side, each from the state that
-    the piece before would leave had it begun at rest.
+    All but short recordings are cut into pieces that run side by side. Each begins a little early, from the state to
+    which a run of few, long steps comes: it makes slow errors of some per cent of what is slow, and fast ones that are
+    forgotten before the piece's own frames.
 
     Parameters
     ----------
-    constants
-        Rates of the indicator.
+    medium
+        Indicator and buffer.
     cells
         Parameters of each cell.
     spikes
@@ -55,134 +98,170 @@ def simulate_states(
     rate
         Frames per second (Hz).
     """
-    n_frames, length = spikes.shape[-1], math.ceil(MEMORY * rate)
-    n_pieces = math.ceil(n_frames / length)
-    if n_pieces <= 2:
-        return _Loop.prepare(constants, cells, rate).run(spikes)[0]
-    pieces = pad(spikes, (0, n_pieces * length - n_frames)).reshape(-1, length)
-    loop = _Loop.prepare(constants, Cells(*(v.repeat_interleave(n_pieces) for v in cells)), rate)
-    _, left = loop.run(pieces)
-    first = torch.arange(len(pieces), device=pieces.device) % n_pieces == 0
-    started = [
-        torch.where(first.reshape(-1, *[1] * (end.ndim - 1)), rest, end.roll(1, 0))
-        for rest, end in zip(loop.rest(), left, strict=True)
-    ]
-    return loop.run(pieces, _State(*started))[0].reshape(-1, n_pieces * length)[:, :n_frames]
+    n_frames = spikes.shape[-1]
+    merged = max(1, round(MERGED * rate))
+    length, lead = (merged * math.ceil(seconds * rate / merged) for seconds in (PIECE, LEAD))
+    if n_frames <= lead + 2 * length:
+        return Loop.prepare(medium, cells, rate, FINE).run(spikes)[0]
+    padded = pad(spikes, (lead, -n_frames % length))
+    n_pieces = (padded.shape[-1] - lead) // length
+    chunks = padded[:, : n_pieces * length].reshape(len(spikes), n_pieces, -1, merged).sum(-1)
+    starts = _starts(Loop.prepare(medium, cells, rate / merged, COARSE), chunks, math.ceil(MEMORY * rate / length))
+    pieces = padded.unfold(-1, length + lead, length).flatten(0, 1)
+    trace, _ = Loop.prepare(medium, cells.repeat(n_pieces), rate, FINE).run(pieces, starts)
+    return trace[:, lead:].reshape(len(spikes), -1)[:, :n_frames]
 
 
-class _State(NamedTuple):
-    """Occupancies (batch, 9), total calcium in the cytosol (batch,) (µM), and the store's excess (batch,) (µM)."""
+def _starts(loop: Loop, chunks: Float[Tensor, "batch chunk time"], memory: int) -> State:
+    """States (batch · chunk) before each chunk.
 
-    occupied: Tensor
-    total: Tensor
-    store: Tensor
+    More than twice ``memory`` chunks are run in groups of that many, side by side, each from the state that the group
+    before would leave had it begun at rest.
+    """
+    n = chunks.shape[1]
+    if n > 2 * memory:
+        groups = pad(chunks, (0, 0, 0, -n % memory)).unflatten(1, (-1, memory))
+        n_groups = groups.shape[1]
+        loop, groups = loop.repeat(n_groups), groups.flatten(0, 1)
+        _, left = loop.run(groups.flatten(1))
+        first = torch.arange(len(groups), device=groups.device) % n_groups == 0
+        state = State(
+            *(
+                torch.where(first.reshape(-1, *[1] * (end.ndim - 1)), rest, end.roll(1, 0))
+                for rest, end in zip(loop.rest(), left, strict=True)
+            )
+        )
+    else:
+        groups, state = chunks, loop.rest()
+    states = [state]
+    for chunk in groups.unbind(1)[:-1]:
+        states.append(loop.run(chunk, states[-1])[1])
+    stacked = (torch.stack(values, 1) for values in zip(*states, strict=True))
+    return State(*(v.reshape(len(chunks), -1, *v.shape[2:])[:, :n].flatten(0, 1) for v in stacked))
 
 
 class _Step(NamedTuple):
-    """One step of the loop: its length (s), its share of a frame, and its table (calcium, 2, 9, 9)."""
+    """One step of the loop: its length (s), its share of a frame, and its table (see `StateScheme.table`)."""
 
     length: float
     share: float
-    table: Tensor
+    table: Table
+
+
+class _Passage(NamedTuple):
+    """What a step has of each cell, (batch,) each.
+
+    Parameters
+    ----------
+    half_stored, stored
+        Share of the way to its target that the store goes in half of the step, and in all of it.
+    volume
+        One, and what leaves in half of the step, per free calcium.
+    entering
+        What enters in half of the step against that at rest (µM).
+    """
+
+    step: _Step
+    half_stored: Tensor
+    stored: Tensor
+    volume: Tensor
+    entering: Tensor
 
 
 @dataclass(frozen=True)
-class _Loop:
+class Loop:
     """The loop over time, with all that does not change in it; batches are flat."""
 
     cells: Cells
-    constants: LobeConstants
+    medium: Medium
     #: Through a frame, whose spikes come before number ``spike_at``.
     steps: list[_Step]
     spike_at: int
-    #: Per state, the indicator's calcium, and its change: without calcium, per unit of binding to N, and to C.
-    carried: Tensor
-    #: Of N and C: 1 / half-binding calcium, Hill exponent, rate of letting go.
-    lobes: Tensor
+    #: Newton's steps to the calcium of each.
+    rounds: int
 
     @classmethod
-    def prepare(cls, constants: LobeConstants, cells: Cells, rate: float) -> _Loop:
+    def prepare(cls, medium: Medium, cells: Cells, rate: float, pace: Pace) -> Loop:
         """Choose the steps through a frame and tabulate their exponentials."""
         half = 0.5 / rate
-        n_before = math.ceil(half / STEPS[1])
-        after = [STEPS[0]]
+        n_before = math.ceil(half / pace.longest)
+        after = [pace.first]
         while sum(after) < half:
-            after.append(min(after[-1] * STEPS[2], STEPS[1]))
-        values = cells.indicator
+            after.append(min(after[-1] * pace.growth, pace.longest))
         lengths = [half / n_before] * n_before + [half * length / sum(after) for length in after]
-        tables = {length: _exponentials(constants, length).to(values) for length in set(lengths)}
-        steps = [_Step(length, length * rate, tables[length]) for length in lengths]
-        bound = torch.tensor(BOUND_CALCIUM, dtype=torch.float64)
-        carried = torch.cat([bound[None], bound @ constants.generators()]).mT
-        c = constants
-        lobes = values.new_tensor([[1 / c.n_half, 1 / c.c_half], [c.n_hill, c.c_hill], [c.n_off, c.c_off]])
-        return cls(cells, constants, steps, n_before, carried.to(values), lobes)
+        tables = {length: medium.scheme.table(length) for length in set(lengths)}
+        like = cells.indicator
+        steps = [_Step(x, x * rate, Table(*(part.to(like) for part in tables[x]))) for x in lengths]
+        return cls(cells, medium, steps, n_before, pace.rounds)
 
-    def rest(self) -> _State:
+    def repeat(self, n: int) -> Loop:
+        """The same for each cell ``n`` times."""
+        return replace(self, cells=self.cells.repeat(n))
+
+    def rest(self) -> State:
         """The state without spikes."""
-        like = self.cells.indicator
-        occupied = self.constants.steady_state(RESTING).to(like).expand(len(like), 9)
-        bound = float(self.constants.steady_state(RESTING) @ torch.tensor(BOUND_CALCIUM, dtype=torch.float64))
-        free = RESTING + BUFFER * RESTING / (BUFFER_HALF + RESTING)
-        return _State(occupied, free + like * bound, torch.zeros_like(like))
+        like, (scheme, cytosol) = self.cells.indicator, self.medium
+        steady = scheme.steady_state(RESTING)
+        free = RESTING + cytosol.buffer * RESTING / (cytosol.half + RESTING)
+        occupied = steady.to(like).expand(len(like), -1)
+        return State(occupied, free + like * (steady @ scheme.bound).to(like), torch.zeros_like(like))
 
-    def run(self, spikes: Float[Tensor, "batch time"], state: _State | None = None) -> tuple[Tensor, _State]:
-        """Share of bright states beyond that at rest, mean over each frame, and the state at the end."""
+    def run(self, spikes: Float[Tensor, "batch time"], state: State | None = None) -> tuple[Tensor, State]:
+        """Brightness beyond that at rest, mean over each frame, and the state at the end."""
         rest = self.rest()
         state = rest if state is None else state
         influx = spikes * self.cells.influx.unsqueeze(-1)
+        passages = [self._passage(step) for step in self.steps]
+        bound = self.medium.scheme.bound.to(influx)
         means = []
-        # By the trapezoidal rule each state counts for half of the steps at its two sides.
-        following = [step.share for step in self.steps[1:]] + [0.0]
         for calcium in influx.unbind(-1):
-            mean = state.occupied * (self.steps[0].share / 2)
-            for i, (step, share) in enumerate(zip(self.steps, following, strict=True)):
+            mean = torch.zeros_like(calcium)
+            for i, passage in enumerate(passages):
                 if i == self.spike_at:
                     state = state._replace(total=state.total + calcium)
-                state = self._advance(state, step)
-                mean = torch.add(mean, state.occupied, alpha=(step.share + share) / 2)
+                brightness, state = self._advance(state, passage, bound)
+                mean = torch.add(mean, brightness, alpha=passage.step.share)
             means.append(mean)
-        return (torch.stack(means, -2) - rest.occupied.unsqueeze(-2)) @ spikes.new_tensor(BRIGHT), state
+        at_rest = rest.occupied[0] @ self.medium.scheme.bright.to(rest.occupied)
+        return torch.stack(means, -1) - at_rest, state
 
-    def _advance(self, state: _State, step: _Step) -> _State:
-        middle = self._middle(state, step.length)
-        place = (middle.clamp_min(_TABLE[0]).log() - _LOG_LOW).mul(_SCALE).clamp(0, _TABLE[2] - 1.01)
-        index = place.detach().long()
-        lower, slope = step.table.index_select(0, index).unbind(1)
-        moves = torch.addcmul(lower, (place - index)[:, None, None], slope)
-        occupied = torch.bmm(moves, state.occupied.unsqueeze(-1)).squeeze(-1)
-        excess = step.length * (middle - RESTING)
-        stored = self.cells.store_in * excess - self.cells.store_out * step.length * state.store
-        return _State(occupied, state.total - self.cells.extrusion * excess - stored, state.store + stored)
+    def _passage(self, step: _Step) -> _Passage:
+        _, extrusion, _, store_in, store_out = self.cells
+        half_stored, stored = (-torch.expm1(store_out * -seconds) for seconds in (step.length / 2, step.length))
+        leaving = extrusion * (step.length / 2) + half_stored * store_in / store_out
+        return _Passage(step, half_stored, stored, 1 + leaving, leaving * RESTING)
 
-    def _middle(self, state: _State, step: float) -> Tensor:
-        """Free calcium (µM) half a step later, linearly implicit: where the indicator binds in no time, it still fits.
+    def _advance(self, state: State, passage: _Passage, bound: Tensor) -> tuple[Tensor, State]:
+        """Mean brightness over a step, and the state after it."""
+        step = passage.step
+        calcium = self._middle(state, passage, bound)
+        index, share = find(calcium)
+        lower, slope = step.table.moves.index_select(0, index).unbind(1)
+        moves = torch.addcmul(lower, share[:, None, None], slope)
+        moved = torch.bmm(moves, state.occupied.unsqueeze(-1)).squeeze(-1)
+        excess = calcium - RESTING
+        stored = passage.stored * (self.cells.store_in / self.cells.store_out * excess - state.store)
+        total = torch.addcmul(state.total - stored, self.cells.extrusion, excess, value=-step.length)
+        return moved[:, -1], State(moved[:, :-1], total, state.store + stored)
 
-        Free calcium is x in T − indicator-bound = x + B x / (K_B + x).
+    def _middle(self, state: State, passage: _Passage, bound: Tensor) -> Tensor:
+        """Free calcium (µM) in the middle of a step.
+
+        There total calcium less what left is x + B x / (K_B + x) and what the indicator bound, were calcium x since
+        the step began: Newton's steps on log x, from the calcium at that beginning.
         """
-        bound, flux, n_flux, c_flux = (state.occupied @ self.carried).unbind(-1)
-        rest = torch.addcmul(state.total, self.cells.indicator, bound, value=-1).clamp_min(1e-3)
-        b = (BUFFER + BUFFER_HALF) - rest
-        free = (2 * BUFFER_HALF) * rest / (b + torch.sqrt(torch.addcmul(4 * BUFFER_HALF * rest, b, b)))
-        per_half, hill, off = self.lobes
-        leaving = self.cells.extrusion + self.cells.store_in
-        binding = torch.stack([n_flux, c_flux], -1) * off * (free.unsqueeze(-1) * per_half) ** hill
-        flux = self.cells.indicator * (flux + binding.sum(-1))
-        change = self.cells.store_out * state.store - leaving * (free - RESTING) - flux
-        steeper = leaving + self.cells.indicator * (binding @ hill) / free
-        capacity = 1 + BUFFER * BUFFER_HALF / (BUFFER_HALF + free) ** 2
-        return free + change / (2 / step * capacity + steeper)
-
-
-#: Place of resting calcium in the table: a whole number, so that rest is a steady state without interpolation.
-_SCALE = (_TABLE[2] - 1) / math.log(_TABLE[1] / _TABLE[0])
-_REST_INDEX = round(math.log(RESTING / _TABLE[0]) * _SCALE)
-_LOG_LOW = math.log(RESTING) - _REST_INDEX / _SCALE
-
-
-@functools.lru_cache(maxsize=256)
-def _exponentials(constants: LobeConstants, step: float) -> Float[Tensor, "calcium 2 9 9"]:
-    """Matrix exponentials of one step at each calcium of the table, and their differences to the next."""
-    calcium = torch.exp(_LOG_LOW + torch.arange(_TABLE[2], dtype=torch.float64) / _SCALE)
-    moves = torch.matrix_exp(constants.rate_matrix(calcium) * step)
-    return torch.stack([moves, torch.cat([moves[1:], moves[-1:]]) - moves], 1)
+        (buffer, half), indicator, table = self.medium.cytosol, self.cells.indicator, passage.step.table.bound
+        rest = (state.total - indicator * (state.occupied @ bound)).clamp_min(1e-3)
+        b = (buffer + half) - rest
+        free = (2 * half) * rest / (b + torch.sqrt(torch.addcmul(4 * half * rest, b, b)))
+        given = torch.addcmul(state.total + passage.entering, passage.half_stored, state.store)
+        occupied, steep = state.occupied.unsqueeze(-1), SCALE * indicator
+        for _ in range(self.rounds):
+            index, share = find(free)
+            lower, slope = torch.bmm(table.index_select(0, index), occupied).squeeze(-1).unbind(1)
+            filled = free / (half + free)
+            own = torch.addcmul(free * passage.volume, filled, filled, value=-buffer)
+            rising = torch.addcmul(torch.add(own, filled, alpha=buffer), steep, slope.clamp_min(0))
+            kept = torch.addcmul(free * passage.volume + buffer * filled, indicator, torch.addcmul(lower, share, slope))
+            free = free * torch.exp(((given - kept) / rising).clamp(-3, 3))
+        return free

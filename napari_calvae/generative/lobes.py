@@ -8,11 +8,12 @@ bound with N or C interacting, 8 with both.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+
+from napari_calvae.generative.states import StateScheme, rate_matrix_of
 
 #: Calcium ions bound in each state.
 BOUND_CALCIUM = (0.0, 2.0, 2.0, 4.0, 2.0, 2.0, 4.0, 4.0, 4.0)
@@ -61,33 +62,22 @@ class LobeConstants:
     pc2: float
     pc2_off: float
 
-    def generators(self) -> Float[Tensor, "3 9 9"]:
-        """Rate matrices (column: from, row: to) of what needs no calcium, and per unit of N and of C binding.
-
-        The rate matrix at free calcium x (µM) is the first + n_on(x) the second + c_on(x) the third; see `binding`.
-        """
-        parts = torch.zeros((3, 9, 9), dtype=torch.float64)
-        for origin, target, rate in TRANSITIONS:
-            part, value = {"n": (1, 1.0), "c": (2, 1.0)}.get(rate) or (0, float(getattr(self, rate)))
-            parts[part, target, origin] += value
-            parts[part, origin, origin] -= value
-        return parts
-
-    def binding(self, calcium: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch 3"]:
-        """Weights of the three `generators` at some free calcium (µM): 1, and the binding rates of N and C (1/s)."""
-        n = self.n_off * (calcium / self.n_half) ** self.n_hill
-        c = self.c_off * (calcium / self.c_half) ** self.c_hill
-        return torch.stack([torch.ones_like(calcium), n, c], -1)
-
-    def rate_matrix(self, calcium: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch 9 9"]:
-        """d(occupancies)/dt = rate matrix @ occupancies, at some free calcium (µM)."""
-        return torch.einsum("...k,kij->...ij", self.binding(calcium), self.generators().to(calcium))
-
-    def steady_state(self, calcium: float) -> Float[Tensor, " 9"]:
-        """Occupancies after a long time at some free calcium (µM); they sum to one."""
-        rates = self.rate_matrix(torch.tensor(calcium, dtype=torch.float64))
-        rates[-1] = 1.0
-        return torch.linalg.solve(rates, torch.eye(9, dtype=torch.float64)[-1])
+    @functools.cached_property
+    def scheme(self) -> StateScheme:
+        """The states as the kinetic loop runs them."""
+        n, c = (
+            rate_matrix_of(9, [(a, b, off) for a, b, rate in TRANSITIONS if rate == lobe])
+            for lobe, off in (("n", self.n_off), ("c", self.c_off))
+        )
+        fixed = rate_matrix_of(9, [(a, b, getattr(self, rate)) for a, b, rate in TRANSITIONS if rate not in ("n", "c")])
+        return StateScheme(
+            bound=torch.tensor(BOUND_CALCIUM, dtype=torch.float64),
+            bright=torch.tensor(BRIGHT, dtype=torch.float64),
+            fixed=fixed,
+            binding=torch.stack([n, c]),
+            half=torch.tensor([self.n_half, self.c_half], dtype=torch.float64),
+            hill=torch.tensor([self.n_hill, self.c_hill], dtype=torch.float64),
+        )
 
 
 #: Broussard et al. (2025/26): fitted to recordings in vivo.

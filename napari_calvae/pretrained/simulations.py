@@ -15,7 +15,13 @@ FINE_RATE = 90.0
 
 
 class SimulationSampler:
-    """Draws snippets from the generative models with parameters and firing from broad priors."""
+    """Draws snippets from the generative models with parameters and firing from broad priors.
+
+    Parameters
+    ----------
+    models
+        Their names. Those of an indicator's kinetics loop over time: a batch takes seconds, not tenths of them.
+    """
 
     def __init__(self, models: Sequence[str] = ("linear_ar", "dye_binding")) -> None:
         self.models = [MODELS[name]() for name in models]

@@ -26,6 +26,8 @@ log = logging.getLogger("napari_calvae.train")
 #: Frames per batch; snippets are 512 to 4,096 frames long, so that the gain is learned over short and long recordings.
 BATCH_FRAMES = 12288
 WINDOWS, SHARES = (512, 1024, 2048, 4096), (0.35, 0.4, 0.15, 0.1)
+#: Share of simulated snippets after the first steps.
+SIMULATED = 0.25
 
 
 def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, simulated: float, seed: int) -> Snippets:
@@ -46,7 +48,8 @@ def main(
     steps: Annotated[int, typer.Option(help="Updates")] = 16000,
     hold_out: Annotated[str, typer.Option(help="Data sets to leave out, by prefix, comma-separated")] = "",
     simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.2,
-    simulated: Annotated[float, typer.Option(help="Share of simulated snippets afterwards")] = 0.25,
+    models: Annotated[str, typer.Option(help="Generative models to simulate from, comma-separated")] = "linear_ar,"
+    "dye_binding",
     gain_scale: Annotated[float, typer.Option(help="Widening of the gain, calibrated on left-out data sets")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of every random number")] = 0,
 ) -> None:
@@ -54,7 +57,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     left_out = tuple(name for name in hold_out.split(",") if name)
     sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
-    recordings, simulations = RecordingSampler(sweeps), SimulationSampler()
+    recordings, simulations = RecordingSampler(sweeps), SimulationSampler(models.split(","))
     torch.manual_seed(seed)
     network = FactorizedNetwork(min_frames=min(WINDOWS))
     config = TrainConfig(
@@ -63,7 +66,7 @@ def main(
     step = 0
 
     def loss(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        share = 1.0 if step < simulation_steps * steps else simulated
+        share = 1.0 if step < simulation_steps * steps else SIMULATED
         batch_seed = int(torch.randint(2**62, (), generator=generator))
         batch = draw_batch(recordings, simulations, share, batch_seed)
         counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)

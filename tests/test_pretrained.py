@@ -1,0 +1,81 @@
+"""What the shipped models are trained on, and how a GCaMP6's constants are fitted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from napari_calvae.generative import MODELS, GCaMP6s, Physiological
+from napari_calvae.generative.sites import GCAMP6S_GREENBERG
+from napari_calvae.pretrained import fit_kinetics
+from napari_calvae.pretrained.gauss_newton import CellFit, Scored, fit_cells, improve_shared
+from napari_calvae.pretrained.recordings import Snippets
+from napari_calvae.pretrained.simulations import SimulationSampler
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"jgcamp8m", "gcamp6f"}))
+def test_simulated_snippets_have_transients_after_their_spikes(name):
+    sampler, out = SimulationSampler([name]), Snippets(6, 192)
+    sampler.fill(out, range(6), np.random.default_rng(4))
+    measured = np.isfinite(out.fluorescence)
+    assert measured.mean() > 0.9
+    assert out.scored.all()
+    assert out.counts.sum() > 10
+    # Over the seconds after spikes fluorescence is higher than elsewhere in most of the cells that fire, noise or not.
+    higher = []
+    for trace, counts, rate in zip(out.fluorescence, out.counts, out.frame_rate, strict=True):
+        recent = np.convolve(counts, np.ones(1 + round(0.5 * float(rate))))[: len(counts)] > 0
+        if 5 < recent.sum() < len(counts) - 5:
+            higher.append(np.nanmean(trace[recent]) > np.nanmean(trace[~recent]))
+    assert np.mean(higher) > 0.7
+
+
+def responses(n_cells: int, n_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    counts = torch.poisson(torch.full((n_cells, n_frames), 0.05), generator=torch.Generator().manual_seed(0))
+    scored = torch.ones(n_cells, n_frames, dtype=torch.bool)
+    scored[:, :20] = False
+    return counts, scored
+
+
+def test_gauss_newton_recovers_each_cell():
+    model, (counts, scored) = Physiological(), responses(4, 600)
+    truth = model.sample_prior(4, torch.Generator().manual_seed(1)) | {"noise_density": torch.full((4,), 0.002)}
+    observed = model.simulate(counts, truth, 30.0, torch.Generator().manual_seed(2))
+    observed[:, :20] = 9.0  # not scored
+    found = fit_cells(model, Scored(observed, counts, scored, 30.0), 12)
+    clean, fitted = (model.fluorescence(counts, t, 30.0)[:, 20:] for t in (truth, found))
+    noise = 0.002 * 30**0.5
+    # Six parameters from 580 frames leave √(6/580) = 10 % of the noise; the prior and a stop at 12 steps some more.
+    assert ((fitted - clean).square().mean(1).sqrt() < 0.5 * noise).all()
+    assert (found["noise_density"] / 0.002 - 1).abs().max() < 0.15
+
+
+def test_shared_constants_come_back():
+    """Two rates wrong by a factor of 1.6, cells known: one step takes most of the way back to what they did."""
+    counts, scored = responses(2, 60)
+    truth = torch.tensor([*GCAMP6S_GREENBERG.on, *GCAMP6S_GREENBERG.off], dtype=torch.float64).log()
+    model = GCaMP6s()
+    theta = {p.name: torch.full((2,), p.median) for p in model.parameters} | {"dynamic_range": torch.full((2,), 60.0)}
+
+    def build(two):
+        return fit_kinetics.build("gcamp6s", torch.cat([two[:1], truth[1:7], two[1:]]))
+
+    ends = truth[[0, 7]]
+    observed = build(ends).fluorescence(counts, theta, 30.0)
+    observed = observed + 0.01 * torch.randn(observed.shape, generator=torch.Generator().manual_seed(1))
+    wrong = ends + torch.tensor([0.5, -0.5], dtype=torch.float64)
+    data = Scored(observed, counts, scored, 30.0)
+    fit = CellFit(model, data, model.unconstrain(theta).double())
+    before = data.split(build(wrong), fit.u.unsqueeze(1))[:, 0]
+    found, _ = improve_shared(build, wrong, (ends, torch.ones_like(ends)), fit)
+    after = data.split(build(found), fit.u.unsqueeze(1))[:, 0]
+    # Beyond the noise: in a quadratic bowl one step would leave nothing.
+    assert (fit.variance(after) - 1e-4).sum() < 0.2 * (fit.variance(before) - 1e-4).sum()
+
+
+def test_every_third_cell_is_left_out():
+    cells = [fit_kinetics.Cell(d, str(i), np.zeros(9), np.zeros(9)) for d in "ab" for i in range(7)]
+    fitted, left = fit_kinetics.left_out(cells)
+    assert [(c.dataset, c.name) for c in left] == [(d, i) for d in "ab" for i in "036"]
+    assert len(fitted) + len(left) == len(cells)
