@@ -39,12 +39,13 @@ class Physiological(GenerativeModel):
     is the Hill curve c^n / (1 + γ c^n), and its rise is the faster the more calcium there is, as mass action has it:
     the nonlinear model with finite rise time of Deneux et al. (2016), Nature Communications 7:12190. Checked against
     the authors' program (MLspike, spk_calcium), this differs in three ways. Resting calcium c₀, which makes c^n into
-    (c₀ + c)^n − c₀^n there, is zero here, as it is there by default. Their drift, a random walk,
-    multiplies fluorescence; here it is a matter of the noise (`DriftingNoise`) and stays around its mean. Their alternative to the Hill curve, a cubic polynomial, is left out: with their
-    values for GCaMP6s it falls again beyond about ten spikes at once. ``peak`` makes the amplitude that of one spike's
-    peak: exact without saturation, and with a rise as slow as the decay 1 % too large at γ = 0.05 and 16 % at γ = 1.
-    These are the equations of `DyeBinding` (k_on = γ/τ_rise, τ_unbind = τ_rise, saturation = amplitude/γ) in
-    coordinates that stay good where binding is fast and far from saturated.
+    (c₀ + c)^n − c₀^n there, is zero here, as it is there by default. Their drift, a random walk, multiplies
+    fluorescence; here it is a matter of the noise (`DriftingNoise`) and stays around its mean. Their alternative to
+    the Hill curve, a cubic polynomial, is left out: with their values for GCaMP6s it falls again beyond about ten
+    spikes at once. ``peak`` makes the amplitude that of one spike's peak: exact without saturation, and with a rise
+    as slow as the decay 1 % too large at γ = 0.05 and 16 % at γ = 1. These are the equations of `DyeBinding` (k_on
+    = γ/τ_rise, τ_unbind = τ_rise, saturation = amplitude/γ) in coordinates that stay good where binding is fast and
+    far from saturated.
 
     A frame's spikes come in its middle, and F is the mean over the frame; for a linear response that equals `LinearAR`,
     where spikes are spread over the frame and F is taken in its middle. Each half of a frame is one exponential step of
