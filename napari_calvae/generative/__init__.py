@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from napari_calvae.generative.all_optical import AllOptical, Illumination, SparseWeights
 from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
 from napari_calvae.generative.bursts import BurstyPrior
 from napari_calvae.generative.dye_binding import DyeBinding
@@ -19,11 +20,13 @@ MODELS: dict[str, type[GenerativeModel]] = {
 __all__ = [
     "MODELS",
     "NOISES",
+    "AllOptical",
     "BurstyPrior",
     "CorrelatedNoise",
     "DyeBinding",
     "GaussianNoise",
     "GenerativeModel",
+    "Illumination",
     "IndicatorKinetics",
     "JGCaMP8f",
     "JGCaMP8m",
@@ -32,6 +35,7 @@ __all__ = [
     "Parameter",
     "Physiological",
     "SignalDependentNoise",
+    "SparseWeights",
     "SpikePrior",
     "Theta",
 ]
