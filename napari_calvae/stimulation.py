@@ -99,7 +99,7 @@ class Stimulation:
 
     def lit(self, n_frames: int, frame_rate: float, t0: float = 0.0) -> np.ndarray:
         """(time,) frames during which the laser was on at all, wherever it was pointed."""
-        return np.any(self.light(n_frames, frame_rate, t0) > 0, axis=0, keepdims=True)[0]
+        return np.asarray((self.light(n_frames, frame_rate, t0) > 0).any(0))
 
 
 def check_positions(positions: ArrayLike, n_cells: int) -> np.ndarray:

@@ -312,12 +312,12 @@ def test_the_chain_keeps_the_prior_where_data_are_made_anew_in_every_step():
     ones = torch.ones_like(observed)
     chain = Chain(model, Recording(observed, ones, rate, light, 0.3 * ones), counts, theta, g)
     values: dict[str, list[np.ndarray]] = {p.name: [] for p in model.parameters} | {"own": [], "others": []}
-    for k in range(6000):
+    for k in range(3000):
         clean = model.fluorescence(chain.counts, chain.theta, rate, light)
         noise = model.calcium.noise_std(chain.theta, rate)[:, None] * torch.randn(clean.shape, generator=g)
         chain.recording = replace(chain.recording, observed=clean + noise)
-        chain.sweep(settling=k < 500)
-        if k < 500:
+        chain.sweep(settling=k < 300)
+        if k < 300:
             continue
         u = model.unconstrain(chain.theta)
         for p in model.parameters:
@@ -439,6 +439,14 @@ def test_every_sweep_is_reported_and_repeatable():
     for a, b in zip(*runs, strict=True):
         assert a.log_joint == b.log_joint
         np.testing.assert_array_equal(a.connectivity, b.connectivity)
+
+
+def test_a_recording_of_a_second_is_no_error():
+    traces, stimulation, positions, _, _ = small_experiment(1)
+    short = traces.replace(values=traces.values[:, 20:50], t0=20 / 30)
+    result = calvae.infer_all_optical(short, stimulation, positions, n_start=1, n_settle=1, n_samples=2)
+    assert np.isfinite(result.connectivity).all()
+    assert np.isfinite(result.rate).all()
 
 
 def test_input_that_does_not_go_together_is_told():

@@ -63,10 +63,8 @@ class Chain:
         self.counts, self.theta = counts, dict(theta)
         self.connected: Bool[Tensor, "cell cell"] = torch.ones_like(self.theta["weights"], dtype=torch.bool)
         self.connection: Float[Tensor, "cell cell"] = torch.ones_like(self.theta["weights"])
-        n = len(counts)
-        self._steps = {name: torch.full((n,), 0.05) for name in ("shape",)} | {
-            p.name: torch.tensor(0.1) for p in (GLARE, FALLOFF, COUPLING)
-        }
+        self._steps = {p.name: torch.tensor(0.1) for p in (GLARE, FALLOFF, COUPLING)}
+        self._steps["shape"] = torch.full((len(counts),), 0.05)
         self.coefficients: Coefficients = self._coupling().fit(self._stacked())
 
     @torch.no_grad()

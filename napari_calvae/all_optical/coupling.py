@@ -75,10 +75,12 @@ class Coupling:
         centre, precision = self._prior()
         for _ in range(_N_STEPS):
             slope, curvature = self._derivatives(at)
-            slope = slope - precision * (at - centre)
-            factor = torch.linalg.cholesky(curvature + torch.diag_embed(precision))
+            # The small matrices in double precision: scales of drive and weights differ by orders of magnitude.
+            slope = (slope - precision * (at - centre)).double()
+            factor = torch.linalg.cholesky(curvature.double() + torch.diag_embed(precision.double()))
             step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
             expected = (slope * step).sum(-1)
+            step = step.to(at.dtype)
             if bool((expected < _ENOUGH).all()):
                 break
             for _ in range(8):
@@ -104,12 +106,17 @@ class Coupling:
         Tails heavier than the target's, lest the chain stay for ever where it once came to be; ``settling`` it takes
         whatever comes.
         """
-        normal = torch.randn(now.shape, generator=generator)
-        scale = torch.randn((len(now), _FREEDOM), generator=generator).square().mean(1, keepdim=True).rsqrt()
+        normal = torch.randn(now.shape, generator=generator, dtype=torch.double)
+        scale = (
+            torch.randn((len(now), _FREEDOM), generator=generator, dtype=torch.double)
+            .square()
+            .mean(1, keepdim=True)
+            .rsqrt()
+        )
         step = torch.linalg.solve_triangular(around.factor.mT, (scale * normal)[..., None], upper=True)[..., 0]
-        new = around.mode + step
+        new = around.mode + step.to(now.dtype)
         there = ((scale * normal) ** 2).sum(-1)
-        here = ((around.factor.mT @ (now - around.mode)[..., None])[..., 0] ** 2).sum(-1)
+        here = ((around.factor.mT @ (now - around.mode).double()[..., None])[..., 0] ** 2).sum(-1)
         power = 0.5 * (_FREEDOM + now.shape[1])
         log_ratio = self.log_density(new) - self.log_density(now)
         log_ratio = log_ratio + power * (torch.log1p(there / _FREEDOM) - torch.log1p(here / _FREEDOM))

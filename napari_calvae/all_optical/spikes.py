@@ -130,6 +130,8 @@ class _Field:
     def move(self, cell: int, generator: torch.Generator) -> None:
         """Propose one move per zone of one cell; make those that are accepted."""
         m = self._propose(cell, generator)
+        if not len(m.base):
+            return
         response = m.change(self.response[cell])
         residual, precision = (
             x[cell].unfold(0, response.shape[1], 1).index_select(0, m.base) for x in (self.residual, self.precision)
@@ -167,7 +169,7 @@ class _Field:
     def _propose(self, cell: int, generator: torch.Generator) -> _Moves:
         """A birth, a death or a shift in each zone, with what makes the move reversible."""
         first = int(torch.randint(1 - self.zone, self.period - self.zone + 1, (), generator=generator))
-        start = torch.arange(first, self.n_frames, self.period)
+        start = torch.arange(first, max(first, self.n_frames), self.period)
         end = (start + self.zone).clamp_max(self.n_frames)
         start = start.clamp_min(0)
         kind, u, v, w = torch.rand((4, len(start)), generator=generator, dtype=torch.double)

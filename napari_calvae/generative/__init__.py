@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from napari_calvae.generative.all_optical import AllOptical, Illumination, SparseWeights
 from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
 from napari_calvae.generative.bursts import BurstyPrior
 from napari_calvae.generative.drift import DriftingNoise
@@ -31,6 +32,7 @@ __all__ = [
     "MODELS",
     "NOISES",
     "PRIORS",
+    "AllOptical",
     "BurstyPrior",
     "CorrelatedNoise",
     "DriftingNoise",
@@ -40,6 +42,7 @@ __all__ = [
     "GCaMP6s",
     "GaussianNoise",
     "GenerativeModel",
+    "Illumination",
     "IndicatorKinetics",
     "JGCaMP8f",
     "JGCaMP8m",
@@ -48,6 +51,7 @@ __all__ = [
     "Parameter",
     "Physiological",
     "SignalDependentNoise",
+    "SparseWeights",
     "SpikePrior",
     "Theta",
 ]
