@@ -223,6 +223,14 @@ def test_refine_returns_an_inference_that_does_not_depend_on_company(recording):
     assert np.corrcoef(result.rate.ravel(), truth)[0, 1] > before + 0.1
 
 
+def test_a_posterior_without_a_gain_is_refined_with_one(recording):
+    traces, vae, _ = recording
+    torch.manual_seed(0)
+    plain = SpikeVAE(NETWORKS["convolutional"](width=4, kernels=(5, 3), max_count=3), vae.generative, vae.prior)
+    gaps = calvae.diagnose(traces, plain, n_steps=40, n_evidence=400)
+    assert (gaps.amortization_gap > 3 * np.hypot(gaps.amortized_error, gaps.refined_error)).all()
+
+
 def test_only_posteriors_with_parameters_can_be_refined(recording):
     traces, vae, _ = recording
     network = NETWORKS["autoregressive"](width=4, hidden=4, max_count=2)

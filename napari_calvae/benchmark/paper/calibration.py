@@ -256,7 +256,7 @@ PROOF = Proof(
     "that are expected to hold) for all quantities of an autoregressive network, and for θ of a factorised one, both "
     "trained here on the very prior that is tested. Not expected: spike counts of the factorised one, whose frames are "
     "independent given the gain, and anything of the shipped model, three quarters of whose training were recordings "
-    "and whose gain was widened on them. Coverage above nominal is that of a posterior too wide, below of one too "
-    "narrow.",
+    "and whose gain was widened on them. Coverage says which way: above nominal the posterior is too wide, below too "
+    "narrow; of 400 cells its standard error is 2.5 % at 50 % and 1.5 % at 90 %.",
     run=_run,
 )
