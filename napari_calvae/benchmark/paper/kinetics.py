@@ -44,7 +44,10 @@ def run(setting: Setting) -> Iterator[Row]:
     groups = {"gcamp6s": ("DS16",)} if setting.quick else _DATASETS
     for indicator, datasets in groups.items():
         cells = _held_out(setting, indicator, datasets)
-        scores = {name: _explained(setting, indicator, name, model, cells) for name, model in _models(indicator)}
+        models = dict(_models(indicator))
+        if setting.quick:
+            models = {name: models[name] for name in ("linear_ar", indicator)}
+        scores = {name: _explained(setting, indicator, name, model, cells) for name, model in models.items()}
         for dataset in dict.fromkeys(cell.dataset for cell in cells):
             rows = np.array([cell.dataset == dataset for cell in cells])
             for name, explained in scores.items():
