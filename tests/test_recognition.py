@@ -58,6 +58,10 @@ def test_mean_of_samples_is_the_mean(network):
     assert (error <= 5 * samples.std(0) / 4000**0.5 + 2e-3).all()
 
 
+def test_no_samples_are_no_error(network):
+    assert network(traces(2, 40), 30.0).sample(0).shape == (0, 2, 40)
+
+
 def test_roi_order_is_irrelevant(network):
     f = traces(3, 64)
     order = torch.tensor([2, 0, 1])

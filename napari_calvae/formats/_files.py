@@ -91,6 +91,7 @@ def arrays_of(result: SpikeInference) -> dict[str, np.ndarray]:
         "n_samples": np.asarray(result.n_samples),
         **{f"events_{field}": result.events[field] for field in EVENT_DTYPE.names or ()},
         **{f"theta_{name}": np.asarray(values) for name, values in result.theta.items()},
+        **{f"theta_{name}_std": np.asarray(values) for name, values in result.theta_std.items()},
         **{f"quality_{name}": result.quality[name] for name in result.quality.dtype.names or ()},
     }
     if result.n_samples >= 2 and result.traces.duration >= 1 and result.frame_rate >= 1:

@@ -109,6 +109,10 @@ class AutoregressivePosterior(SpikePosterior):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
         """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
+        if n == 0:
+            return torch.zeros(
+                (0, len(self.inputs), self.inputs.shape[-1]), dtype=torch.uint8, device=self.inputs.device
+            )
         return self._sample(n, generator)[0]
 
     def draw(

@@ -82,6 +82,11 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         self.theta_head = ThetaHead(summary.shape[-1], entries).to(like.device, like.dtype)
         self.config["theta"] = [dataclasses.asdict(entry) for entry in entries]
 
+    def forget_theta(self) -> None:
+        """Remove the head for θ: what it has learned holds for the weights and the model that it was trained with."""
+        self.theta_head = None
+        self.config.pop("theta", None)
+
     @abc.abstractmethod
     def summarise(
         self, features: Float[Tensor, "roi channel time"], log_rate: Float[Tensor, " roi"]
