@@ -167,9 +167,12 @@ def test_supervised_fit_learns_the_spikes_and_leaves_the_base_alone(recording):
 
 
 def test_vimco_raises_the_bound_and_keeps_the_gauge_without_seeing_spikes(recording):
-    """From whatever initial weights: amplitudes come near the true 0.3 and rates stay near the true 1/s."""
+    """From whatever initial weights; the truth is 0.3 ΔF/F per spike and 1 spike/s.
+
+    Spikes that a half-trained network lays a frame off blur the response and make it look smaller.
+    """
     traces, counts = recording
-    gained = []
+    gained, raised = [], []
     for seed in range(3):
         config = TrainConfig(n_steps=50, learning_rate=4e-3, batch=4, seed=seed)
         start = fit(traces, untrained(seed), "supervised", spikes=counts, config=config)
@@ -183,11 +186,14 @@ def test_vimco_raises_the_bound_and_keeps_the_gauge_without_seeing_spikes(record
                 model = stop.value
                 break
         bounds = [r.terms["bound"] for r in records]
-        assert np.mean(bounds[-10:]) > np.mean(bounds[:10]) + 10
-        assert 0.2 < records[-1].terms["amplitude"] < 0.4
+        raised.append(np.mean(bounds[-10:]) - np.mean(bounds[:10]))
+        assert ", kept: held-out bound +" in model.description
+        assert 0.15 < records[-1].terms["amplitude"] < 0.45
         assert 0.7 < records[-1].terms["rate"] < 1.4
         assert 1 <= records[-1].terms["effective_samples"] <= 8
         gained.append(log_prob_of_truth(model, traces, counts) - log_prob_of_truth(start, traces, counts))
+    # Means of ten steps have a standard error of about 8 nats, their difference over three seeds one of 6.
+    assert np.mean(raised) > 12
     # A gauge that slips costs tens of nats per minute; these starts leave few to win.
     assert min(gained) > -15
     assert np.mean(gained) > -5
@@ -202,7 +208,8 @@ def test_margins_of_a_snippet_count_in_no_term(recording):
     bound = bound_of(recording, untrained(), margin=0.25, batch=2)
     index = bound.snippets.draw(torch.Generator().manual_seed(0))
     theta = bound.model.generative.constrain(bound.cells(index[0][:, 0]))
-    theta = {name: value.detach() for name, value in theta.items()} | {"tau_decay": torch.full((2,), 0.05)}
+    fast = {"tau_rise": torch.full((2,), 0.01), "tau_decay": torch.full((2,), 0.05)}
+    theta = {name: value.detach() for name, value in theta.items()} | fast
     counts = torch.zeros(2, 200)
 
     def change(frame, value=1.0):

@@ -24,6 +24,8 @@ MIN_RATE = 0.02
 _LEAST_MEASURED = 0.5
 #: Frames of all ROIs that expected counts are worked out for at once.
 _BLOCK_FRAMES = 65_536
+#: Frames of each trace, and gradient steps, that the first guess of θ is improved with.
+_START_FRAMES, _START_STEPS = 4000, 40
 #: Samples that stand for the mean of an autoregressive posterior at the start of a fit.
 _N_EXPECTED = 16
 #: Frames around a snippet that the network summarises.
@@ -193,7 +195,14 @@ class BoundLoss:
         model, snippets, rate = self.model, self.snippets, self.snippets.frame_rate
         with torch.no_grad():
             mean = expected(model.recognition(snippets.observed, rate, snippets.valid, chunk=CHUNK), snippets)
-            theta = model.generative.initial_theta(snippets.observed, mean, rate, snippets.valid)
+            # Whole spikes: fractions of one, spread over frames, make another response where calcium acts together.
+            counts = torch.floor(mean.double().cumsum(-1) + 0.5).diff(dim=-1, prepend=mean.new_zeros(len(mean), 1))
+            counts = counts.to(mean.dtype)
+            theta = model.generative.initial_theta(snippets.observed, counts, rate, snippets.valid)
+        few = slice(0, _START_FRAMES)
+        theta = model.generative.fit_theta(
+            snippets.observed[:, few], counts[:, few], rate, snippets.valid[:, few], theta, _START_STEPS
+        )
         spread = torch.tensor([p.spread for p in model.generative.parameters])
         return Cells(model.generative.unconstrain(theta), spread, mean.mean(-1) * rate, rate_spread)
 

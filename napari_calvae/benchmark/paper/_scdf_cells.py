@@ -131,10 +131,10 @@ class AtFrameEnd(GenerativeModel):
 
 
 _WARM = TrainConfig(n_steps=1500, learning_rate=3e-3, window=256, batch=48, ema=0.99)
-_THETA = TrainConfig(n_steps=120, learning_rate=5e-2, window=224, batch=12, n_samples=32)
-_SLEEP = TrainConfig(n_steps=350, learning_rate=1e-3, window=256, batch=48, ema=0.98)
+_THETA = TrainConfig(n_steps=150, learning_rate=6e-2, window=224, batch=12, n_samples=32)
+_SLEEP = TrainConfig(n_steps=250, learning_rate=1e-3, window=256, batch=48, ema=0.98)
 _BOUND = TrainConfig(
-    n_steps=400, learning_rate=3e-4, cell_learning_rate=1e-2, window=224, batch=6, n_samples=64, ema=0.98
+    n_steps=300, learning_rate=3e-4, cell_learning_rate=3e-2, window=224, batch=6, n_samples=64, ema=0.98
 )
 _SHORT = TrainConfig(n_steps=2, window=32, batch=4, n_samples=4)
 
@@ -144,7 +144,7 @@ class Plan:
     """How much of everything: sizes, and how each stage of `fit_stages` trains."""
 
     n_cells: int = 30
-    n_frames: int = 18_000
+    n_frames: int = 15_000
     n_fit: int = 12_000
     warm: TrainConfig = _WARM
     theta: TrainConfig = _THETA

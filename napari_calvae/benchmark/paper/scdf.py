@@ -158,11 +158,11 @@ SCDF = Proof(
     name="scdf",
     title="Unsupervised spikes and parameters of 30 saturating cells (SCDF at 60 Hz)",
     claim=(
-        "Thirty cells from the recursion of Speiser et al. (2017), five minutes each, at 0.7, 1.0 or 1.2 spikes/s. An "
+        "Thirty cells from the recursion of Speiser et al. (2017), 250 s each, at 0.7, 1.0 or 1.2 spikes/s. An "
         "autoregressive network starts on simulations from the broad prior of `dye_binding`; each cell's parameters "
         "are then fitted, the network goes on with simulations of such cells (sleep), and VIMCO with 64 samples fits "
         "network, parameters and rates together: all on the first 200 s of the cells' own fluorescence. Scores are of "
-        "the last 100 s, correlation cell by cell, of expected spikes per frame with the true train, unsmoothed. The "
+        "the last 50 s, correlation cell by cell, of expected spikes per frame with the true train, unsmoothed. The "
         "original reached correlation 0.63, spike-count factor 1.06 and a reconstruction error of 1.05 times that of "
         "the true spikes in about six hours on a TITAN X. In its recursion a frame's spike acts from the frame's "
         "beginning and F is read at its end; the cells are fitted on that clock, since half a frame, which no "
