@@ -20,7 +20,7 @@ from napari_calvae import objectives
 from napari_calvae.benchmark.paper.base import Setting
 from napari_calvae.fitting.losses import BoundLoss, Snippets
 from napari_calvae.generative import DyeBinding, GenerativeModel, Parameter, SpikePrior, Theta
-from napari_calvae.recognition import NETWORKS
+from napari_calvae.recognition import build_network
 from napari_calvae.recording import Traces
 from napari_calvae.training import Loss, TrainConfig, iter_train
 from napari_calvae.vae import SpikeVAE
@@ -223,7 +223,7 @@ def fitted_cells(bound: BoundLoss, jitter: float = 0.2) -> Callable[[int, torch.
 def blank_model(kind: str, seed: int) -> SpikeVAE:
     """An untrained network for at most one spike per frame, before the SCDF model."""
     torch.manual_seed(seed)
-    return SpikeVAE(NETWORKS[kind](max_count=1, **NETWORK[kind]), DyeBinding(), SpikePrior(1.0, 1))
+    return SpikeVAE(build_network(kind, {"max_count": 1, **NETWORK[kind]}), DyeBinding(), SpikePrior(1.0, 1))
 
 
 @dataclass(eq=False)
