@@ -48,6 +48,9 @@ class TrainConfig(BaseModel):
     label_weight: float = Field(
         1.0, ge=0, title="Weight of labels", description="Of true spikes beside the bound, if some cells have them"
     )
+    discrepancy_weight: float = Field(
+        100.0, ge=0, title="Weight of the discrepancy", description="Of the spikes from their prior, in nats (InfoVAE)"
+    )
     early_stopping: bool = Field(
         False, title="Early stopping", description="Stop a fit when the cells that it holds out stop gaining"
     )

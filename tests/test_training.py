@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from napari_calvae.fitting import fit, iter_fit
-from napari_calvae.fitting.losses import BoundLoss, Snippets
+from napari_calvae import objectives
+from napari_calvae.fitting import _loss, fit, iter_fit
+from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, Snippets
 from napari_calvae.fitting.sleep import Dreams
-from napari_calvae.generative import MODELS, SpikePrior
-from napari_calvae.recognition import NETWORKS
+from napari_calvae.generative import MODELS, NOISES, SpikePrior
+from napari_calvae.recognition import NETWORKS, ThetaEntry
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import TrainConfig, iter_train, read_history
 from napari_calvae.vae import SpikeVAE
@@ -246,6 +250,57 @@ def test_autoregressive_bounds_count_the_same_frames(recording):
     until = {stop: (torch.arange(200) < stop).expand(2, -1) & valid for stop in (50, 175)}
     expected = posterior.log_prob(counts, until[175]) - posterior.log_prob(counts, until[50])
     assert (log_posterior - expected).abs().max() < 1e-4
+
+
+def test_info_vae_is_the_bound_and_a_weighted_discrepancy(recording):
+    base, seeded = untrained(), torch.Generator().manual_seed
+    bound = bound_of(recording, base, batch=3)
+    bound.objective = objectives.elbo
+    plain, told = bound(seeded(0))
+    for weight in (0.0, 50.0):
+        loss, terms = InfoVAELoss(bound, weight)(seeded(0))
+        assert terms["bound"] == told["bound"]
+        expected = float(plain.detach()) + weight * terms["discrepancy"] / bound.n_counted
+        # Single precision, of sums over a hundred frames.
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "info_vae"])
+def test_the_lower_bound_rises(recording, half_trained, objective):
+    config = TrainConfig(n_steps=40, learning_rate=1e-3, window=256, batch=4, n_samples=8)
+    bounds = [r.terms["bound"] for r in iter_fit(recording[0], half_trained, objective, config=config)]
+    # Far from its optimum for want of θ: hundreds of nats.
+    assert np.mean(bounds[-10:]) > np.mean(bounds[:10]) + 20
+
+
+def test_a_fit_may_take_another_noise_and_learns_its_weights(recording, half_trained):
+    config = TrainConfig(n_steps=3, learning_rate=1e-3, window=128, batch=2, n_samples=2)
+    model = fit(recording[0], half_trained, "vimco", noise="drift", config=config)
+    assert model.generative.noise.name == "drift"
+    base = replace(half_trained, generative=MODELS["linear_ar"](NOISES["flow"]()))
+    before = copy.deepcopy(base.generative.noise.learned.state_dict())
+    for record in iter_fit(recording[0], base, "vimco", config=config):
+        assert np.isfinite(record.loss)
+    fitted = fit(recording[0], base, "supervised", spikes=recording[1], config=config)
+    for name, value in base.generative.noise.learned.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert fitted.generative is not base.generative
+    loss, trained = _loss("vimco", fitted, recording[0], None, config)
+    for _ in iter_train(trained, loss, config):
+        pass
+    learned = fitted.generative.noise.learned.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in learned.items())
+    with pytest.raises(RecordingError, match="noise: expected one of gaussian"):
+        fit(recording[0], half_trained, noise="pink")
+
+
+def test_a_head_for_theta_does_not_outlive_the_weights_it_was_trained_with(recording):
+    base = untrained()
+    base.recognition.predict_theta([ThetaEntry.of(p) for p in base.generative.parameters])
+    config = TrainConfig(n_steps=1, window=64, batch=2)
+    model = fit(recording[0], base, "supervised", spikes=recording[1], config=config)
+    assert model.recognition.theta_head is None
+    assert base.recognition.theta_head is not None
 
 
 def test_rates_are_learned_cell_by_cell_as_far_as_their_prior_lets_them(recording):

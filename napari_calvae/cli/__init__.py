@@ -28,6 +28,8 @@ class Objective(StrEnum):
     sleep = "sleep"
     vimco = "vimco"
     wake_sleep = "wake_sleep"
+    elbo = "elbo"
+    info_vae = "info_vae"
     supervised = "supervised"
     semi_supervised = "semi_supervised"
 
@@ -150,10 +152,11 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
     output: Annotated[Path, typer.Option("-o", "--output", help="Model to write (.safetensors)")],
     spikes: Annotated[Path | None, typer.Option(help="True spikes (.npz) for the supervised objectives")] = None,
     objective: Annotated[
-        Objective, typer.Option(help="What to train for; sleep, vimco and wake_sleep need no spikes")
+        Objective, typer.Option(help="What to train for; only the supervised ones need spikes")
     ] = Objective.sleep,
     base: Annotated[str, typer.Option(help="Model to start from: a shipped name or a file")] = "universal",
     generative: Annotated[str | None, typer.Option(help="Generative model, by default the base's")] = None,
+    noise: Annotated[str | None, typer.Option(help="Its noise, drift for one, by default the base's")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of the parameters, by default as is good")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the updates, by default as is good")] = None,
     rois: Rois = None,
@@ -196,7 +199,9 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
         given = {"n_steps": steps, "learning_rate": learning_rate, "seed": seed}
         settings = DEFAULTS[objective.value].model_dump() | {k: v for k, v in given.items() if v is not None}
         config = TrainConfig(**settings)
-        records = iter_fit(traces, base, objective.value, spikes=counts, generative=generative, config=config)
+        records = iter_fit(
+            traces, base, objective.value, spikes=counts, generative=generative, noise=noise, config=config
+        )
         model = finish(records, lambda r: report(f"Training, loss {r.loss:.4g}", r.step / r.n_steps))
         model.save(output)
     typer.echo(f"{output}: trained for {config.n_steps} steps on {traces.n_rois} ROIs")

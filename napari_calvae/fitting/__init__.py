@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from napari_calvae import objectives
 from napari_calvae.fitting.judgement import Judge, split
-from napari_calvae.fitting.losses import BoundLoss, SemiSupervisedLoss, Snippets, SupervisedLoss
+from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, SemiSupervisedLoss, Snippets, SupervisedLoss
 from napari_calvae.fitting.sleep import SleepLoss
-from napari_calvae.generative import MODELS
+from napari_calvae.generative import MODELS, NOISES, GenerativeModel
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import Loss, TrainConfig, TrainRecord, iter_train
 from napari_calvae.vae import SpikeVAE, load_model
 
-Objective = Literal["sleep", "vimco", "wake_sleep", "supervised", "semi_supervised"]
+Objective = Literal["sleep", "vimco", "wake_sleep", "elbo", "info_vae", "supervised", "semi_supervised"]
+
+_BOUNDS = {"vimco": objectives.vimco, "wake_sleep": objectives.wake_sleep, "elbo": objectives.elbo}
 
 #: Settings that are used where none are given: sleep adaptation helps within few updates, and drifts after many. With
 #: these, eight left-out data sets gained 0.019 and 0.026 in correlation at 25 ms (two seeds); the worst lost 0.035.
@@ -36,12 +38,20 @@ def fit(
     *,
     spikes: np.ndarray | None = None,
     generative: str | None = None,
+    noise: str | None = None,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
 ) -> SpikeVAE:
     """Fit a model to a recording; see ``iter_fit``, which reports every step."""
     steps = iter_fit(
-        traces, base, objective, spikes=spikes, generative=generative, config=config, checkpoint=checkpoint
+        traces,
+        base,
+        objective,
+        spikes=spikes,
+        generative=generative,
+        noise=noise,
+        config=config,
+        checkpoint=checkpoint,
     )
     while True:
         try:
@@ -57,6 +67,7 @@ def iter_fit(
     *,
     spikes: np.ndarray | None = None,
     generative: str | None = None,
+    noise: str | None = None,
     config: TrainConfig | None = None,
     checkpoint: str | Path | None = None,
 ) -> Generator[TrainRecord, None, SpikeVAE]:
@@ -77,6 +88,8 @@ def iter_fit(
         ``"sleep"``: unsupervised, spikes and fluorescence as the generative model, fitted to these traces, makes them.
         ``"vimco"``: unsupervised, the importance-weighted bound (Mnih & Rezende 2016) over network and per-cell θ.
         ``"wake_sleep"``: the same bound by reweighted wake-sleep (Bornschein & Bengio 2015).
+        ``"elbo"``: the evidence lower bound.
+        ``"info_vae"``: that, with all cells' spikes together like their prior's (Zhao, Song & Ermon 2019).
         ``"supervised"``: the log-probability of ``spikes``.
         ``"semi_supervised"``: that of the cells whose spikes are given, VIMCO for the others (Kingma et al. 2014), the
         truth weighted by ``config.label_weight``.
@@ -84,6 +97,9 @@ def iter_fit(
         (roi, time) true counts per frame, for the last two; for the last, NaN throughout in cells without.
     generative
         Name in ``generative.MODELS``; by default the one of ``base``.
+    noise
+        Name in ``generative.NOISES``, ``"drift"`` where the baseline is not steady; by default the one of ``base``. A
+        flow's weights are trained as well.
     config
         How to train, by default as in ``DEFAULTS``. With ``early_stopping`` training also ends when the held-out cells
         stop gaining, and their best weights are the ones that are judged.
@@ -100,16 +116,18 @@ def iter_fit(
         raise RecordingError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}.")
     config = config or DEFAULTS[objective]
     model = copy.copy(load_model(base))
-    model.recognition = copy.deepcopy(model.recognition)
-    if generative is not None:
-        model.generative, model.theta = _model_named(generative), {}
+    model.recognition, model.generative = copy.deepcopy(model.recognition), copy.deepcopy(model.generative)
+    # It was learned with the weights and the generative model that now change.
+    model.recognition.forget_theta()
+    if generative is not None or noise is not None:
+        model.generative, model.theta = _generative(model.generative, generative, noise), {}
     dff = model.preprocessing.apply(traces)
     torch.manual_seed(config.seed)
     judge = None
     if "supervised" not in objective:
         dff, held = split(dff, config.seed)
         judge = Judge(model, held, config, pairs=objective == "sleep")
-    start = copy.deepcopy(model.recognition)
+    start = copy.deepcopy((model.recognition, model.generative))
     loss, trained = _loss(objective, model, dff, spikes, config)
     yield from iter_train(
         trained,
@@ -127,7 +145,7 @@ def iter_fit(
         if verdict.better:
             outcome += f", kept: {told}"
         else:
-            model.recognition = start
+            model.recognition, model.generative = start
             outcome += f", not kept, weights of the base: {told}"
     model.description = f"{model.description}; {outcome}"
     model.sha256 = ""
@@ -143,10 +161,12 @@ def _loss(
         return SupervisedLoss(model, snippets, _check_spikes(spikes, dff)), nn.ModuleList([model.recognition])
     if objective == "sleep":
         return SleepLoss(model, snippets), nn.ModuleList([model.recognition])
-    bound = BoundLoss(model, snippets, config, objectives.wake_sleep if objective == "wake_sleep" else objectives.vimco)
-    trained = nn.ModuleList([model.recognition, bound.cells])
-    if objective != "semi_supervised":
+    bound = BoundLoss(model, snippets, config, _BOUNDS.get(objective, objectives.vimco))
+    trained = nn.ModuleList([model.recognition, bound.cells, model.generative.noise.learned])
+    if objective in _BOUNDS:
         return bound, trained
+    if objective == "info_vae":
+        return InfoVAELoss(bound, config.discrepancy_weight), trained
     known = np.asarray(spikes, float) if spikes is not None else np.full(dff.values.shape, np.nan)
     labelled = ~np.isnan(known).all(-1) if known.shape == dff.values.shape else np.ones(1, bool)
     if not labelled.any():
@@ -160,10 +180,12 @@ def _loss(
     return SemiSupervisedLoss(bound, truth, torch.from_numpy(labelled), config.label_weight), trained
 
 
-def _model_named(name: str) -> Any:
-    if name not in MODELS:
-        raise RecordingError(f"generative model: expected one of {', '.join(MODELS)}, got {name!r}.")
-    return MODELS[name]()
+def _generative(now: GenerativeModel, model: str | None, noise: str | None) -> GenerativeModel:
+    """Another generative model, another noise, or both; what is not named stays."""
+    for name, known, what in ((model, MODELS, "generative model"), (noise, NOISES, "noise")):
+        if name is not None and name not in known:
+            raise RecordingError(f"{what}: expected one of {', '.join(known)}, got {name!r}.")
+    return MODELS[model or now.name](NOISES[noise]() if noise else now.noise)
 
 
 def _check_spikes(spikes: np.ndarray | None, dff: Traces) -> Tensor:

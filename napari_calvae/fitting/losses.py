@@ -190,6 +190,7 @@ class BoundLoss:
         self.cells = self._first_guess(config.rate_spread) if cells is None else cells
         before = round(config.margin * snippets.window)
         self.counted = slice(before, snippets.window - before // 2)
+        self.n_counted = self.counted.stop - self.counted.start
 
     def _first_guess(self, rate_spread: float) -> Cells:
         model, snippets, rate = self.model, self.snippets, self.snippets.frame_rate
@@ -210,22 +211,34 @@ class BoundLoss:
         """Loss and terms of one step."""
         index = self.snippets.draw(generator, self.rows)
         log_joint, log_posterior, theta = self.weights(index, generator)
-        loss = self.objective(log_joint, log_posterior)
-        n_frames = self.counted.stop - self.counted.start
-        log_prior = self.log_prior(index[0][:, 0], theta)
+        bound = -self.objective(log_joint, log_posterior)
         share = torch.softmax((log_joint - log_posterior).detach(), 0)
+        terms = {"effective_samples": float((1 / (share**2).sum(0)).mean())}
+        loss, told = self.with_prior(bound, index[0][:, 0], theta)
+        return loss, told | terms
+
+    def with_prior(
+        self, bound: Float[Tensor, ""], rows: Tensor, theta: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss per frame from a bound on some cells' fluorescence and the log-prior of what is learned of them."""
+        log_prior = self.log_prior(rows, theta)
         terms = {
-            "bound": -float(loss.detach()),
+            "bound": float(bound.detach()),
             "log_prior": float(log_prior.detach()),
-            "effective_samples": float((1 / (share**2).sum(0)).mean()),
-            "rate": float(self.cells.rates(index[0][:, 0]).detach().median()),
+            "rate": float(self.cells.rates(rows).detach().median()),
         }
-        return (loss - log_prior) / n_frames, terms | medians(theta)
+        return -(bound + log_prior) / self.n_counted, terms | medians(theta)
 
     def weights(
         self, index: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sample, snippet) log p(F, s | θ) and log q(s | F) of trains from q, and θ of each snippet."""
+        counts, log_posterior = self.draw(index, generator)
+        theta = self.theta(index)
+        return self.log_joint(index, counts, theta), log_posterior, theta
+
+    def draw(self, index: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(sample, snippet, time) trains from q, and (sample, snippet) log q of them, their margins aside."""
         posterior = self.snippets.posterior(self.model.recognition, index)
         if isinstance(posterior, AutoregressivePosterior):
             counts, each = posterior.draw(self.n_samples, generator)
@@ -236,23 +249,61 @@ class BoundLoss:
             counted = torch.zeros(index[1].shape, dtype=torch.bool)
             counted[:, self.counted] = True
             log_posterior = posterior.log_prob(counts, counted)
-        theta = self.model.generative.constrain(self.cells(index[0][:, 0]))
-        return self.log_joint(index, counts.to(self.snippets.observed.dtype), theta), log_posterior, theta
+        return counts.to(self.snippets.observed.dtype), log_posterior
+
+    def theta(self, index: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Physical parameters of each snippet's cell."""
+        return self.model.generative.constrain(self.cells(index[0][:, 0]))
+
+    def prior(self, index: tuple[Tensor, Tensor]) -> SpikePrior:
+        """What is believed of the spikes of each snippet's cell."""
+        return SpikePrior(rate=self.cells.rates(index[0][:, 0]), max_count=self.model.recognition.max_count)
 
     def log_joint(self, index: tuple[Tensor, Tensor], counts: Tensor, theta: dict[str, Tensor]) -> Tensor:
         """(…, snippet) log p(s) + log p(F | s, θ) of snippets, their margins aside."""
         rate = self.snippets.frame_rate
         explained = self.snippets.valid[index].clone()
         explained[:, : self.counted.start] = False
-        prior = SpikePrior(rate=self.cells.rates(index[0][:, 0]), max_count=self.model.recognition.max_count)
-        return prior.log_prob(counts[..., self.counted], rate) + self.model.generative.log_prob(
+        return self.prior(index).log_prob(counts[..., self.counted], rate) + self.model.generative.log_prob(
             self.snippets.observed[index], counts, theta, rate, explained
         )
 
     def log_prior(self, rows: Tensor, theta: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Log-prior of θ and rates of some cells, as much of it as the counted frames are of the recording."""
-        share = (self.counted.stop - self.counted.start) / self.snippets.observed.shape[-1]
+        share = self.n_counted / self.snippets.observed.shape[-1]
         return (self.model.generative.log_prior(theta) + self.cells.log_prior_rate(rows)).mean() * share
+
+
+class InfoVAELoss:
+    """The evidence lower bound, and the spikes of all cells together like their prior's: InfoVAE with α = 0, per frame.
+
+    Parameters
+    ----------
+    bound
+        The bound, whose own objective is not used.
+    weight
+        Of the discrepancy (`objectives.mmd` of `objectives.window_counts`), in nats per snippet.
+    """
+
+    def __init__(self, bound: BoundLoss, weight: float) -> None:
+        self.bound, self.weight = bound, weight
+
+    def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss and terms of one step."""
+        bound = self.bound
+        index = bound.snippets.draw(generator, bound.rows)
+        counts, log_posterior = bound.draw(index, generator)
+        theta = bound.theta(index)
+        log_joint = bound.log_joint(index, counts, theta)
+        counted = counts[..., bound.counted]
+        drawn = bound.prior(index).sample(tuple(counted.shape), bound.snippets.frame_rate, generator)
+        discrepancy = objectives.mmd(
+            log_posterior, objectives.window_counts(counted), objectives.window_counts(drawn).flatten(0, 1)
+        )
+        elbo = -objectives.elbo(log_joint, log_posterior)
+        loss, terms = bound.with_prior(elbo, index[0][:, 0], theta)
+        loss = loss + self.weight * discrepancy / bound.n_counted
+        return loss, terms | {"discrepancy": float(discrepancy.detach())}
 
 
 class SemiSupervisedLoss:
@@ -270,10 +321,10 @@ class SemiSupervisedLoss:
         bound = self.bound
         index = bound.snippets.draw(generator, self.labelled)
         counts, valid = self.truth[index], bound.snippets.valid[index]
-        theta = bound.model.generative.constrain(bound.cells(index[0][:, 0]))
+        theta = bound.theta(index)
         log_joint = bound.log_joint(index, counts, theta)
         # The truth of the margins is known as well; it counts as much as if it were that of the other frames alone.
-        n_frames = bound.counted.stop - bound.counted.start
+        n_frames = bound.n_counted
         log_q = bound.snippets.posterior(bound.model.recognition, index).log_prob(counts, valid)
         log_posterior = log_q * n_frames / counts.shape[-1]
         unlabelled, terms = torch.zeros(()), medians(theta)
