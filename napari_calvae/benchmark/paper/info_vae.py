@@ -25,10 +25,10 @@ _PIECE = slice(44, 52)
 #: Criteria by name: α and weight of `objectives.info_vae`, None for the bound itself.
 _CRITERIA: dict[str, tuple[float, float] | None] = {
     "ELBO": None,
-    "InfoVAE, α = 0, weight 100": (0.0, 100.0),
-    "InfoVAE, α = 0, weight 1000": (0.0, 1000.0),
-    "InfoVAE, α = 0.5, weight 1000": (0.5, 1000.0),
-    "MMD-VAE (α = 1), weight 1000": (1.0, 1000.0),
+    "InfoVAE, α = 0, weight 10³": (0.0, 1e3),
+    "InfoVAE, α = 0, weight 10⁴": (0.0, 1e4),
+    "InfoVAE, α = 0, weight 10⁵": (0.0, 1e5),
+    "MMD-VAE (α = 1), weight 10⁴": (1.0, 1e4),
 }
 
 
