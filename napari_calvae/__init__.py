@@ -16,10 +16,12 @@ _HOME = {
     "SpikeInference": "recording",
     "Traces": "recording",
     "SpikeVAE": "vae",
+    "SpineInference": "spines",
     "diagnose": "refinement",
     "extract": "preprocess",
     "fit": "fitting",
     "infer": "inference",
+    "infer_spines": "spines",
     "iter_extract": "preprocess",
     "iter_fit": "fitting",
     "iter_infer": "inference",
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine
     from napari_calvae.simulation import simulate
+    from napari_calvae.spines import SpineInference, infer_spines
     from napari_calvae.vae import SpikeVAE, load_model, models
 
 

@@ -79,7 +79,7 @@ def iter_fit(
     spikes
         (roi, time) true counts per frame, for the last two; for the last, NaN throughout in cells without.
     generative
-        Name in ``generative.MODELS``; by default the one of ``base``.
+        Name in ``generative.MODELS``, of a model for single cells; by default the one of ``base``.
     config
         How to train, by default as in ``DEFAULTS``.
 
@@ -91,7 +91,7 @@ def iter_fit(
     if objective not in get_args(Objective):
         raise RecordingError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}.")
     config = config or DEFAULTS[objective]
-    model = copy.copy(load_model(base))
+    model = copy.copy(load_model(base, coupled=False))
     model.recognition = copy.deepcopy(model.recognition)
     if generative is not None:
         model.generative, model.theta = _model_named(generative), {}
@@ -146,8 +146,9 @@ def _loss(
 
 
 def _model_named(name: str) -> Any:
-    if name not in MODELS:
-        raise RecordingError(f"generative model: expected one of {', '.join(MODELS)}, got {name!r}.")
+    single = [known for known, model in MODELS.items() if not model.coupled]
+    if name not in single:
+        raise RecordingError(f"generative model: expected one of {', '.join(single)}, got {name!r}.")
     return MODELS[name]()
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
+from napari_calvae.benchmark.paper.spines import SPINES
 
-_ALL: tuple[Proof, ...] = ()
+_ALL: tuple[Proof, ...] = (SPINES,)
 
 #: In the order in which the report shows them.
 PROOFS: dict[str, Proof] = {proof.name: proof for proof in _ALL}
