@@ -16,12 +16,14 @@ _HOME = {
     "SpikeInference": "recording",
     "Traces": "recording",
     "SpikeVAE": "vae",
+    "SpineInference": "spines",
     "Stimulation": "stimulation",
     "diagnose": "refinement",
     "extract": "preprocess",
     "fit": "fitting",
     "infer": "inference",
     "infer_all_optical": "all_optical",
+    "infer_spines": "spines",
     "iter_all_optical": "all_optical",
     "iter_extract": "preprocess",
     "iter_fit": "fitting",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine
     from napari_calvae.simulation import simulate
+    from napari_calvae.spines import SpineInference, infer_spines
     from napari_calvae.stimulation import Stimulation
     from napari_calvae.vae import SpikeVAE, load_model, models
 

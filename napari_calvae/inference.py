@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from napari_calvae.generative import GenerativeModel, Theta
 from napari_calvae.metrics import Explained, quality_table
 from napari_calvae.recognition import CHUNK, SpikePosterior
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
@@ -60,7 +61,7 @@ def infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings
 def iter_infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> Iterator[SpikeInference]:
     """Like ``infer``, a block of ROIs at a time; stop consuming it to stop computing."""
     config = InferConfig(**settings)
-    vae = load_model(model)
+    vae = load_model(model, coupled=False)
     device = pick_device(config.device)
     vae.recognition.to(device).eval()
     dff = vae.preprocessing.apply(traces)
@@ -149,19 +150,22 @@ def inference_of(
     drift = vae.generative.drift(observed, mean, theta, dff.frame_rate, valid)
     noise = vae.generative.noise_std(theta, dff.frame_rate)
     events, centre, spread = [], [], []
-    for row, roi in enumerate(dff.roi_ids):
-        one = {name: value[row] for name, value in theta.items()}
-        samples = _sample(posterior.select(slice(row, row + 1)), config, roi)
-        events.append(to_events(samples, row))
+    # Compartments of one dendrite are rendered together, cells one by one: what that needs stays in the cache.
+    step = dff.n_rois if vae.generative.coupled else 1
+    for rows in (slice(start, start + step) for start in range(0, dff.n_rois, step)):
+        ids = list(enumerate(dff.roi_ids))[rows]
+        drawn = [_sample(posterior.select(slice(row, row + 1)), config, roi) for row, roi in ids]
+        events += [to_events(samples, row) for (row, _), samples in zip(ids, drawn, strict=True)]
         if config.n_samples:
-            traces = vae.generative.fluorescence(samples.to(observed.dtype), one, dff.frame_rate)
-            traces = _same_gain(traces, samples, mean[row].sum(), theta["baseline"][row])
+            own = {name: value[rows] for name, value in theta.items()}
+            traces = _render(torch.stack(drawn, 1), mean[rows].sum(-1), vae.generative, own, dff.frame_rate)
             variance, average = torch.var_mean(traces, 0, correction=0)
-            centre.append(average + drift[row])
-            spread.append(_spread(variance, observed[row].nan_to_num() - centre[-1], valid[row]))
+            centre += list(average + drift[rows])
+            residual = observed[rows].nan_to_num() - average - drift[rows]
+            spread += [_spread(*each) for each in zip(variance, residual, valid[rows], strict=True)]
         else:
-            centre.append(expected[row] + drift[row])
-            spread.append(noise[row].expand(dff.n_frames))
+            centre += list(expected[rows] + drift[rows])
+            spread += list(noise[rows, None].expand(-1, dff.n_frames))
     rate = (mean * dff.frame_rate).cpu().numpy()
     reconstruction = torch.stack(centre).cpu().numpy()
     reconstruction_std = torch.stack(spread).cpu().numpy()
@@ -197,14 +201,19 @@ def to_events(samples: Tensor, row: int) -> np.ndarray:
     return events
 
 
-def _same_gain(traces: Tensor, samples: Tensor, expected: Tensor, baseline: Tensor) -> Tensor:
-    """Give each sampled trace, in place, the amplitude that goes with its number of spikes.
+def _render(samples: Tensor, expected: Tensor, generative: GenerativeModel, theta: Theta, frame_rate: float) -> Tensor:
+    """(sample, row, time) noise-free ΔF/F of sampled trains, each with the amplitude that goes with its spikes.
 
     A train of twice the spikes goes with half the response to each, and the data hardly tell the two apart. One
     amplitude for all samples would show that freedom as misfit. The added spike keeps near-silent cells from extremes.
     """
-    scale = (expected + 1) / (samples.sum(-1, keepdim=True) + 1)
-    return traces.sub_(baseline).mul_(scale).add_(baseline)
+    counts = samples.to(expected.dtype)
+    scale = (expected[:, None] + 1) / (counts.sum(-1, keepdim=True) + 1)
+    if generative.coupled:
+        # A compartment adds up several trains, each of an amplitude of its own.
+        return generative.fluorescence(counts.mul_(scale), theta, frame_rate)
+    baseline = theta["baseline"][:, None]
+    return generative.fluorescence(counts, theta, frame_rate).sub_(baseline).mul_(scale).add_(baseline)
 
 
 def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def simulate(
     frame_rate
         Frames per second (Hz).
     model
-        Name of a generative model, one of ``generative.MODELS``.
+        Name of a generative model, one of ``generative.MODELS``. With ``"dendritic_spine"`` the ROIs are one dendrite:
+        the first its shaft, whose spikes are action potentials, the others spines, whose spikes are synaptic inputs.
     rate
         Median firing rate (spikes/s); the cells' rates vary by a factor of two around it.
     theta

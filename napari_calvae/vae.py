@@ -172,10 +172,34 @@ def models() -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda item: (item[0] != "universal", item[0])))
 
 
-def load_model(model: str | Path | SpikeVAE = "universal") -> SpikeVAE:
-    """A model by the name under which it ships, by file, or as it is."""
-    if isinstance(model, SpikeVAE):
-        return model
+def load_model(model: str | Path | SpikeVAE = "universal", coupled: bool | None = None) -> SpikeVAE:
+    """A model by the name under which it ships, by file, or as it is.
+
+    Parameters
+    ----------
+    model
+        Name, file or model.
+    coupled
+        Whether it has to be one for a shaft with its spines (True) or for traces that are each a cell's (False); by
+        default it may be either.
+
+    Raises
+    ------
+    ModelError
+        If there is none, or one of the other kind.
+    """
+    vae = model if isinstance(model, SpikeVAE) else _load_named(model)
+    if coupled is not None and vae.recognition.coupled != coupled:
+        kinds = {True: "a shaft with its spines", False: "traces that are each a cell's"}
+        instead = {True: "model='spines'", False: "model='universal', or napari_calvae.infer_spines for spines"}
+        raise ModelError(
+            f"model: expected one for {kinds[coupled]}, got one for {kinds[not coupled]} "
+            f"({vae.recognition.name}). Use {instead[coupled]}."
+        )
+    return vae
+
+
+def _load_named(model: str | Path) -> SpikeVAE:
     shipped = models()
     if str(model) in shipped:
         path = shipped[str(model)]

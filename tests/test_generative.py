@@ -42,6 +42,11 @@ def shorter(model: GenerativeModel, n_frames: int) -> int:
     return n_frames // 20 if isinstance(model, IndicatorKinetics) else n_frames
 
 
+def rows(model: GenerativeModel) -> tuple[int, ...]:
+    """Batch of one cell, or the two compartments that a coupled model needs."""
+    return (2,) if model.coupled else ()
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -98,20 +103,22 @@ def test_log_prob_is_the_density_of_simulate(model, frame_rate):
 
 
 def test_missing_frames_drop_out(model):
-    theta, counts = median_theta(model), poisson(2.0, 20.0, 60)
+    theta, counts = median_theta(model, *rows(model)), poisson(2.0, 20.0, *rows(model), 60)
     observed = model.simulate(counts, theta, 20.0, generator())
     valid = torch.ones(60, dtype=torch.bool)
     valid[10:25] = False
     masked = model.log_prob(observed, counts, theta, 20.0, valid)
     holed = observed.masked_fill(~valid, torch.nan)
     assert torch.equal(masked, model.log_prob(holed, counts, theta, 20.0))
-    by_hand = torch.distributions.Normal(model.fluorescence(counts, theta, 20.0), model.noise_std(theta, 20.0))
-    assert torch.allclose(masked, by_hand.log_prob(observed)[valid].sum())
-    assert torch.isfinite(model.log_prob(torch.full((60,), torch.nan, dtype=torch.float64), counts, theta, 20.0))
+    std = model.noise_std(theta, 20.0)[..., None]
+    by_hand = torch.distributions.Normal(model.fluorescence(counts, theta, 20.0), std)
+    assert torch.allclose(masked, by_hand.log_prob(observed)[..., valid].sum(-1))
+    missing = torch.full((60,), torch.nan, dtype=torch.float64)
+    assert torch.isfinite(model.log_prob(missing, counts, theta, 20.0)).all()
 
 
 def test_gradients(model):
-    counts = 0.3 + torch.rand(2, 1, 9, dtype=torch.float64, generator=generator())
+    counts = 0.3 + torch.rand(2, 3 if model.coupled else 1, 9, dtype=torch.float64, generator=generator())
     u = model.unconstrain(median_theta(model, 3)) + 0.3 * torch.randn(
         3, len(model.parameters), dtype=torch.float64, generator=generator(1)
     )
@@ -131,12 +138,12 @@ def test_gradients_stay_finite_without_spikes(model):
 
 
 def test_nothing_changes_before_a_spike(model):
-    theta = median_theta(model, baseline=0.1)
-    counts = torch.zeros(100, dtype=torch.float64)
-    counts[40] = 1
+    theta = median_theta(model, *rows(model), baseline=0.1)
+    counts = torch.zeros(*rows(model), 100, dtype=torch.float64)
+    counts[..., 40] = 1
     trace = model.fluorescence(counts, theta, 30.0)
-    assert (trace[:40] - 0.1).abs().max() < 1e-12
-    assert trace[40] > 0.1 + 1e-4
+    assert (trace[..., :40] - 0.1).abs().max() < 1e-12
+    assert (trace[..., 40] > 0.1 + 1e-4).all()
 
 
 def test_batches_broadcast(model):
@@ -146,6 +153,10 @@ def test_batches_broadcast(model):
     rates = torch.tensor([10.0, 25.0, 40.0], dtype=torch.float64)
     whole = model.fluorescence(counts, theta, rates)
     assert whole.shape == (4, 3, n_frames)
+    if model.coupled:
+        for i in range(4):
+            assert torch.allclose(whole[i], model.fluorescence(counts[i], theta, rates))
+        return
     for i, j in itertools.product(range(4), range(3)):
         one = model.fluorescence(counts[i, j], {k: v[j] for k, v in theta.items()}, float(rates[j]))
         assert torch.allclose(whole[i, j], one)
@@ -155,12 +166,12 @@ def test_bin_width_matters_to_first_order_at_most(model):
     """The same spikes, each in the middle of a frame at every width, against frames of 2.5 ms."""
     if isinstance(model, IndicatorKinetics):
         pytest.skip("rises within one of these frames: see test_kinetics_agree_with_a_stiff_solver_at_two_frame_rates")
-    theta, fine = median_theta(model), 405
+    theta, fine = median_theta(model, *rows(model)), 405
     spikes = torch.tensor([13, 40, 41, 42, 80])  # in frames of 27/405 s
 
     def trace(factor: int) -> torch.Tensor:
-        counts = torch.zeros(120 * 27 // factor, dtype=torch.float64)
-        counts[(spikes * 27 + 13) // factor] = 1
+        counts = torch.zeros(*rows(model), 120 * 27 // factor, dtype=torch.float64)
+        counts[..., (spikes * 27 + 13) // factor] = 1
         return model.fluorescence(counts, theta, fine / factor)
 
     finest = trace(1)
@@ -169,7 +180,7 @@ def test_bin_width_matters_to_first_order_at_most(model):
         # Within its own frame a spike may have been anywhere, so that there the widths differ by definition.
         elsewhere = torch.ones(120 * 27 // factor, dtype=torch.bool)
         elsewhere[(spikes * 27 + 13) // factor] = False
-        return float((trace(factor) - finest[factor // 2 :: factor])[elsewhere].abs().max())
+        return float((trace(factor) - finest[..., factor // 2 :: factor])[..., elsewhere].abs().max())
 
     errors = [error(factor) for factor in (27, 9, 3)]
     assert errors[0] < 0.08 * float(finest.max())

@@ -14,6 +14,7 @@ from napari_calvae.recognition.factorized import GainCategorical
 SMALL = {
     "convolutional": {"width": 6, "kernels": (5, 3), "max_count": 2},
     "factorized": {"widths": (4, 6, 8), "max_count": 2},
+    "spines": {"shaft_widths": (4, 6, 8), "spine_widths": (4, 5, 6), "n_shared": 3, "max_count": 2},
     "autoregressive": {"width": 6, "hidden": 5, "max_count": 2, "segment": 128},
 }
 
@@ -41,9 +42,9 @@ def test_log_prob_sums_to_one_over_all_short_trains(network):
 
 
 def test_masked_frames_are_marginalised_out_or_left_out(network):
-    posterior = network(traces(1, 3), 30.0)
-    valid = torch.tensor([[True, False, True]])
-    trains = torch.tensor([[[a, 0, b]] for a in range(3) for b in range(3)])
+    posterior = network(traces(2, 3), 30.0)
+    valid = torch.tensor([[True, False, True]]).expand(2, -1)
+    trains = torch.tensor([[[a, 0, b]] for a in range(3) for b in range(3)]).expand(-1, 2, -1)
     total = torch.logsumexp(posterior.log_prob(trains, valid), 0)
     assert torch.isfinite(total).all()
     if isinstance(posterior, GainCategorical):
@@ -63,11 +64,13 @@ def test_no_samples_are_no_error(network):
 
 
 def test_roi_order_is_irrelevant(network):
-    f = traces(3, 64)
-    order = torch.tensor([2, 0, 1])
-    counts = torch.randint(0, 3, (3, 64), generator=torch.Generator().manual_seed(4))
-    a = network(f, torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)).log_prob(counts)
-    b = network(f[order], torch.tensor([30.0, 10.0, 20.0], dtype=torch.float64)).log_prob(counts[order])
+    f = traces(4, 64)
+    # The first of coupled rows is the shaft; all of one structure are recorded at one rate.
+    order = torch.tensor([0, 3, 1, 2]) if network.coupled else torch.tensor([2, 0, 3, 1])
+    rates = torch.tensor([20.0] * 4 if network.coupled else [10.0, 20.0, 30.0, 40.0], dtype=torch.float64)
+    counts = torch.randint(0, 3, (4, 64), generator=torch.Generator().manual_seed(4))
+    a = network(f, rates).log_prob(counts)
+    b = network(f[order], rates[order]).log_prob(counts[order])
     torch.testing.assert_close(a[order], b)
 
 
@@ -81,12 +84,12 @@ def test_chunks_with_halo_equal_the_whole(network):
 def test_local_outputs_reach_no_further_than_the_halo(network):
     if network.name == "autoregressive":
         pytest.skip("a recurrent network's memory has no end; its halo is where it has faded")
-    features = trace_features(traces(1, 800))
-    rate = torch.zeros(1, dtype=torch.float64)
+    features = trace_features(traces(2, 800))
+    rate = torch.zeros(2, dtype=torch.float64)
     summary = network.summarise(features, rate)
     other = features.clone()
     other[..., 400] += 1
-    moved = (network.local(features, rate, summary) != network.local(other, rate, summary)).any(1)[0].nonzero()
+    moved = (network.local(features, rate, summary) != network.local(other, rate, summary)).any(1).any(0).nonzero()
     assert 400 - network.halo <= int(moved.min()) < 400 < int(moved.max()) <= 400 + network.halo
 
 

@@ -140,7 +140,8 @@ def one_roi(inference: calvae.SpikeInference, row: int) -> calvae.SpikeInference
 def iter_ready(number: int = 0) -> Iterator[Message]:
     """Load what the first click would have to wait for, and tell what there is."""
     try:
-        names = tuple(calvae.models())
+        # Those for dendrites want to know which ROI is the shaft.
+        names = tuple(name for name in calvae.models() if not calvae.load_model(name).recognition.coupled)
         if not names:
             raise calvae.RecordingError("Model: expected a trained model in the package, got none. Install it again.")
         yield Ready(names, "")

@@ -176,7 +176,7 @@ def iter_all_optical(
     RecordingError
         If traces, positions and stimulation do not go together, or no spikes can be inferred.
     """
-    config, vae, started = AllOpticalConfig(**settings), load_model(model), time.perf_counter()
+    config, vae, started = AllOpticalConfig(**settings), load_model(model, coupled=False), time.perf_counter()
     where = positions.centroids if isinstance(positions, RoiMasks) else positions
     where = check_positions(where, traces.n_rois)
     dff = vae.preprocessing.apply(traces)

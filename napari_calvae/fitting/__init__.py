@@ -96,7 +96,7 @@ def iter_fit(
     spikes
         (roi, time) true counts per frame, for the last two; for the last, NaN throughout in cells without.
     generative
-        Name in ``generative.MODELS``; by default the one of ``base``.
+        Name in ``generative.MODELS``, of a model for single cells; by default the one of ``base``.
     noise
         Name in ``generative.NOISES``, ``"drift"`` where the baseline is not steady; by default the one of ``base``. A
         flow's weights are trained as well.
@@ -115,7 +115,7 @@ def iter_fit(
     if objective not in get_args(Objective):
         raise RecordingError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}.")
     config = config or DEFAULTS[objective]
-    model = copy.copy(load_model(base))
+    model = copy.copy(load_model(base, coupled=False))
     model.recognition, model.generative = copy.deepcopy(model.recognition), copy.deepcopy(model.generative)
     # It was learned with the weights and the generative model that now change.
     model.recognition.forget_theta()
@@ -182,7 +182,8 @@ def _loss(
 
 def _generative(now: GenerativeModel, model: str | None, noise: str | None) -> GenerativeModel:
     """Another generative model, another noise, or both; what is not named stays."""
-    for name, known, what in ((model, MODELS, "generative model"), (noise, NOISES, "noise")):
+    single = [name for name, cls in MODELS.items() if not cls.coupled]
+    for name, known, what in ((model, single, "generative model"), (noise, NOISES, "noise")):
         if name is not None and name not in known:
             raise RecordingError(f"{what}: expected one of {', '.join(known)}, got {name!r}.")
     return MODELS[model or now.name](NOISES[noise]() if noise else now.noise)

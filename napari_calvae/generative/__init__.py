@@ -5,6 +5,7 @@ from __future__ import annotations
 from napari_calvae.generative.all_optical import AllOptical, Illumination, SparseWeights
 from napari_calvae.generative.base import GenerativeModel, Parameter, Theta
 from napari_calvae.generative.bursts import BurstyPrior
+from napari_calvae.generative.dendritic_spine import DendriticSpine
 from napari_calvae.generative.drift import DriftingNoise
 from napari_calvae.generative.dye_binding import DyeBinding
 from napari_calvae.generative.flow import FlowNoise
@@ -17,7 +18,7 @@ from napari_calvae.generative.prior import SpikePrior
 
 #: Every model that a saved file, a form or the command line may name. Contract tests collect this.
 MODELS: dict[str, type[GenerativeModel]] = {
-    cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m, GCaMP6s, GCaMP6f)
+    cls.name: cls for cls in (LinearAR, DyeBinding, Physiological, JGCaMP8f, JGCaMP8m, GCaMP6s, GCaMP6f, DendriticSpine)
 }
 
 #: Every kind of noise that a saved model may name. Contract tests collect this.
@@ -35,6 +36,7 @@ __all__ = [
     "AllOptical",
     "BurstyPrior",
     "CorrelatedNoise",
+    "DendriticSpine",
     "DriftingNoise",
     "DyeBinding",
     "FlowNoise",

@@ -36,6 +36,9 @@ class GenerativeModel(abc.ABC):
 
     name: ClassVar[str]
     label: ClassVar[str]
+    #: Whether the rows of one batch are compartments of one structure rather than independent cells; the last axis of
+    #: the batch, of counts and of θ, is then that of the compartments.
+    coupled: ClassVar[bool] = False
     #: The class's end with ``baseline`` and ``noise_density``, which every model has; an instance adds those of its
     #: noise, if it has more.
     parameters: tuple[Parameter, ...]

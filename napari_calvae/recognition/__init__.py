@@ -9,10 +9,11 @@ from napari_calvae.recognition.autoregressive import AutoregressiveNetwork
 from napari_calvae.recognition.base import CHUNK, RecognitionNetwork, SpikePosterior
 from napari_calvae.recognition.convolutional import ConvolutionalNetwork
 from napari_calvae.recognition.factorized import FactorizedNetwork
+from napari_calvae.recognition.spines import SpineNetwork
 
 #: Every network that a saved model may name. Contract tests collect this.
 NETWORKS: dict[str, type[RecognitionNetwork]] = {
-    cls.name: cls for cls in (ConvolutionalNetwork, FactorizedNetwork, AutoregressiveNetwork)
+    cls.name: cls for cls in (ConvolutionalNetwork, FactorizedNetwork, AutoregressiveNetwork, SpineNetwork)
 }
 
 
@@ -33,6 +34,7 @@ __all__ = [
     "FactorizedNetwork",
     "RecognitionNetwork",
     "SpikePosterior",
+    "SpineNetwork",
     "ThetaEntry",
     "ThetaPosterior",
     "build_network",

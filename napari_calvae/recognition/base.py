@@ -57,6 +57,9 @@ class RecognitionNetwork(nn.Module, abc.ABC):
     """
 
     name: ClassVar[str]
+    #: Whether the rows of one call are compartments of one structure, the first of them its shaft, rather than cells
+    #: that know nothing of each other.
+    coupled: ClassVar[bool] = False
     #: Keyword arguments that build this network again.
     config: dict[str, Any]
     #: Highest spike count per frame that the posterior can express.

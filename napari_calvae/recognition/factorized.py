@@ -188,6 +188,8 @@ class FactorizedNetwork(RecognitionNetwork):
         Factor on the standard deviation of the log-gain, calibrated on data sets that the network did not see.
     min_frames
         Shortest trace that it is trained on.
+    n_features
+        Channels of the features that it is given, where it is part of another network.
     """
 
     name: ClassVar[str] = "factorized"
@@ -198,6 +200,7 @@ class FactorizedNetwork(RecognitionNetwork):
         max_count: int = 10,
         gain_scale: float = 1.0,
         min_frames: int = 1,
+        n_features: int = N_FEATURES,
     ) -> None:
         super().__init__()
         widths = tuple(widths)
@@ -206,6 +209,7 @@ class FactorizedNetwork(RecognitionNetwork):
             "max_count": max_count,
             "gain_scale": gain_scale,
             "min_frames": min_frames,
+            "n_features": n_features,
         }
         self.max_count = max_count
         self.min_frames = min_frames
@@ -216,7 +220,7 @@ class FactorizedNetwork(RecognitionNetwork):
         self.halo = sum(10 * 2**level for level in range(len(widths)))
         n_summary, n_rate = widths[-1], 8
         self.rate = nn.Sequential(nn.Linear(2, n_rate), nn.ReLU(), nn.Linear(n_rate, n_rate))
-        self.stem = nn.Conv1d(N_FEATURES, widths[0], 5, padding=2)
+        self.stem = nn.Conv1d(n_features, widths[0], 5, padding=2)
         self.down = nn.ModuleList(_Block(w, w, n_rate) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv1d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.pool = nn.Linear(2 * widths[-1], n_summary)

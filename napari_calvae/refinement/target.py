@@ -88,7 +88,7 @@ class Target:
 
 def begin(traces: Traces, model: str | Path | SpikeVAE) -> tuple[Target, GainCategorical]:
     """The network's posterior, and the generative model as inference would use it."""
-    vae = load_model(model)
+    vae = load_model(model, coupled=False)
     dff = vae.preprocessing.apply(traces)
     observed, valid = torch.from_numpy(dff.values.copy()), torch.from_numpy(dff.valid.copy())
     vae.recognition.to("cpu").eval()

@@ -17,6 +17,7 @@ from napari_calvae.benchmark.paper import (
     refinement,
     residuals,
     scdf,
+    spines,
 )
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
@@ -27,6 +28,7 @@ _ALL: tuple[Proof, ...] = (
     posteriors.POSTERIORS,
     real.UNSUPERVISED,
     real.LABELS,
+    spines.SPINES,
     all_optical.PROOF,
     residuals.PROOF,
     kinetics.KINETICS,

@@ -28,6 +28,7 @@ from napari_calvae.vae import SpikeVAE
 _SMALL: dict[str, dict[str, Any]] = {
     "convolutional": {"width": 6, "kernels": (5, 3)},
     "factorized": {"widths": (4, 6, 8)},
+    "spines": {"shaft_widths": (4, 6, 8), "spine_widths": (4, 5, 6), "n_shared": 3},
     "autoregressive": {"width": 6, "hidden": 5},
 }
 #: Bins per second of the traces: few enough that a bin may well hold a spike.
