@@ -19,7 +19,7 @@ from napari_calvae.benchmark.paper.enumeration import Check, all_trains, finite_
 from napari_calvae.benchmark.paper.exact_objectives import check_objectives
 from napari_calvae.fitting.losses import MIN_RATE
 from napari_calvae.generative import MODELS, NOISES, BurstyPrior, SpikePrior
-from napari_calvae.recognition import NETWORKS, RecognitionNetwork, build_network
+from napari_calvae.recognition import NETWORKS, RecognitionNetwork, SpikePosterior, build_network
 from napari_calvae.recording import Traces
 from napari_calvae.refinement import diagnose
 from napari_calvae.vae import SpikeVAE
@@ -100,7 +100,7 @@ def check_evidence(setting: Setting) -> Iterator[Check]:
         generator = torch.Generator().manual_seed(setting.seed)
         network = _network(name, 1, setting)
         with torch.no_grad():
-            posterior = network(target.observed[None], _RATE)
+            posterior = _posterior(network, target.observed)
             n = 2_000 if setting.quick else 20_000
             counts = posterior.sample(n, generator).double()
             log_w = (target.log_joint(counts[:, 0]) - posterior.log_prob(counts)[:, 0]) - target.evidence
@@ -121,7 +121,7 @@ def check_networks(setting: Setting) -> Iterator[Check]:
             network = _network(name, max_count, setting)
             generator = torch.Generator().manual_seed(setting.seed)
             with torch.no_grad():
-                posterior = network(torch.randn(1, n, generator=generator, dtype=torch.float64).cumsum(-1), _RATE)
+                posterior = _posterior(network, torch.randn(n, generator=generator, dtype=torch.float64).cumsum(-1))
                 trains = all_trains(n, max_count)
                 log_q = posterior.log_prob(trains[:, None])[:, 0]
                 of = f"{name}, counts to {max_count}"
@@ -214,6 +214,12 @@ def _network(name: str, max_count: int, setting: Setting) -> RecognitionNetwork:
         for p in network.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return network
+
+
+def _posterior(network: RecognitionNetwork, trace: Tensor) -> SpikePosterior:
+    """Posterior of one trace; from a network for a shaft and its spines, that of a spine alike to its shaft."""
+    rows = 2 if network.coupled else 1
+    return network(trace.expand(rows, -1), _RATE).select(slice(rows - 1, rows))
 
 
 def _unbatched(theta: dict[str, Tensor]) -> dict[str, Tensor]:
