@@ -18,8 +18,10 @@ from napari_calvae.generative.parameters import BASELINE, NOISE, Parameter
 
 #: Acceptance that random walks are tuned to while the chain settles.
 _ACCEPTANCE = 0.35
-#: Random walks per sweep.
+#: Random walks per sweep, of each kind.
 _WALKS = 2
+#: Reaches of the artefact that a start compares.
+_N_GRID = 17
 #: Mean and standard deviation of the amplitude under its prior, which is log-normal.
 _MEAN = AMPLITUDE.median * math.exp(AMPLITUDE.spread**2 / 2)
 _STD = _MEAN * math.sqrt(math.expm1(AMPLITUDE.spread**2))
@@ -77,6 +79,13 @@ class Chain:
         for parameter in (FALLOFF, COUPLING) if self.coupled else (FALLOFF,):
             self._renew_reach(parameter, settling)
 
+    @torch.no_grad()
+    def seek_glare(self) -> None:
+        """Set the reach of the artefact to the most probable of a grid over its prior, to begin a random walk there."""
+        grid = GLARE.median * torch.exp(GLARE.spread * torch.linspace(-2, 2, _N_GRID))
+        tried = [self.theta | {GLARE.name: value} for value in grid]
+        self.theta = max(tried, key=lambda theta: float(self._evidence(theta)[0].sum() + _log_prior(GLARE, theta)))
+
     def log_joint(self) -> float:
         """Log p(F, s, θ), with θ unconstrained."""
         r = self.recording
@@ -115,7 +124,7 @@ class Chain:
 
         def density(theta: Mapping[str, Tensor]) -> Tensor:
             seen = self.model.log_prob_counts(self.counts, theta, r.frame_rate, r.light)
-            return seen - 0.5 * ((theta[parameter.name].log() - parameter.centre) / parameter.spread) ** 2
+            return seen + _log_prior(parameter, theta)
 
         new = self.theta | {parameter.name: self._walk(parameter.name, self.theta[parameter.name])}
         if self._accept(density(new) - density(self.theta), parameter.name, settling):
@@ -130,10 +139,7 @@ class Chain:
         precision = _gamma(shape, self.generator) / (0.5 * power).clamp_min(1e-12)
         new = (precision**-0.5 / math.sqrt(r.frame_rate)).float()
 
-        def prior(value: Tensor) -> Tensor:
-            return -0.5 * ((value.log() - NOISE.centre) / NOISE.spread) ** 2
-
-        taken = self._accept(prior(new) - prior(theta[NOISE.name]))
+        taken = self._accept(_log_prior(NOISE, {NOISE.name: new}) - _log_prior(NOISE, theta))
         self.theta[NOISE.name] = torch.where(taken, new, theta[NOISE.name])
 
     def _renew_response(self, settling: bool) -> None:
@@ -149,12 +155,12 @@ class Chain:
             ratio, new = self._linear(new)
             taken = self._accept(ratio, "shape" if walk else "", settling)
             self.theta |= {name: torch.where(taken, new[name], self.theta[name]) for name in new}
-        new = self.theta | {GLARE.name: self._walk(GLARE.name, self.theta[GLARE.name])}
-        ratio, linear = self._linear(new)
-        change = ((new[GLARE.name].log() - GLARE.centre) / GLARE.spread) ** 2
-        change = change - ((self.theta[GLARE.name].log() - GLARE.centre) / GLARE.spread) ** 2
-        if self._accept(ratio.sum() - 0.5 * change, GLARE.name, settling):
-            self.theta |= new | linear
+        for _ in range(_WALKS):
+            new = self.theta | {GLARE.name: self._walk(GLARE.name, self.theta[GLARE.name])}
+            ratio, linear = self._linear(new)
+            change = _log_prior(GLARE, new) - _log_prior(GLARE, self.theta)
+            if self._accept(ratio.sum() + change, GLARE.name, settling):
+                self.theta |= new | linear
 
     def _linear(self, new: dict[str, Tensor]) -> tuple[Float[Tensor, " cell"], dict[str, Tensor]]:
         """Draw amplitude, artefact and baseline given the ``new`` rest; and the log-ratio to accept all that by."""
@@ -206,9 +212,12 @@ def _correction(amplitude: Float[Tensor, " cell"], theta: Mapping[str, Tensor]) 
     log_amplitude = amplitude.clamp_min(1e-12).log()
     z = (log_amplitude - AMPLITUDE.centre) / AMPLITUDE.spread
     total = -0.5 * z**2 - log_amplitude + 0.5 * ((amplitude - _MEAN) / _STD) ** 2
-    for p in (RISE, DECAY):
-        total = total - 0.5 * ((theta[p.name].log() - p.centre) / p.spread) ** 2
-    return torch.where(amplitude > 0, total, -torch.inf)
+    return torch.where(amplitude > 0, total + _log_prior(RISE, theta) + _log_prior(DECAY, theta), -torch.inf)
+
+
+def _log_prior(parameter: Parameter, theta: Mapping[str, Tensor]) -> Tensor:
+    """Log-density of a positive parameter's logarithm, up to a constant."""
+    return -0.5 * ((theta[parameter.name].log() - parameter.centre) / parameter.spread) ** 2
 
 
 def _gamma(shape: Float[Tensor, " cell"], generator: torch.Generator) -> Float[Tensor, " cell"]:

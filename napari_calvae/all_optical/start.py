@@ -52,6 +52,7 @@ def iter_start(
     for scale in SCALES:
         start = guess | {"amplitude": scale * guess["amplitude"]}
         chain = Chain(model, recording, _round(expected / scale, generator), start, generator, coupled=False)
+        chain.seek_glare()
         for _ in range(n_sweeps):
             chain.sweep(settling=True)
             yield chain
