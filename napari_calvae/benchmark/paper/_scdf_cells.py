@@ -6,6 +6,7 @@ fitted, which takes the same constants for a process in continuous time.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,7 +253,10 @@ def train(setting: Setting, name: str, modules: nn.Module, loss: Loss, config: T
 
 
 def fit_stages(setting: Setting, plan: Plan, cells: Cells, kind: str) -> Iterator[tuple[str, Fitted]]:
-    """Warm start on the broad prior; θ of each cell, and sleep on cells of such θ; then VIMCO on the cells' traces."""
+    """Warm start on the broad prior; θ of each cell, and sleep on cells of such θ; then two ways on from there.
+
+    These are VIMCO and reweighted wake-sleep on the cells' own traces.
+    """
     warm, theta, sleep, final = (
         config.model_copy(update={"seed": setting.seed}) for config in (plan.warm, plan.theta, plan.sleep, plan.bound)
     )
@@ -269,6 +273,11 @@ def fit_stages(setting: Setting, plan: Plan, cells: Cells, kind: str) -> Iterato
     network.requires_grad_(True)
     seconds += train(setting, f"{kind}-sleep", network, PriorLoss(model, fitted_cells(bound), sleep), sleep)
     yield "sleep on fitted cells", Fitted(model, bound, seconds)
-    last = BoundLoss(model, Snippets(cells.traces(plan.n_fit), final), final, cells=bound.cells)
-    seconds += train(setting, f"{kind}-bound", nn.ModuleList([network, last.cells]), last, final)
-    yield "VIMCO", Fitted(model, last, seconds)
+    snippets = Snippets(cells.traces(plan.n_fit), final)
+    for name, objective in (("VIMCO", objectives.vimco), ("reweighted wake-sleep", objectives.wake_sleep)):
+        own, known = copy.copy(model), copy.deepcopy(bound.cells)
+        own.recognition = copy.deepcopy(network)
+        last = BoundLoss(own, snippets, final, objective, cells=known)
+        key = f"{kind}-{name.split()[-1].lower()}"
+        took = train(setting, key, nn.ModuleList([own.recognition, known]), last, final)
+        yield name, Fitted(own, last, seconds + took)
