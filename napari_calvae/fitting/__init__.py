@@ -86,7 +86,9 @@ def iter_fit(
         Where to start: a shipped model, a file or a ``SpikeVAE``. It is left as it is.
     objective
         ``"sleep"``: unsupervised, spikes and fluorescence as the generative model, fitted to these traces, makes them.
-        ``"vimco"``: unsupervised, the importance-weighted bound (Mnih & Rezende 2016) over network and per-cell θ.
+        ``"vimco"``: unsupervised, the importance-weighted bound (Mnih & Rezende 2016) over network, per-cell θ and
+        rates. It wants a network that finds the spikes already: on noise that it had not met, one drifted to a third
+        of the spikes at twice the amplitude while its bound rose.
         ``"wake_sleep"``: the same bound by reweighted wake-sleep (Bornschein & Bengio 2015).
         ``"elbo"``: the evidence lower bound.
         ``"info_vae"``: that, with all cells' spikes together like their prior's (Zhao, Song & Ermon 2019).
