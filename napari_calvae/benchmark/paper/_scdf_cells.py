@@ -106,7 +106,8 @@ def simulate(n_cells: int, n_frames: int, seed: int) -> Cells:
 class AtFrameEnd(GenerativeModel):
     """`DyeBinding` on the clock of the paper, where F is read at the end of the frame that a spike falls into.
 
-    Our models read it in the middle. Half a frame matters for correlations at 60 Hz, and no fluorescence tells it.
+    Our models read it in the middle. A shift by half a frame matters for correlations at 60 Hz, and spikes and response
+    can make up for it together, so that fluorescence hardly tells it.
     """
 
     name: ClassVar[str] = DyeBinding.name
