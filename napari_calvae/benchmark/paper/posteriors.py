@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from napari_calvae.benchmark.paper import _scdf_cells as scdf
+from napari_calvae.benchmark.paper import scdf_cells as scdf
 from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.metrics import score_correlation
 

@@ -10,7 +10,7 @@ import torch
 
 from napari_calvae import objectives
 from napari_calvae.benchmark.ground_truth import SHIFTS, oasis_method
-from napari_calvae.benchmark.paper._scdf_cells import (
+from napari_calvae.benchmark.paper.scdf_cells import (
     BUFFER,
     FRAME_RATE,
     QUICK,
