@@ -10,6 +10,7 @@ import torch
 
 from napari_calvae import objectives
 from napari_calvae.benchmark.ground_truth import SHIFTS, oasis_method
+from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.benchmark.paper.scdf_cells import (
     BUFFER,
     FRAME_RATE,
@@ -20,7 +21,6 @@ from napari_calvae.benchmark.paper.scdf_cells import (
     fit_stages,
     simulate,
 )
-from napari_calvae.benchmark.paper.base import Proof, Row, Setting
 from napari_calvae.fitting.losses import Snippets
 from napari_calvae.generative import GenerativeModel, Theta
 from napari_calvae.metrics import score_correlation

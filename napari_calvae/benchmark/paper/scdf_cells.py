@@ -108,8 +108,8 @@ def simulate(n_cells: int, n_frames: int, seed: int) -> Cells:
 class PaperStep(GenerativeModel):
     """`DyeBinding` in the paper's steps: to first order, a frame's spikes at its beginning and F read at its end.
 
-    c_t = γ c_{t−1} + s_t, d_t = k_on dt c_t^h (1 − d_{t−1}) + κ d_{t−1}, F = saturation · d + baseline, as in `simulate`,
-    with γ = e^{−dt/τ_calcium}, κ = e^{−dt/τ_unbind} and d in units of d_max. The original fitted the recursion that its
+    c_t = γ c_{t−1} + s_t, d_t = k_on dt c_t^h (1 − d_{t−1}) + κ d_{t−1}, F = saturation · d + baseline, with
+    γ = e^{−dt/τ_calcium}, κ = e^{−dt/τ_unbind} and d in units of d_max, as in `simulate`. The original fitted the recursion that its
     cells came from. `DyeBinding` steps exactly and averages over where in its frame a spike was; given true spikes and
     constants, that alone misses these cells by half the standard deviation of their noise.
     """
