@@ -6,7 +6,6 @@ fitted, which takes the same constants for a process in continuous time.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,12 +105,12 @@ def simulate(n_cells: int, n_frames: int, seed: int) -> Cells:
 
 @final
 class PaperStep(GenerativeModel):
-    """`DyeBinding` in the paper's steps: to first order, a frame's spikes at its beginning and F read at its end.
+    """`DyeBinding` in the paper's steps: of first order, a frame's spikes at its beginning and F read at its end.
 
     c_t = γ c_{t−1} + s_t, d_t = k_on dt c_t^h (1 − d_{t−1}) + κ d_{t−1}, F = saturation · d + baseline, with
-    γ = e^{−dt/τ_calcium}, κ = e^{−dt/τ_unbind} and d in units of d_max, as in `simulate`. The original fitted the recursion that its
-    cells came from. `DyeBinding` steps exactly and averages over where in its frame a spike was; given true spikes and
-    constants, that alone misses these cells by half the standard deviation of their noise.
+    γ = e^{−dt/τ_calcium}, κ = e^{−dt/τ_unbind} and d in units of d_max, as in `simulate`. The original fitted the
+    recursion that its cells came from. `DyeBinding` steps exactly and averages over where in its frame a spike was;
+    given true spikes and constants, that alone misses these cells by half the standard deviation of their noise.
     """
 
     name: ClassVar[str] = DyeBinding.name
@@ -144,10 +143,10 @@ class PaperStep(GenerativeModel):
 
 
 _WARM = TrainConfig(n_steps=1500, learning_rate=3e-3, window=256, batch=48, ema=0.99)
-_THETA = TrainConfig(n_steps=150, learning_rate=6e-2, window=224, batch=12, n_samples=32)
-_SLEEP = TrainConfig(n_steps=250, learning_rate=1e-3, window=256, batch=48, ema=0.98)
+_THETA = TrainConfig(n_steps=300, learning_rate=6e-2, window=224, batch=12, n_samples=32)
+_SLEEP = TrainConfig(n_steps=200, learning_rate=1e-3, window=256, batch=48, ema=0.98)
 _BOUND = TrainConfig(
-    n_steps=300, learning_rate=3e-4, cell_learning_rate=3e-2, window=224, batch=6, n_samples=64, ema=0.98
+    n_steps=500, learning_rate=1e-4, cell_learning_rate=2e-2, window=224, batch=12, n_samples=64, ema=0.98
 )
 _SHORT = TrainConfig(n_steps=2, window=32, batch=4, n_samples=4)
 
@@ -159,13 +158,14 @@ class Plan:
     n_cells: int = 30
     n_frames: int = 15_000
     n_fit: int = 12_000
+    n_rounds: int = 4
     warm: TrainConfig = _WARM
     theta: TrainConfig = _THETA
     sleep: TrainConfig = _SLEEP
     bound: TrainConfig = _BOUND
 
 
-QUICK = Plan(n_cells=3, n_frames=900, n_fit=500, warm=_SHORT, theta=_SHORT, sleep=_SHORT, bound=_SHORT)
+QUICK = Plan(n_cells=3, n_frames=900, n_fit=500, n_rounds=1, warm=_SHORT, theta=_SHORT, sleep=_SHORT, bound=_SHORT)
 
 #: Arguments of the networks; the factorised one is as large as lets both cost about the same per step.
 NETWORK: dict[str, dict[str, Any]] = {"autoregressive": {}, "factorized": {"widths": (8, 16, 24, 32)}}
@@ -220,7 +220,7 @@ def broad(generative: GenerativeModel) -> Callable[[int, torch.Generator], Theta
     return draw
 
 
-def fitted_cells(bound: BoundLoss, jitter: float = 0.2) -> Callable[[int, torch.Generator], Theta]:
+def fitted_cells(bound: BoundLoss, jitter: float = 0.1) -> Callable[[int, torch.Generator], Theta]:
     """Draws θ from that of fitted cells as they are now, moved by ``jitter`` spreads of the prior."""
     cells = bound.cells
     u = cells(torch.arange(len(cells.start))).detach().clone()
@@ -265,31 +265,40 @@ def train(setting: Setting, name: str, modules: nn.Module, loss: Loss, config: T
 
 
 def fit_stages(setting: Setting, plan: Plan, cells: Cells, kind: str) -> Iterator[tuple[str, Fitted]]:
-    """Warm start on the broad prior; θ of each cell, and sleep on cells of such θ; then two ways on from there.
+    """Warm start on the broad prior, rounds of fitting and sleep, VIMCO, and sleep on the cells that it leaves.
 
-    These are VIMCO and reweighted wake-sleep on the cells' own traces.
+    In a round each cell's θ and rate follow from spikes as the network sees them, weighted by what they explain, and
+    the network then learns from simulations of such cells: the wake and the sleep phase of wake-sleep. VIMCO fits all
+    together, network included, to the cells' own traces. What is yielded holds until the next stage begins.
     """
-    warm, theta, sleep, final = (
-        config.model_copy(update={"seed": setting.seed}) for config in (plan.warm, plan.theta, plan.sleep, plan.bound)
-    )
+
+    def seeded(config: TrainConfig, k: int = 0) -> TrainConfig:
+        return config.model_copy(update={"seed": 100 * setting.seed + k})
+
     model = blank_model(kind, setting.seed)
-    network = model.recognition
-    seconds = train(setting, f"{kind}-warm", network, PriorLoss(model, broad(model.generative), warm), warm)
     model.generative = PaperStep()
+    network = model.recognition
+    warm = seeded(plan.warm)
+    seconds = train(setting, f"{kind}-warm", network, PriorLoss(model, broad(model.generative), warm), warm)
     began = time.perf_counter()
-    bound = BoundLoss(model, Snippets(cells.traces(plan.n_fit), theta), theta, objectives.wake_theta)
+    traces = cells.traces(plan.n_fit)
+    bound = BoundLoss(model, Snippets(traces, plan.theta), plan.theta, objectives.wake_theta)
     seconds += time.perf_counter() - began
     yield "warm start", Fitted(model, bound, seconds)
-    network.requires_grad_(False)
-    seconds += train(setting, f"{kind}-theta", bound.cells, bound, theta)
-    network.requires_grad_(True)
-    seconds += train(setting, f"{kind}-sleep", network, PriorLoss(model, fitted_cells(bound), sleep), sleep)
-    yield "sleep on fitted cells", Fitted(model, bound, seconds)
-    snippets = Snippets(cells.traces(plan.n_fit), final)
-    for name, objective in (("VIMCO", objectives.vimco), ("reweighted wake-sleep", objectives.wake_sleep)):
-        own, known = copy.copy(model), copy.deepcopy(bound.cells)
-        own.recognition = copy.deepcopy(network)
-        last = BoundLoss(own, snippets, final, objective, cells=known)
-        key = f"{kind}-{name.split()[-1].lower()}"
-        took = train(setting, key, nn.ModuleList([own.recognition, known]), last, final)
-        yield name, Fitted(own, last, seconds + took)
+
+    def sleep(k: int) -> float:
+        config = seeded(plan.sleep, k)
+        return train(setting, f"{kind}-sleep-{k}", network, PriorLoss(model, fitted_cells(bound), config), config)
+
+    for k in range(plan.n_rounds):
+        network.requires_grad_(False)
+        seconds += train(setting, f"{kind}-theta-{k}", bound.cells, bound, seeded(plan.theta, k))
+        network.requires_grad_(True)
+        seconds += sleep(k)
+    yield f"{plan.n_rounds} rounds of fitting and sleep", Fitted(model, bound, seconds)
+    bound = BoundLoss(model, Snippets(traces, plan.bound), plan.bound, objectives.vimco, cells=bound.cells)
+    both = nn.ModuleList([network, bound.cells])
+    seconds += train(setting, f"{kind}-vimco", both, bound, seeded(plan.bound))
+    yield "VIMCO", Fitted(model, bound, seconds)
+    seconds += sleep(plan.n_rounds)
+    yield "sleep after VIMCO", Fitted(model, bound, seconds)
