@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from napari_calvae.benchmark import paper
+from napari_calvae.benchmark.paper import scdf_cells
 from napari_calvae.recording import RecordingError
 
 
@@ -23,6 +26,14 @@ def test_a_quick_run_yields_a_whole_table(proof, tmp_path, request):
     for row in rows:
         assert list(row) == list(rows[0])
         assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
+
+
+def test_the_scdf_cells_come_from_the_recursion_that_is_fitted():
+    cells = scdf_cells.simulate(4, 400, 0)
+    assert cells.spikes.sum() > 10
+    theta = {name: torch.from_numpy(value) for name, value in cells.theta.items()}
+    fluorescence = scdf_cells.PaperStep().fluorescence(torch.from_numpy(cells.spikes), theta, scdf_cells.FRAME_RATE)
+    assert np.abs(fluorescence.numpy() - cells.clean).max() < 1e-12
 
 
 def _count(setting):

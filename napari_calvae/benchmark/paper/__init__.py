@@ -24,14 +24,14 @@ from napari_calvae.benchmark.paper.record import read_records, run, to_markdown
 
 _ALL: tuple[Proof, ...] = (
     exact.PROOF,
-    scdf.SCDF,
-    posteriors.POSTERIORS,
+    scdf.PROOF,
+    posteriors.PROOF,
     real.UNSUPERVISED,
     real.LABELS,
-    spines.SPINES,
+    spines.PROOF,
     all_optical.PROOF,
     residuals.PROOF,
-    kinetics.KINETICS,
+    kinetics.PROOF,
     info_vae.PROOF,
     refinement.PROOF,
     calibration.PROOF,

@@ -124,7 +124,7 @@ def _spread(values: Tensor, scored: Tensor, window: int) -> Tensor:
     return total
 
 
-KINETICS = Proof(
+PROOF = Proof(
     name="kinetics",
     title="Kinetics of the indicator, given the true spikes",
     claim="Given the true spikes, the states of the indicator explain ΔF/F of cells to which its constants were not "

@@ -86,7 +86,7 @@ def proof(setting: Setting) -> Iterator[Row]:
         yield row("seconds of training", fitted.seconds)
 
 
-POSTERIORS = Proof(
+PROOF = Proof(
     name="posteriors",
     title="Factorised and autoregressive posterior on the same cells",
     claim=(

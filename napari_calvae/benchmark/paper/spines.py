@@ -226,7 +226,7 @@ def run(setting: Setting) -> Iterator[Row]:
         }
 
 
-SPINES = Proof(
+PROOF = Proof(
     name="spines",
     title="Spines: synaptic inputs apart from back-propagating action potentials",
     claim=(
