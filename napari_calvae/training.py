@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
         0.3, gt=0, title="Doubt about rates", description="Spread of the log-normal prior of each cell's rate (VIMCO)"
     )
     label_weight: float = Field(
-        1.0, ge=0, title="Weight of labels", description="Of true spikes beside the bound, if some cells have them"
+        10.0, ge=0, title="Weight of labels", description="Of true spikes beside the bound, if some cells have them"
     )
     discrepancy_weight: float = Field(
         100.0, ge=0, title="Weight of the discrepancy", description="Of the spikes from their prior, in nats (InfoVAE)"

@@ -307,7 +307,7 @@ class InfoVAELoss:
 
 
 class SemiSupervisedLoss:
-    """The truth for cells whose spikes are known, VIMCO for the rest (`objectives.semi_supervised`), per frame."""
+    """The truth for cells whose spikes are known, a bound for the rest (`objectives.semi_supervised`), per frame."""
 
     def __init__(self, bound: BoundLoss, truth: Tensor, labelled: Tensor, weight: float) -> None:
         self.bound, self.weight = bound, weight

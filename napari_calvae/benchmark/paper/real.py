@@ -117,7 +117,7 @@ def _labels(setting: Setting) -> Iterator[Row]:
         labelled = np.isin(np.arange(n), order[:n_labelled])
         spikes = np.where(labelled[:, None], seen.counts, np.nan)
         if n_labelled == 0:
-            both, alone = fit(seen.traces, start, "vimco", config=config), start
+            both, alone = fit(seen.traces, start, "wake_sleep", config=config), start
         else:
             both = fit(seen.traces, start, "semi_supervised", spikes=spikes, config=config)
             known = seen.traces.select(np.flatnonzero(labelled).tolist())
@@ -146,7 +146,7 @@ LABELS = Proof(
     "labels",
     "Semi-supervised: how many labelled cells it takes",
     "The same cells and start; of the seen half some have their true spikes, the others only their fluorescence "
-    "(objective `semi_supervised`, weight of labels 1), against training on the labelled cells alone.",
+    "(objective `semi_supervised`, weight of labels 10), against training on the labelled cells alone.",
     _labels,
     real=True,
 )
