@@ -100,8 +100,8 @@ def iter_fit(
         ``"elbo"``: the evidence lower bound.
         ``"info_vae"``: that, with all cells' spikes together like their prior's (Zhao, Song & Ermon 2019).
         ``"supervised"``: the log-probability of ``spikes``.
-        ``"semi_supervised"``: that of the cells whose spikes are given (Kingma et al. 2014), wake-sleep for the others,
-        the truth weighted by ``config.label_weight``.
+        ``"semi_supervised"``: that of the cells whose spikes are given, weighted by ``config.label_weight``, and
+        wake-sleep for the others (after Kingma et al. 2014).
     spikes
         (roi, time) true counts per frame, for the last two; for the last, NaN throughout in cells without.
     generative
