@@ -42,7 +42,7 @@ class Stimulation:
         onset = np.atleast_1d(np.asarray(self.onset, float))
         if onset.ndim != 1 or not np.isfinite(onset).all():
             raise RecordingError(
-                f"onset: expected one finite time (s) per pulse, got shape {onset.shape}. Give an array (pulse,)."
+                f"onset: expected one finite time (s) per pulse, got {_told(onset)}. Give an array (pulse,)."
             )
         n = len(onset)
         if len(self.targets) != n:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from napari_calvae.formats import whole_files
+from napari_calvae.recording import RecordingError
 
 
 class TrainConfig(BaseModel):
@@ -88,6 +89,7 @@ def iter_train(
     *,
     held_out: HeldOut | None = None,
     rates: Mapping[str, float] | None = None,
+    made_for: str = "",
 ) -> Iterator[TrainRecord]:
     """Minimise ``loss`` over the parameters of ``modules``, in place.
 
@@ -108,6 +110,13 @@ def iter_train(
     rates
         Learning rates of the parameters whose names begin with these, in place of ``config.learning_rate``; they do not
         decay towards zero (``config.weight_decay``).
+    made_for
+        What is trained on what. A checkpoint that was made for something else is refused.
+
+    Raises
+    ------
+    RecordingError
+        If the checkpoint was made for something else.
     """
     groups = _parameter_groups(modules, config, rates or {})
     optimiser = torch.optim.AdamW(groups)
@@ -117,6 +126,11 @@ def iter_train(
     history: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
+        if state.get("made_for", "") != made_for:
+            raise RecordingError(
+                f"checkpoint {checkpoint.name}: expected one of this fit ({made_for or 'unnamed'}), got one of another "
+                f"({state.get('made_for') or 'unnamed'}). Give another name, or the same recording, model and settings."
+            )
         modules.load_state_dict(state["modules"])
         optimiser.load_state_dict(state["optimiser"])
         start, before = state["step"], state["seconds"]
@@ -158,6 +172,7 @@ def iter_train(
                 "step": step + 1,
                 "seconds": seconds,
                 "history": history,
+                "made_for": made_for,
             }
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             with whole_files(checkpoint) as (temporary,):

@@ -24,7 +24,8 @@ from napari_calvae.preprocess import check_traces, delta_f_over_f
 from napari_calvae.recognition import RecognitionNetwork, build_network
 from napari_calvae.recording import RecordingError, Traces
 
-SCHEMA = 1
+#: 2: noise with options and weights, other priors. 1 is still read.
+SCHEMA = 2
 #: What the names of the noise's weights begin with in a file.
 _NOISE = "generative.noise."
 
@@ -81,6 +82,23 @@ class SpikeVAE:
     #: SHA-256 of the file it was read from or written to, empty if none.
     sha256: str = ""
 
+    def __post_init__(self) -> None:
+        network, model = self.recognition, self.generative
+        if network.coupled != model.coupled:
+            kinds = {True: "a shaft with its spines", False: "single cells"}
+            raise ModelError(
+                f"SpikeVAE: expected network and generative model for the same, got {network.name} for "
+                f"{kinds[network.coupled]} and {model.name} for {kinds[model.coupled]}. Change one of them."
+            )
+        head = network.theta_head
+        names = tuple(p.name for p in model.parameters)
+        if head is not None and tuple(entry.name for entry in head.entries) != names:
+            raise ModelError(
+                f"SpikeVAE: expected a network that predicts {', '.join(names)}, got one with "
+                f"{', '.join(entry.name for entry in head.entries)}. Use the generative model and noise that it was "
+                "trained with, or remove its head by forget_theta()."
+            )
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: weights, and a JSON description with their checksum in its header.
 
@@ -124,9 +142,9 @@ class SpikeVAE:
         try:
             spec = _read_spec(data)
             weights = load_tensors(data)
-            if spec["schema"] != SCHEMA:
+            if spec["schema"] not in (1, SCHEMA):
                 raise ModelError(
-                    f"model {path.name}: expected schema {SCHEMA}, got {spec['schema']}. "
+                    f"model {path.name}: expected schema {SCHEMA} or older, got {spec['schema']}. "
                     "Update napari-calvae, or save the model again with this version."
                 )
             if _checksum(weights) != spec["weights_sha256"]:

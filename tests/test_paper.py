@@ -26,6 +26,7 @@ def test_a_quick_run_yields_a_whole_table(proof, tmp_path, request):
     for row in rows:
         assert list(row) == list(rows[0])
         assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
+        assert row.get("holds", "yes") == "yes"
 
 
 def test_the_scdf_cells_come_from_the_recursion_that_is_fitted():

@@ -87,7 +87,8 @@ class AllOpticalInference:
     weights
         (sample, cell, cell) draws of the connectivity (spikes per spike): row i is what cell i receives.
     connectivity, connectivity_std
-        (cell, cell) mean and standard deviation of it. The diagonal is what a spike does to its own cell.
+        (cell, cell) mean and standard deviation of it, with Laplace's approximation. The diagonal is what a spike does
+        to its own cell.
     connection
         (cell, cell) probability that there is a connection.
     excitability, excitability_std
@@ -210,7 +211,7 @@ def iter_all_optical(
         gathering.add(chain)
         yield record("sample", chain)
     provenance = provenance_of(
-        vae, traces, InferConfig(n_samples=0, seed=config.seed, device="cpu"), torch.device("cpu")
+        vae, traces, InferConfig(n_samples=config.n_samples, seed=config.seed, device="cpu"), torch.device("cpu")
     )
     provenance |= {"generative_model": network.name, "all_optical": config.model_dump()}
     return AllOpticalInference(

@@ -19,8 +19,9 @@ from napari_calvae.recording import SpikeInference, Traces
 class Gathering:
     """Running sums over the states of a chain, and its spike trains.
 
-    Means of coefficients are those of their conditional means, and variances add the conditional ones (Rao–Blackwell):
-    far less noisy than those of the draws.
+    Means of coefficients are those of the modes of their conditional distributions, and variances add the curvature
+    there (Rao–Blackwell with Laplace's approximation): far less noisy than those of the draws, and a little off where
+    a cell has few spikes.
     """
 
     def __init__(self, model: AllOptical, recording: Recording) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Literal, get_args
@@ -125,28 +126,37 @@ def iter_fit(
         raise RecordingError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}.")
     config = config or DEFAULTS[objective]
     model = copy.copy(load_model(base, coupled=False))
-    model.recognition, model.generative = copy.deepcopy(model.recognition), copy.deepcopy(model.generative)
-    # It was learned with the weights and the generative model that now change.
-    model.recognition.forget_theta()
-    if generative is not None or noise is not None:
-        model.generative, model.theta = _generative(model.generative, generative, noise), {}
-    dff = model.preprocessing.apply(traces)
+    # Inference may have left the network on a GPU; snippets are on the CPU.
+    model.recognition, model.generative = copy.deepcopy(model.recognition).cpu(), copy.deepcopy(model.generative)
     torch.manual_seed(config.seed)
+    if generative is not None or noise is not None:
+        model.generative = _generative(model.generative, generative, noise)
+        names = [p.name for p in model.generative.parameters]
+        model.theta = {name: value for name, value in model.theta.items() if generative is None and name in names}
+        model.recognition.forget_theta()
+    dff = model.preprocessing.apply(traces)
     judge = None
     if "supervised" not in objective:
         dff, held = split(dff, config.seed)
         judge = Judge(model, held, config, pairs=objective == "sleep")
     start = copy.deepcopy((model.recognition, model.generative))
+    # It was learned with weights that now change.
+    model.recognition.forget_theta()
     loss, trained = _loss(objective, model, dff, spikes, config)
-    yield from iter_train(
+    records = iter_train(
         trained,
         loss,
         config,
         None if checkpoint is None else Path(checkpoint),
         held_out=None if judge is None or not config.early_stopping else lambda: judge.loss(model),
         rates={"1.": config.cell_learning_rate},
+        made_for=f"{objective}, {model.generative.name}, {_fingerprint(model, dff, config)}",
     )
-    outcome = f"fitted by {objective}, {config.n_steps} steps, seed {config.seed}"
+    n_steps = config.n_steps
+    for record in records:
+        n_steps = record.step
+        yield record
+    outcome = f"fitted by {objective}, {n_steps} steps, seed {config.seed}"
     if judge is not None:
         verdict = judge.verdict(model)
         told = f"held-out bound {verdict.bound:+.3f} nats/s"
@@ -187,6 +197,15 @@ def _loss(
         known[~labelled] = 0
     truth = _check_spikes(known, dff)
     return SemiSupervisedLoss(bound, truth, torch.from_numpy(labelled), config.label_weight), trained
+
+
+def _fingerprint(model: SpikeVAE, dff: Traces, config: TrainConfig) -> str:
+    """Of the weights and the recording that a fit starts from, and of its settings."""
+    digest = hashlib.sha256(config.model_dump_json().encode())
+    for tensor in model.recognition.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    digest.update(dff.values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _generative(now: GenerativeModel, model: str | None, noise: str | None) -> GenerativeModel:

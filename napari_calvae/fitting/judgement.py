@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +80,9 @@ class Judge:
         return Verdict(bound, pairs)
 
     def loss(self, model: SpikeVAE) -> float:
-        """What a fit does worse than its start, in nats per second; below zero where it does better."""
+        """What a fit does worse than its start, in nats per second; infinite where it would not be kept."""
         verdict = self.verdict(model)
-        return -(verdict.bound + verdict.pairs)
+        return -(verdict.bound + verdict.pairs) if verdict.bound >= 0 and verdict.pairs >= 0 else math.inf
 
     @torch.no_grad()
     def _values(self, model: SpikeVAE) -> Float[Tensor, "value snippet"]:
@@ -101,7 +102,7 @@ class Judge:
         if self.dreams is not None:
             dff, counts = self.dreams.render(self.index, torch.Generator().manual_seed(self.config.seed))
             rendered = model.recognition(dff, rate, valid).log_prob(counts, valid)
-        return torch.stack([real, rendered]) * rate / observed.shape[-1]
+        return torch.stack([real / bound.n_counted, rendered / observed.shape[-1]]) * rate
 
 
 def _between(dff: Traces, first: int, last: int) -> Traces:

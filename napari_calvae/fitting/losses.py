@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from napari_calvae import objectives
@@ -92,6 +92,13 @@ def expected(posterior: SpikePosterior, snippets: Snippets) -> Float[Tensor, "ro
     return torch.cat([part.sample(_N_EXPECTED, generator).float().mean(0) for part in parts])
 
 
+def mean_rate(
+    mean: Float[Tensor, "roi time"], valid: Bool[Tensor, "roi time"], frame_rate: float
+) -> Float[Tensor, " roi"]:
+    """Expected spikes per second (Hz) over the measured frames, where alone a network's answer says something."""
+    return (mean * valid).sum(-1) / valid.sum(-1).clamp_min(1) * frame_rate
+
+
 class Cells(nn.Module):
     """θ and prior rate of every cell: steps away from a first guess, in units of their priors' spreads.
 
@@ -157,7 +164,7 @@ class BoundLoss:
     The margins of a snippet (`TrainConfig.margin`) are context. What fired before it still glows at its beginning:
     those frames are not asked to be explained. Spikes in either margin are drawn, since they glow in other frames, but
     count neither in p nor in q. So the bound is that on the fluorescence behind the first margin, with a spike prior
-    that is q itself in the margins.
+    that is q itself in the margins, held as it is: no gradient passes through them.
 
     Parameters
     ----------
@@ -205,7 +212,7 @@ class BoundLoss:
             snippets.observed[:, few], counts[:, few], rate, snippets.valid[:, few], theta, _START_STEPS
         )
         spread = torch.tensor([p.spread for p in model.generative.parameters])
-        return Cells(model.generative.unconstrain(theta), spread, mean.mean(-1) * rate, rate_spread)
+        return Cells(model.generative.unconstrain(theta), spread, mean_rate(mean, snippets.valid, rate), rate_spread)
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and terms of one step."""

@@ -50,11 +50,11 @@ class IndicatorKinetics(GenerativeModel, abc.ABC):
     store, without its limit). ΔF/F = (b − b₀) / (b₀ + b_sat / (dynamic_range − 1)), with the brightness b, b₀ at rest
     and b_sat in saturating calcium; without calcium none shines.
 
-    A frame's spikes come in its middle, and F is the mean over the frame. Steps are short after spikes and at most 8 ms
-    long at any frame rate. In each, the states move by the matrix exponential of their rates at the calcium of the
-    step's middle, found implicitly, which gives the mean brightness over it as well: second order, and within 1 % of a
-    stiff solver. The exponentials are tabulated over log calcium and interpolated; as weighted means of stochastic
-    matrices they keep occupancies within [0, 1] and their sum at one.
+    A frame's spikes come in its middle, and F is the mean over the frame. Steps are short after spikes and at most
+    12 ms long at any frame rate. In each, the states move by the matrix exponential of their rates at the calcium
+    of the step's middle, found implicitly, which gives the mean brightness over it as well: second order, and
+    within 1 % of a stiff solver. The exponentials are tabulated over log calcium and interpolated; as weighted
+    means of stochastic matrices they keep occupancies within [0, 1] and their sum at one.
 
     This is a loop over time, run side by side on pieces of 2 s; see `simulate_states`.
     """

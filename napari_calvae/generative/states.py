@@ -91,7 +91,8 @@ class StateScheme:
 
     def table(self, step: float) -> Table:
         """What a step (s) makes of the occupancies, at each calcium of the table."""
-        if step not in self._tables:
+        table = self._tables.get(step)
+        if table is None:
             calcium = torch.exp(_LOG_LOW + torch.arange(_POINTS, dtype=torch.float64) / SCALE)
             rates = self.rate_matrix(calcium) * (step / 2)
             # The integral of brightness is one state more, which nothing leaves.
@@ -100,10 +101,12 @@ class StateScheme:
             table = Table(
                 *(_with_slopes(x) for x in ((half_way @ half_way)[..., :-1], self.bound @ half_way[:, :-1, :-1]))
             )
-            if len(self._tables) >= _KEPT:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[step] = table
-        return self._tables[step]
+            # Rates that are being fitted change; other threads may tidy up at the same time.
+            if not table.moves.requires_grad:
+                if len(self._tables) >= _KEPT:
+                    self._tables.pop(next(iter(self._tables)), None)
+                self._tables[step] = table
+        return table
 
 
 def _with_slopes(values: Tensor) -> Tensor:
@@ -113,5 +116,6 @@ def _with_slopes(values: Tensor) -> Tensor:
 def find(calcium: Float[Tensor, " batch"]) -> tuple[Num[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Where in a `Table` some calcium (µM) lies: the point below, and the share of the way to the next."""
     place = (calcium.log() * SCALE - _LOG_LOW * SCALE).clamp(0, _POINTS - 1.01)
-    index = place.long()
+    # A cell whose calcium is not a number stays alone with that.
+    index = place.nan_to_num().long()
     return index, place - index

@@ -154,7 +154,9 @@ class AutoregressivePosterior(SpikePosterior):
 
     def select(self, rois: slice) -> AutoregressivePosterior:
         """The same distribution for some of the ROIs."""
-        return AutoregressivePosterior(self.inputs[rois], self.log_rate[rois], self.decoder, self.segment)
+        part = AutoregressivePosterior(self.inputs[rois], self.log_rate[rois], self.decoder, self.segment)
+        part._mean = None if self._mean is None else self._mean[rois]
+        return part
 
     @torch.no_grad()
     def _sample(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,17 @@ class RecognitionNetwork(nn.Module, abc.ABC):
 
     def predict_theta(self, entries: Sequence[ThetaEntry]) -> None:
         """Add a head that predicts θ, not yet trained, in place of one that may be there; ``config`` remembers it."""
+        if self.coupled:
+            raise ValueError(
+                f"predict_theta: expected a network for single cells, got {self.name!r}, whose rows are compartments. "
+                "Its parameters are estimated compartment by compartment."
+            )
+        if not any(e.power == 1 and e.positive and not e.density for e in entries):
+            raise ValueError(
+                "predict_theta: expected a positive parameter in ΔF/F among the entries, which sets the amplitude, got "
+                f"{', '.join(e.name for e in entries)}. The network sees traces without their scale: let this model's "
+                "parameters be estimated cell by cell."
+            )
         like = next(self.parameters()).detach()
         with torch.no_grad():
             summary = self.summarise(like.new_zeros(1, N_FEATURES, self.stride), like.new_zeros(1))

@@ -60,7 +60,7 @@ class GainCategorical(SpikePosterior):
         if n == 0:
             return torch.zeros(shape, dtype=torch.uint8, device=device)
         normal = torch.randn((n, weights.shape[0], 1), generator=generator, device=device, dtype=dtype)
-        tilt = (self.gain_mean[:, None] + self.gain_std[:, None] * normal).exp()
+        tilt = self._bounded(self.gain_mean[:, None] + self.gain_std[:, None] * normal).exp()
         u = torch.rand(shape, generator=generator, device=device, dtype=dtype)
         counts = torch.zeros(shape, dtype=torch.uint8, device=device)
         # Counts that have no weight at any gain drawn cost time and change nothing.
@@ -107,6 +107,11 @@ class GainCategorical(SpikePosterior):
         """The same distribution over the spikes of some of the ROIs."""
         return GainCategorical(self.logits[rois], self.gain_mean[rois], self.gain_std[rois], self.n_nodes)
 
+    @staticmethod
+    def _bounded(gain: Tensor) -> Tensor:
+        """Log-gains whose powers single precision can hold; beyond these all counts are at their limit."""
+        return gain.clamp(-8.0, 8.0)
+
     def _counts(self) -> Float[Tensor, " count"]:
         return torch.arange(self.logits.shape[1], device=self.logits.device, dtype=self.logits.dtype)
 
@@ -118,7 +123,7 @@ class GainCategorical(SpikePosterior):
         x, w = np.polynomial.hermite_e.hermegauss(self.n_nodes)
         node = torch.as_tensor(x, dtype=self.logits.dtype, device=self.logits.device)
         probability = torch.as_tensor(w / w.sum(), dtype=self.logits.dtype, device=self.logits.device)
-        return self.gain_mean + self.gain_std * node[:, None], probability
+        return self._bounded(self.gain_mean + self.gain_std * node[:, None]), probability
 
 
 def _moments(weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, " roi"]) -> Float[Tensor, "roi time"]:

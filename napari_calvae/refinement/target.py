@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from napari_calvae.fitting.losses import MIN_RATE
+from napari_calvae.fitting.losses import MIN_RATE, mean_rate
 from napari_calvae.generative import SpikePrior
 from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
@@ -87,7 +87,7 @@ class Target:
 
 
 def begin(traces: Traces, model: str | Path | SpikeVAE) -> tuple[Target, GainCategorical]:
-    """The network's posterior, and the generative model as inference would use it."""
+    """The network's posterior, and the generative model with each cell's parameters estimated from it."""
     vae = load_model(model, coupled=False)
     dff = vae.preprocessing.apply(traces)
     observed, valid = torch.from_numpy(dff.values.copy()), torch.from_numpy(dff.valid.copy())
@@ -102,7 +102,7 @@ def begin(traces: Traces, model: str | Path | SpikeVAE) -> tuple[Target, GainCat
         mean = posterior.mean
         theta = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
     theta |= {name: torch.full_like(theta[name], value) for name, value in vae.theta.items()}
-    rate = (mean.mean(-1) * dff.frame_rate).clamp_min(MIN_RATE)
+    rate = mean_rate(mean, valid, dff.frame_rate).clamp_min(MIN_RATE)
     prior = SpikePrior(rate=rate, max_count=vae.recognition.max_count)
     return Target(dff, vae, observed, valid, theta, prior), posterior
 

@@ -43,6 +43,11 @@ def check_gradients(setting: Setting) -> Iterator[Check]:
     generator = torch.Generator().manual_seed(setting.seed)
     for name, noise in cases:
         model = MODELS[name](NOISES[noise]())
+        torch.manual_seed(setting.seed)
+        with torch.no_grad():
+            # A flow that was never fitted is a normal distribution.
+            for p in model.noise.learned.parameters():
+                p.add_(0.2 * torch.randn_like(p))
         shape = (1, 4) if setting.quick else (2, 8)
         counts = 0.3 + torch.rand(shape, dtype=torch.float64, generator=generator)
         centre = torch.tensor([p.centre for p in model.parameters], dtype=torch.float64)
@@ -163,7 +168,8 @@ def check_gaps(setting: Setting) -> Iterator[Check]:
     doubt, refined_doubt, evidence_doubt = (float(x[0]) * seconds for x in doubts)
     n_trains, unit = len(target.trains), "standard errors"
     yield Check("bound at the network's answer", "diagnose", n_trains, abs(amortized - bound) / doubt, _ERRORS, unit)
-    yield Check("evidence", "diagnose", n_trains, abs(found - evidence) / evidence_doubt, _ERRORS, unit)
+    # Its error is that between four runs: Student's t with three degrees of freedom is beyond 12.9 once in a thousand.
+    yield Check("evidence", "diagnose", n_trains, abs(found - evidence) / evidence_doubt, 12.9, unit)
     excess = max(0.0, refined - evidence) / refined_doubt
     yield Check("refined bound above the exact evidence", "diagnose", n_trains, excess, _ERRORS, unit)
     loss = max(0.0, bound - refined) / refined_doubt
@@ -248,7 +254,8 @@ PROOF = Proof(
     name="exact",
     title="Exact answers on short trains",
     claim="On trains of at most 12 bins everything is enumerated: evidence, posterior marginals, normalisers of all "
-    "networks and priors, values and gradients of the objectives, and the bounds of refinement agree with it; the "
-    "derivatives of all generative models agree with finite differences. Every row has to hold.",
+    "networks and priors, values and gradients of the unsupervised objectives, and the bounds of refinement agree with "
+    "it; the derivatives of all generative models, and of all noises around the linear one, agree with finite "
+    "differences. Every row has to hold.",
     run=_run,
 )

@@ -94,7 +94,9 @@ def _explained(
     setting: Setting, indicator: str, name: str, model: GenerativeModel, cells: Sequence[Cell]
 ) -> np.ndarray:
     """R² (cell,) in the second half of each recording, with θ of each cell from the busiest piece of the first."""
-    checkpoint = setting.cache / f"kinetics-{indicator}-{name.split(',')[-1].strip()}.json"
+    checkpoint = (
+        setting.cache / f"kinetics-{indicator}-{name.split(',')[-1].strip()}{'-quick' if setting.quick else ''}.json"
+    )
     if checkpoint.is_file():
         return np.array(json.loads(checkpoint.read_text(encoding="utf-8")))
     seconds, predicted, steps = (6.0, 6.0, 1) if setting.quick else (WINDOW, _PREDICTED, _STEPS)

@@ -17,7 +17,8 @@ from napari_calvae.formats import whole_files
 def run(proof: Proof, setting: Setting, out: Path) -> Iterator[Row]:
     """Yield a proof's rows as they come, and write ``out``/<name>.json when all are there.
 
-    The record says seed, command, wall-clock and CPU seconds (of this process, all cores together) and versions.
+    The record says seed, command, wall-clock and CPU seconds (of this process, all cores together) and versions. What
+    was found in the cache is not counted.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     rows = []
@@ -60,7 +61,7 @@ def to_markdown(proofs: dict[str, Proof], records: dict[str, dict[str, Any]]) ->
         parts += [_table(record["rows"]), ""]
         parts += [
             f"`{record['command']}`: seed {record['seed']}, {record['seconds']:.0f} s, of which "
-            f"{record['cpu_seconds']:.0f} s on the CPU.{note}",
+            f"{record['cpu_seconds']:.0f} s on the CPU, not counting what was in the cache.{note}",
             "",
         ]
     return "\n".join(parts)

@@ -235,8 +235,8 @@ PROOF = Proof(
         "of bAPs: the shaft regressed out robustly, then OASIS AR1; and OASIS AR1 on the spine as it is. Rivals are "
         "shown in the variant (clipped at zero or not) and at the whole-frame shift that are best for them over all "
         "rows; ours as it comes. The same over the frames within 0.25 s of a bAP alone, fewer false inputs there (all "
-        "trains scaled to the true number of inputs), and 90 % intervals of counts that hold 90 %. The saturating "
-        "indicator is not what the model assumes."
+        "trains scaled to the true number of inputs), and 90 % intervals of counts that hold 90 %, of windows with at "
+        "least half an expected input. The saturating indicator is not what the model assumes."
     ),
     run=run,
 )
