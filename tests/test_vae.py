@@ -152,7 +152,7 @@ def test_a_newer_schema_is_refused_with_advice(saved):
     header["__metadata__"]["calvae"] = json.dumps(spec | {"schema": 99})
     text = json.dumps(header).encode()
     saved.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    with pytest.raises(ModelError, match="expected schema 1, got 99"):
+    with pytest.raises(ModelError, match="expected schema 2 or older, got 99"):
         SpikeVAE.load(saved)
 
 

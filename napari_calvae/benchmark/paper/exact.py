@@ -46,7 +46,7 @@ def check_gradients(setting: Setting) -> Iterator[Check]:
         torch.manual_seed(setting.seed)
         with torch.no_grad():
             # A flow that was never fitted is a normal distribution.
-            for p in model.noise.learned.parameters():
+            for p in model.noise.learned.double().parameters():
                 p.add_(0.2 * torch.randn_like(p))
         shape = (1, 4) if setting.quick else (2, 8)
         counts = 0.3 + torch.rand(shape, dtype=torch.float64, generator=generator)
