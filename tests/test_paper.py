@@ -39,7 +39,7 @@ def test_the_scdf_cells_come_from_the_recursion_that_is_fitted():
 
 def _count(setting):
     for k in range(3):
-        yield {"k": k, "square": float(k * k + setting.seed), "word": f"w{k}"}
+        yield {"k": k, "square": float(k * k + setting.seed), "word": f"p(w{k} | s)"}
 
 
 COUNTING = paper.Proof("counting", "Counting", "Squares grow.", _count)
@@ -53,7 +53,7 @@ def test_a_record_says_how_to_repeat_it(tmp_path):
     assert record["command"] == "calvae benchmark paper counting --seed 3"
     assert record["cpu_seconds"] >= 0
     report = paper.to_markdown({"counting": COUNTING, "other": COUNTING}, paper.read_records(tmp_path))
-    assert "| 2 | 7 | w2 |" in report
+    assert r"| 2 | 7 | p(w2 \| s) |" in report
     assert "*Not run.*" in report
 
 

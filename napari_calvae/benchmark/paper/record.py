@@ -82,4 +82,4 @@ def _table(rows: list[Row]) -> str:
 
 
 def _cell(value: str | int | float) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", r"\|")
