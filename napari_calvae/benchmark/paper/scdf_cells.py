@@ -148,6 +148,7 @@ _SLEEP = TrainConfig(n_steps=200, learning_rate=1e-3, window=256, batch=48, ema=
 _BOUND = TrainConfig(
     n_steps=500, learning_rate=1e-4, cell_learning_rate=2e-2, window=224, batch=12, n_samples=64, ema=0.98
 )
+_LAST = _SLEEP.model_copy(update={"n_steps": 1000})
 _SHORT = TrainConfig(n_steps=2, window=32, batch=4, n_samples=4)
 
 
@@ -163,9 +164,12 @@ class Plan:
     theta: TrainConfig = _THETA
     sleep: TrainConfig = _SLEEP
     bound: TrainConfig = _BOUND
+    last: TrainConfig = _LAST
 
 
-QUICK = Plan(n_cells=3, n_frames=900, n_fit=500, n_rounds=1, warm=_SHORT, theta=_SHORT, sleep=_SHORT, bound=_SHORT)
+QUICK = Plan(
+    n_cells=3, n_frames=900, n_fit=500, n_rounds=1, warm=_SHORT, theta=_SHORT, sleep=_SHORT, bound=_SHORT, last=_SHORT
+)
 
 #: Arguments of the networks; the factorised one is as large as lets both cost about the same per step.
 NETWORK: dict[str, dict[str, Any]] = {"autoregressive": {}, "factorized": {"widths": (8, 16, 24, 32)}}
@@ -286,19 +290,18 @@ def fit_stages(setting: Setting, plan: Plan, cells: Cells, kind: str) -> Iterato
     seconds += time.perf_counter() - began
     yield "warm start", Fitted(model, bound, seconds)
 
-    def sleep(k: int) -> float:
-        config = seeded(plan.sleep, k)
-        return train(setting, f"{kind}-sleep-{k}", network, PriorLoss(model, fitted_cells(bound), config), config)
+    def sleep(name: str, config: TrainConfig) -> float:
+        return train(setting, f"{kind}-{name}", network, PriorLoss(model, fitted_cells(bound), config), config)
 
     for k in range(plan.n_rounds):
         network.requires_grad_(False)
         seconds += train(setting, f"{kind}-theta-{k}", bound.cells, bound, seeded(plan.theta, k))
         network.requires_grad_(True)
-        seconds += sleep(k)
+        seconds += sleep(f"sleep-{k}", seeded(plan.sleep, k))
     yield f"{plan.n_rounds} rounds of fitting and sleep", Fitted(model, bound, seconds)
     bound = BoundLoss(model, Snippets(traces, plan.bound), plan.bound, objectives.vimco, cells=bound.cells)
     both = nn.ModuleList([network, bound.cells])
     seconds += train(setting, f"{kind}-vimco", both, bound, seeded(plan.bound))
     yield "VIMCO", Fitted(model, bound, seconds)
-    seconds += sleep(plan.n_rounds)
+    seconds += sleep("last", seeded(plan.last, plan.n_rounds))
     yield "sleep after VIMCO", Fitted(model, bound, seconds)
