@@ -359,6 +359,16 @@ def test_a_fit_resumes_bit_for_bit_and_keeps_its_history(recording, half_trained
     assert {"bound", "log_prior", "effective_samples", "rate", "amplitude"} <= set(history[0].terms)
 
 
+def test_a_checkpoint_of_another_fit_is_refused(recording, half_trained, tmp_path):
+    config = TrainConfig(n_steps=2, window=64, batch=2)
+    fit(recording[0], half_trained, config=config, checkpoint=tmp_path / "c")
+    for other in (fainter(recording[0]), recording[0].select(slice(0, 4))):
+        with pytest.raises(RecordingError, match="expected one of this fit"):
+            fit(other, half_trained, config=config, checkpoint=tmp_path / "c")
+    with pytest.raises(RecordingError, match="expected one of this fit"):
+        fit(recording[0], half_trained, config=config.model_copy(update={"seed": 1}), checkpoint=tmp_path / "c")
+
+
 def test_a_fit_stops_when_the_held_out_cells_stop_gaining(recording, half_trained):
     config = TrainConfig(
         n_steps=200, learning_rate=0.1, clip=100.0, window=128, batch=2, n_samples=3, check_every=2, patience=2

@@ -18,7 +18,7 @@ from napari_calvae.generative import (
     FlowNoise,
     SpikePrior,
 )
-from napari_calvae.recognition import NETWORKS
+from napari_calvae.recognition import NETWORKS, ThetaEntry
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.vae import ModelError, Preprocessing, SpikeVAE, load_model, models
 
@@ -173,3 +173,14 @@ def test_preprocessing_refuses_frame_rates_beyond_training():
     traces = Traces(torch.randn(1, 4000).numpy(), frame_rate=500.0)
     with pytest.raises(RecordingError, match="expected 3 to 120 Hz"):
         Preprocessing().apply(traces)
+
+
+def test_parts_that_do_not_go_together_are_refused():
+    network = NETWORKS["factorized"](widths=(4, 6))
+    with pytest.raises(ModelError, match="single cells and dendritic_spine for a shaft"):
+        SpikeVAE(network, MODELS["dendritic_spine"](), SpikePrior(1.0))
+    network.predict_theta([ThetaEntry.of(p) for p in MODELS["linear_ar"]().parameters])
+    with pytest.raises(ModelError, match="trained with, or remove its head"):
+        SpikeVAE(network, MODELS["linear_ar"](DriftingNoise()), SpikePrior(1.0))
+    with pytest.raises(ValueError, match="which sets the amplitude"):
+        network.predict_theta([ThetaEntry.of(p) for p in MODELS["jgcamp8f"]().parameters])

@@ -12,12 +12,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from jaxtyping import Float
 
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.pretrained.recordings import FRAME_RATES, RecordingSampler, Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
-from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.recognition import FactorizedNetwork, RecognitionNetwork
 from napari_calvae.training import TrainConfig, iter_train
 from napari_calvae.vae import Preprocessing, SpikeVAE
 
@@ -42,14 +43,35 @@ def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, sim
     return out
 
 
+def snippet_loss(network: RecognitionNetwork, batch: Snippets) -> Float[torch.Tensor, ""]:
+    """Minus the log-probability of the true spikes of snippets, per frame."""
+    counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)
+    scored = torch.from_numpy(batch.scored)
+    posterior = network(torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate))
+    log_p = posterior.log_prob(counts, scored)
+    # Slow frames hold more spikes each, and would otherwise outweigh the fast ones.
+    weight = torch.from_numpy(np.sqrt(batch.frame_rate / 30.0))
+    return -(weight * log_p).sum() / (weight * scored.sum(-1)).sum()
+
+
+def universal_model(network: RecognitionNetwork, description: str) -> SpikeVAE:
+    """A network for any cell with the linear model that reconstructs through it."""
+    return SpikeVAE(
+        recognition=network,
+        generative=MODELS["linear_ar"](),
+        prior=SpikePrior(rate=1.0, max_count=network.max_count),
+        preprocessing=Preprocessing(min_frame_rate=FRAME_RATES[0], max_frame_rate=FRAME_RATES[1]),
+        description=description,
+    )
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the ground-truth .npz files")],
     out: Annotated[Path, typer.Option(help="Model file to write (.safetensors)")],
     steps: Annotated[int, typer.Option(help="Updates")] = 16000,
     hold_out: Annotated[str, typer.Option(help="Data sets to leave out, by prefix, comma-separated")] = "",
     simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.2,
-    models: Annotated[str, typer.Option(help="Generative models to simulate from, comma-separated")] = "linear_ar,"
-    "dye_binding",
+    models: Annotated[str, typer.Option(help="Models to simulate from, comma-separated")] = "linear_ar,dye_binding",
     gain_scale: Annotated[float, typer.Option(help="Widening of the gain, calibrated on left-out data sets")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of every random number")] = 0,
 ) -> None:
@@ -69,13 +91,7 @@ def main(
         share = 1.0 if step < simulation_steps * steps else SIMULATED
         batch_seed = int(torch.randint(2**62, (), generator=generator))
         batch = draw_batch(recordings, simulations, share, batch_seed)
-        counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)
-        scored = torch.from_numpy(batch.scored)
-        posterior = network(torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate))
-        log_p = posterior.log_prob(counts, scored)
-        # Slow frames hold more spikes each, and would otherwise outweigh the fast ones.
-        weight = torch.from_numpy(np.sqrt(batch.frame_rate / 30.0))
-        return -(weight * log_p).sum() / (weight * scored.sum(-1)).sum(), {}
+        return snippet_loss(network, batch), {}
 
     checkpoint = out.with_suffix(".checkpoint")
     if checkpoint.is_file():
@@ -87,13 +103,7 @@ def main(
         if step % 100 == 0:
             log.info("step %d of %d, loss %.4f, %.0f s", step, steps, np.mean(recent[-500:]), record.seconds)
     network.set_gain_scale(gain_scale)
-    model = SpikeVAE(
-        recognition=network,
-        generative=MODELS["linear_ar"](),
-        prior=SpikePrior(rate=1.0, max_count=network.max_count),
-        preprocessing=Preprocessing(min_frame_rate=FRAME_RATES[0], max_frame_rate=FRAME_RATES[1]),
-        description=f"universal; {steps} steps, seed {seed}, left out: {hold_out or 'nothing'}",
-    )
+    model = universal_model(network, f"universal; {steps} steps, seed {seed}, left out: {hold_out or 'nothing'}")
     model.save(out)
     log.info("saved %s", out)
 

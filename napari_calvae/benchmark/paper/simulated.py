@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from napari_calvae.benchmark.paper.base import Setting
-from napari_calvae.generative import MODELS, SpikePrior
-from napari_calvae.pretrained.recordings import FRAME_RATES, Snippets
+from napari_calvae.pretrained.recordings import Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
+from napari_calvae.pretrained.train import snippet_loss, universal_model
 from napari_calvae.recognition import FactorizedNetwork
 from napari_calvae.training import TrainConfig, iter_train
-from napari_calvae.vae import Preprocessing, SpikeVAE
+from napari_calvae.vae import SpikeVAE
 
 #: Frames of a batch, and lengths of its snippets (frames).
 _BATCH, _WINDOWS = 8192, (512, 1024, 2048)
@@ -39,19 +39,10 @@ def simulation_model(setting: Setting) -> SpikeVAE:
         n = _BATCH // window
         batch = Snippets(n, window)
         simulations.fill(batch, range(n), rng)
-        posterior = network(torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate))
-        counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)
-        weight = torch.from_numpy(np.sqrt(batch.frame_rate / 30.0))
-        return -(weight * posterior.log_prob(counts)).sum() / (weight.sum() * window), {}
+        return snippet_loss(network, batch), {}
 
     for _ in iter_train(network, loss, config, path.with_suffix(".checkpoint")):
         pass
-    model = SpikeVAE(
-        recognition=network,
-        generative=MODELS["linear_ar"](),
-        prior=SpikePrior(rate=1.0, max_count=network.max_count),
-        preprocessing=Preprocessing(min_frame_rate=FRAME_RATES[0], max_frame_rate=FRAME_RATES[1]),
-        description=f"simulations only; {n_steps} steps, seed {setting.seed}",
-    )
+    model = universal_model(network, f"simulations only; {n_steps} steps, seed {setting.seed}")
     model.save(path)
     return model
