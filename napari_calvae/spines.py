@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from napari_calvae.generative import DendriticSpine
 from napari_calvae.inference import InferConfig, inference_of, pick_device, provenance_of
 from napari_calvae.recognition import CHUNK
+from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
 from napari_calvae.vae import ModelError, SpikeVAE, load_model
 
@@ -75,9 +77,13 @@ class SpineInference:
 
 
 def infer_spines(
-    traces: Traces, shaft: int, model: str | Path | SpikeVAE = "spines", **settings: Any
+    traces: Traces, shaft: int, model: str | Path | SpikeVAE = "spines", *, n_rounds: int = 2, **settings: Any
 ) -> SpineInference:
     """Posterior over the action potentials that invade a dendrite and over the synaptic inputs to its spines.
+
+    The network alone must guess how each spine answers to action potentials. Once it has, that can be fitted: in each
+    round the generative model is fitted to the trains found so far, what it says action potentials made of each spine
+    is taken out, and the network sees the spines again.
 
     Parameters
     ----------
@@ -87,6 +93,8 @@ def infer_spines(
         Id of the shaft's ROI; all others are taken for its spines. Use ``traces.select`` where there are more.
     model
         Name of a shipped model for dendrites, a file, or a ``SpikeVAE``.
+    n_rounds
+        Rounds of explaining away; 0 is one pass of the network.
     **settings
         Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``.
 
@@ -108,8 +116,9 @@ def infer_spines(
     row = traces.index(shaft)
     ordered = traces.select([row, *(i for i in range(traces.n_rois) if i != row)])
     vae = load_model(model, coupled=True)
-    if not isinstance(vae.generative, DendriticSpine):
-        raise ModelError(f"model: expected the generative model dendritic_spine, got {vae.generative.name}.")
+    generative = vae.generative
+    if not isinstance(generative, DendriticSpine):
+        raise ModelError(f"model: expected the generative model dendritic_spine, got {generative.name}.")
     device = pick_device(config.device)
     vae.recognition.to(device).eval()
     dff = vae.preprocessing.apply(ordered)
@@ -117,10 +126,32 @@ def infer_spines(
     valid = torch.from_numpy(dff.valid.copy()).to(device)
     with torch.inference_mode():
         posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
+        for _ in range(n_rounds):
+            left = _without_baps(generative, posterior.mean, observed, valid, dff.frame_rate)
+            again = vae.recognition(left, dff.frame_rate, valid, chunk=CHUNK)
+            posterior = _with_shaft(posterior, again)
         mean = posterior.mean
-    provenance = provenance_of(vae, traces, config, device) | {"shaft": int(shaft)}
+    provenance = provenance_of(vae, traces, config, device) | {"shaft": int(shaft), "n_rounds": n_rounds}
     inference = inference_of(dff, vae, config, posterior, provenance)
     theta = {name: torch.from_numpy(value).to(device) for name, value in inference.theta.items()}
     with torch.inference_mode():
-        bap, synaptic = vae.generative.parts(mean, theta, dff.frame_rate)
+        bap, synaptic = generative.parts(mean, theta, dff.frame_rate)
     return SpineInference(inference, bap.cpu().numpy(), synaptic.cpu().numpy())
+
+
+def _without_baps(
+    generative: DendriticSpine, mean: Tensor, observed: Tensor, valid: Tensor, frame_rate: float
+) -> Tensor:
+    """The shaft, and each spine without what action potentials made of it, as the model fits the expected trains."""
+    theta = generative.initial_theta(observed, mean, frame_rate, valid)
+    bap, _ = generative.parts(mean, theta, frame_rate)
+    return torch.cat([observed[:1], observed[1:] - bap[1:]])
+
+
+def _with_shaft(one: GainCategorical, other: GainCategorical) -> GainCategorical:
+    """The shaft's posterior of ``one`` and the spines' of the ``other``."""
+    return GainCategorical(
+        torch.cat([one.logits[:1], other.logits[1:]]),
+        torch.cat([one.gain_mean[:1], other.gain_mean[1:]]),
+        torch.cat([one.gain_std[:1], other.gain_std[1:]]),
+    )

@@ -315,12 +315,12 @@ def test_the_chain_keeps_the_prior_where_data_are_made_anew_in_every_step():
     values: dict[str, list[np.ndarray]] = {p.name: [] for p in model.parameters} | {"own": [], "others": []}
     # As wide as the prior: so few frames say little.
     chain._steps = {name: torch.full_like(step, 0.7) for name, step in chain._steps.items()}
-    for k in range(3000):
+    for k in range(6000):
         clean = model.fluorescence(chain.counts, chain.theta, rate, light)
         noise = model.calcium.noise_std(chain.theta, rate)[:, None] * torch.randn(clean.shape, generator=g)
         chain.recording = replace(chain.recording, observed=clean + noise)
         chain.sweep()
-        if k < 300:
+        if k < 600:
             continue
         u = model.unconstrain(chain.theta)
         for p in model.parameters:

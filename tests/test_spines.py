@@ -285,6 +285,21 @@ def test_inputs_and_action_potentials_are_found(dendrite, result):
     assert (low <= high).all()
 
 
+def test_explaining_action_potentials_away_leaves_fewer_false_inputs():
+    found = {0: [], 2: []}
+    for seed in range(3):
+        dendrite = proof.simulate_dendrite(0.5, np.inf, 2, 120.0, np.random.default_rng([20, seed]))
+        for n_rounds, group in found.items():
+            ours = calvae.infer_spines(dendrite.traces, shaft=1, n_rounds=n_rounds, n_samples=0, device="cpu")
+            group.append(proof.Found(dendrite, {proof.OURS: ours.synaptic_rate}, ours))
+    once, thrice = found.values()
+    form = proof._form(proof.OURS, 0)
+    assert proof.false_inputs(thrice, form) < 0.8 * proof.false_inputs(once, form)
+    assert proof.correlations(thrice, form).mean() > proof.correlations(once, form).mean()
+    # What is known of the shaft stays as it was.
+    assert all(np.array_equal(a.ours.bap_rate, b.ours.bap_rate) for a, b in zip(once, thrice, strict=True))
+
+
 def test_parts_add_up_to_the_reconstruction(result):
     whole = result.bap + result.synaptic + result.theta["baseline"][:, None]
     assert not result.synaptic[0].any()

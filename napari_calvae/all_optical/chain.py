@@ -66,7 +66,7 @@ class Chain:
         self.connected: Bool[Tensor, "cell cell"] = torch.ones_like(self.theta["weights"], dtype=torch.bool)
         self.connection: Float[Tensor, "cell cell"] = torch.ones_like(self.theta["weights"])
         self._steps = {p.name: torch.tensor(0.1) for p in (GLARE, FALLOFF, COUPLING)}
-        self._steps["shape"] = torch.full((len(counts),), 0.05)
+        self._steps |= {name: torch.full((len(counts),), 0.05) for name in ("shape", AMPLITUDE.name)}
         self.coefficients: Coefficients = self._coupling().fit(self._stacked())
 
     @torch.no_grad()
@@ -95,10 +95,15 @@ class Chain:
     def log_prob_cells(self) -> Float[Tensor, " cell"]:
         """Log p(F, s | θ) of each cell given the others."""
         r, model = self.recording, self.model
-        unlit = r.observed - model.artefacts(self.theta, r.light)
-        seen = model.calcium.log_prob(unlit, self.counts, self.theta, r.frame_rate, r.valid > 0)
+        seen = self._log_prob_seen(self.theta)
         mean = model.rates(model.inputs(self.counts, self.theta, r.frame_rate, r.light)) / r.frame_rate
         return seen + (self.counts * mean.log() - mean - torch.lgamma(self.counts + 1)).sum(-1)
+
+    def _log_prob_seen(self, theta: Mapping[str, Tensor]) -> Float[Tensor, " cell"]:
+        """Log p(F | s, θ) of each cell."""
+        r, model = self.recording, self.model
+        unlit = r.observed - model.artefacts(theta, r.light)
+        return model.calcium.log_prob(unlit, self.counts, theta, r.frame_rate, r.valid > 0)
 
     def _coupling(self) -> Coupling:
         r, theta = self.recording, self.theta
@@ -155,6 +160,13 @@ class Chain:
             ratio, new = self._linear(new)
             taken = self._accept(ratio, "shape" if walk else "", settling)
             self.theta |= {name: torch.where(taken, new[name], self.theta[name]) for name in new}
+        for _ in range(_WALKS):
+            # The log-normal prior's tail is heavier than that of the normal draw, which gets there too seldom.
+            new = self.theta | {AMPLITUDE.name: self._walk(AMPLITUDE.name, self.theta[AMPLITUDE.name])}
+            change = self._log_prob_seen(new) + _log_prior(AMPLITUDE, new)
+            change = change - self._log_prob_seen(self.theta) - _log_prior(AMPLITUDE, self.theta)
+            taken = self._accept(change, AMPLITUDE.name, settling)
+            self.theta[AMPLITUDE.name] = torch.where(taken, new[AMPLITUDE.name], self.theta[AMPLITUDE.name])
         for _ in range(_WALKS):
             new = self.theta | {GLARE.name: self._walk(GLARE.name, self.theta[GLARE.name])}
             ratio, linear = self._linear(new)

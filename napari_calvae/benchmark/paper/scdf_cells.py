@@ -148,7 +148,7 @@ _SLEEP = TrainConfig(n_steps=200, learning_rate=1e-3, window=256, batch=48, ema=
 _BOUND = TrainConfig(
     n_steps=500, learning_rate=1e-4, cell_learning_rate=2e-2, window=224, batch=12, n_samples=64, ema=0.98
 )
-_LAST = _SLEEP.model_copy(update={"n_steps": 1000})
+_LAST = _SLEEP.model_copy(update={"n_steps": 5000, "learning_rate": 2e-3, "ema": 0.998})
 _SHORT = TrainConfig(n_steps=2, window=32, batch=4, n_samples=4)
 
 
