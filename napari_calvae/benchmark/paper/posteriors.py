@@ -50,7 +50,7 @@ def spread(samples: np.ndarray, truth: np.ndarray, n_frames: int) -> tuple[float
 @torch.no_grad()
 def proof(setting: Setting) -> Iterator[Row]:
     """For each kind of network its probability of the truth, correlations between frames, and spread of counts."""
-    plan = scdf.QUICK if setting.quick else scdf.Plan()
+    plan = scdf.QUICK if setting.quick else scdf.Plan(last=scdf.COMPARED)
     cells = scdf.simulate(plan.n_cells, plan.n_frames, setting.seed)
     scored = cells.late(plan.n_fit)
     window = slice(min(scdf.BUFFER, plan.n_frames - plan.n_fit - scdf.BUFFER - 1), -scdf.BUFFER)

@@ -148,7 +148,9 @@ _SLEEP = TrainConfig(n_steps=200, learning_rate=1e-3, window=256, batch=48, ema=
 _BOUND = TrainConfig(
     n_steps=500, learning_rate=1e-4, cell_learning_rate=2e-2, window=224, batch=12, n_samples=64, ema=0.98
 )
-_LAST = _SLEEP.model_copy(update={"n_steps": 5000, "learning_rate": 2e-3, "ema": 0.998})
+_LAST = _SLEEP.model_copy(update={"n_steps": 12_000, "learning_rate": 2e-3, "ema": 0.998})
+#: A shorter last stage, for networks that are compared with each other and not with the original.
+COMPARED = _SLEEP.model_copy(update={"n_steps": 1000})
 _SHORT = TrainConfig(n_steps=2, window=32, batch=4, n_samples=4)
 
 
@@ -303,5 +305,5 @@ def fit_stages(setting: Setting, plan: Plan, cells: Cells, kind: str) -> Iterato
     both = nn.ModuleList([network, bound.cells])
     seconds += train(setting, f"{kind}-vimco", both, bound, seeded(plan.bound))
     yield "VIMCO", Fitted(model, bound, seconds)
-    seconds += sleep("last", seeded(plan.last, plan.n_rounds))
+    seconds += sleep(f"last-{plan.last.n_steps}", seeded(plan.last, plan.n_rounds))
     yield "sleep after VIMCO", Fitted(model, bound, seconds)
