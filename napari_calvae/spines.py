@@ -129,7 +129,8 @@ def infer_spines(
         for _ in range(n_rounds):
             left = _without_baps(generative, posterior.mean, observed, valid, dff.frame_rate)
             again = vae.recognition(left, dff.frame_rate, valid, chunk=CHUNK)
-            posterior = _with_shaft(posterior, again)
+            # What is known of the shaft stays as it was.
+            posterior = GainCategorical.join([posterior, again], [slice(1), slice(1, None)])
         mean = posterior.mean
     provenance = provenance_of(vae, traces, config, device) | {"shaft": int(shaft), "n_rounds": n_rounds}
     inference = inference_of(dff, vae, config, posterior, provenance)
@@ -146,12 +147,3 @@ def _without_baps(
     theta = generative.initial_theta(observed, mean, frame_rate, valid)
     bap, _ = generative.parts(mean, theta, frame_rate)
     return torch.cat([observed[:1], observed[1:] - bap[1:]])
-
-
-def _with_shaft(one: GainCategorical, other: GainCategorical) -> GainCategorical:
-    """The shaft's posterior of ``one`` and the spines' of the ``other``."""
-    return GainCategorical(
-        torch.cat([one.logits[:1], other.logits[1:]]),
-        torch.cat([one.gain_mean[:1], other.gain_mean[1:]]),
-        torch.cat([one.gain_std[:1], other.gain_std[1:]]),
-    )

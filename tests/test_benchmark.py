@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
+from scipy.io import savemat
 
 from napari_calvae import benchmark
+from napari_calvae.benchmark import accuracy
 from napari_calvae.formats.ground_truth import Sweep, read_ground_truth
+from napari_calvae.pretrained.train import universal_model
+from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError
 
 
@@ -75,6 +83,119 @@ def test_foreign_ground_truth_is_refused(tmp_path):
         read_ground_truth(tmp_path)
     with pytest.raises(RecordingError, match="found none"):
         read_ground_truth(tmp_path / "nowhere")
+
+
+def test_cascades_cells_are_read(shared):
+    sweeps = read_ground_truth(shared / "formats" / "cascade_mat")
+    assert {s.cell for s in sweeps} >= {"CAttached_S1_cell2_mini", "CAttached_Theis16_set5_GCaMP6s_V1_1_mini"}
+    assert all(s.dataset == "cascade_mat" and len(s.dff) > 100 for s in sweeps)
+    slow = next(s for s in sweeps if s.cell == "CAttached_S1_cell2_mini")
+    assert slow.frame_rate == pytest.approx(15, rel=1e-3)
+    assert slow.t0 == pytest.approx(0.0357, abs=1e-4)
+    assert slow.spike_times[0] == pytest.approx(0.2446)
+
+
+def attached(folder, name, **changes):
+    times = np.arange(200) / 10 + 1.0
+    sweep = {"fluo_time": times, "fluo_mean": np.sin(times), "events_AP": np.array([15_000.0, np.nan, 105_000.0])}
+    savemat(folder / name, {"CAttached": np.array([sweep | changes], dtype=object)})
+
+
+def test_a_jump_of_the_time_stamps_begins_a_new_sweep(tmp_path):
+    (tmp_path / "DS99-test").mkdir()
+    times = np.arange(200) / 10 + 1.0
+    times[120:] += 5.0
+    attached(tmp_path / "DS99-test", "c.mat", fluo_time=times)
+    one, two = read_ground_truth(tmp_path)
+    assert (one.dataset, one.cell, len(one.dff), len(two.dff)) == ("DS99-test", "c", 120, 80)
+    assert (one.frame_rate, two.t0) == (pytest.approx(10.0), pytest.approx(18.0))
+    # Spikes are in units of 0.1 ms; those between the sweeps belong to none.
+    assert one.spike_times == pytest.approx([1.5, 10.5])
+    assert len(two.spike_times) == 0
+
+
+def test_foreign_mat_files_are_refused(tmp_path):
+    savemat(tmp_path / "a.mat", {"x": 1})
+    with pytest.raises(RecordingError, match=r"a\.mat: expected CASCADE's layout"):
+        read_ground_truth(tmp_path)
+    (tmp_path / "a.mat").write_bytes(b"no matlab file at all")
+    with pytest.raises(RecordingError, match=r"a\.mat: expected CASCADE's layout"):
+        read_ground_truth(tmp_path)
+
+
+def test_suite2ps_way_finds_the_spikes():
+    pytest.importorskip("oasis", reason="the rival is not installed: install napari-calvae[bench]")
+    piece = benchmark.prepare([sweep()], 30.0)[0]
+    rate = benchmark.suite2p_method()(piece.dff, 30.0)
+    assert np.corrcoef(rate, piece.counts)[0, 1] > 0.5
+
+
+def test_calibration_takes_the_scale_that_covers_as_it_should():
+    rows = [
+        {"window": window, "gain scale": scale, "90%": 0.9 + error, "50%": 0.5 + error}
+        for window in accuracy.WINDOWS
+        for scale, error in ((1.0, -0.1), (1.5, 0.02), (2.0, 0.05))
+    ]
+    assert accuracy.calibrate(rows) == 1.5
+
+
+def test_the_oracle_knows_how_many_spikes_there_are():
+    logits = torch.tensor([2.0, 0.0, -2.0])[None, :, None].expand(1, 3, 500)
+    q = GainCategorical(logits, torch.zeros(1), torch.ones(1))
+    known = accuracy._oracle(q, 100.0)
+    assert float(known.mean.sum()) == pytest.approx(100.0, abs=0.5)
+    assert float(known.gain_std) == 0
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """A study of three simulated cells by models of folds that have learned nothing."""
+    pytest.importorskip("oasis", reason="the rival is not installed: install napari-calvae[bench]")
+    folder = tmp_path_factory.mktemp("study")
+    torch.manual_seed(0)
+    for k in range(len(accuracy.FOLDS)):
+        universal_model(FactorizedNetwork((4, 6), local_gain=True), "untrained").save(
+            folder / f"fold{k + 1}.safetensors"
+        )
+    for name, rate in (("DS10-a", 120.0), ("DS24-b", 30.0)):
+        s = sweep(rate, n=int(100 * rate))
+        np.savez(
+            folder / f"{name}.npz", cell=["c"], sweep=["0"], indicator=["x"], frame_rate=[rate], t0=[s.t0], dff=s.dff,
+            trace_offsets=[0, len(s.dff)], spike_times=s.spike_times, spike_offsets=[0, len(s.spike_times)],
+        )  # fmt: skip
+    return accuracy.study(folder, folder)
+
+
+def test_a_study_measures_all_that_it_should(record, tmp_path):
+    rows = record["accuracy"]
+    assert {r["method"] for r in rows} == {"calvae", "OASIS AR1", "OASIS AR2", "suite2p"}
+    fast = {r["data set"] for r in rows if r["condition"] == "100 Hz"}
+    assert fast == {"DS10-a"}
+    assert all(r["shift"] == 0 for r in rows if r["method"] == "calvae")
+    assert all(r["at best shift"] >= r["correlation"] for r in rows)
+    assert set(record["gain scales"]) == {"all", *(f"fold {k + 1}" for k in range(5))}
+    summary = benchmark.summary_rows(record)
+    assert [r["data sets"] for r in summary] == [2, 2, 2, 2, 2, 1]
+    # Untrained networks are behind.
+    assert summary[0]["lead"] < 0
+    assert summary[0]["ahead in"] == 0
+    assert len(benchmark.other_rows(record)) >= 8
+    benchmark.write_study(record, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8")) == record
+    text = (tmp_path / "out" / "accuracy.md").read_text(encoding="utf-8")
+    assert "| DS10-a | 1 |" in text
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folds_must_be_whole_and_know_the_data_set(tmp_path):
+    with pytest.raises(RecordingError, match=r"found no fold1\.safetensors, fold2"):
+        accuracy.Models(tmp_path)
+    one = accuracy.Models("universal")
+    assert one.fold("anything") == 0
+    one.folds = True
+    assert one.fold("DS31-GCaMP8m-m-V1") == one.fold("DS30-GCaMP8f-m-V1")
+    with pytest.raises(RecordingError, match="leaves out DS99"):
+        one.fold("DS99-x")
 
 
 def test_speed_rows_name_what_was_timed():

@@ -69,7 +69,7 @@ class Prior:
         k = torch.arange(self.max_count + 1.0)
         logits = k * np.log(self.rate / self.prior.frame_rate) - torch.lgamma(k + 1)
         known = torch.zeros(len(dff))
-        return GainCategorical(logits[None, :, None].expand(len(dff), -1, dff.shape[1]), known, known, 1)
+        return GainCategorical(logits[None, :, None].expand(len(dff), -1, dff.shape[1]), known, known, n_nodes=1)
 
 
 def test_spike_counts_of_every_window_are_ranked():

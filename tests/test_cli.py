@@ -220,9 +220,7 @@ def test_demo_without_napari_says_how_to_get_it(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        (["accuracy", "folder", "--only", "DS0"], "accuracy"),
         (["movie", "a.tif", "b.tif", "c.npz"], "movie"),
-        (["coverage", "folder", "--window", "2"], "coverage"),
         (["speed", "--frames", "900"], "speed"),
     ],
 )
@@ -235,8 +233,25 @@ def test_benchmarks_are_tables(monkeypatch, command, function):
     result = calvae("benchmark", *command)
     assert result.exit_code == 0, result.output
     assert "three" in result.stdout
-    summary = {"accuracy": "mean", "coverage": "mean", "movie": "median"}.get(function)
+    summary = {"movie": "median"}.get(function)
     assert summary is None or summary in result.stdout
+
+
+def test_the_benchmark_of_accuracy_shows_and_writes(monkeypatch, tmp_path):
+    asked, written = [], []
+    measure = types.ModuleType("napari_calvae.benchmark")
+    measure.study = lambda *arguments: asked.append(arguments) or {"x": 1}
+    measure.write_study = lambda *arguments: written.append(arguments)
+    measure.summary_rows = lambda record: [{"condition": "fast", "lead": 0.25}]
+    measure.other_rows = lambda record: [{"measure": "counts", "value": 0.5}]
+    monkeypatch.setitem(sys.modules, "napari_calvae.benchmark", measure)
+    monkeypatch.setattr(napari_calvae, "benchmark", measure, raising=False)
+    result = calvae("benchmark", "accuracy", "--data", tmp_path, "--only", "DS0", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "0.25" in result.stdout
+    assert "counts" in result.stdout
+    assert asked == [(tmp_path, "universal", "DS0")]
+    assert written == [({"x": 1}, tmp_path / "out")]
 
 
 def test_errors_that_nobody_expected_are_not_hidden(monkeypatch):

@@ -17,12 +17,15 @@ SMALL = {
     "spines": {"shaft_widths": (4, 6, 8), "spine_widths": (4, 5, 6), "n_shared": 3, "max_count": 2},
     "autoregressive": {"width": 6, "hidden": 5, "max_count": 2, "segment": 128},
 }
+#: Networks with settings that change what their posterior is, held to the same.
+OTHERS = {"factorized, local gain": ("factorized", SMALL["factorized"] | {"local_gain": True})}
 
 
-@pytest.fixture(params=sorted(NETWORKS))
+@pytest.fixture(params=[*sorted(NETWORKS), *OTHERS])
 def network(request):
     torch.manual_seed(0)
-    net = NETWORKS[request.param](**SMALL[request.param]).double().eval()
+    name, settings = OTHERS.get(request.param) or (request.param, SMALL[request.param])
+    net = NETWORKS[name](**settings).double().eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -120,12 +123,13 @@ def test_gain_posterior_agrees_with_a_fine_integral():
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=(1, 4, 6)))
     logits[:, 1:] -= torch.lgamma(torch.arange(2.0, 5.0, dtype=torch.float64))[:, None]
-    posterior = GainCategorical(logits, torch.tensor([0.2]).double(), torch.tensor([0.5]).double())
+    response = torch.tensor([[1.0, 0.0, 0.3, 1.0, 0.7, 0.2]], dtype=torch.float64)
+    posterior = GainCategorical(logits, torch.tensor([0.2]).double(), torch.tensor([0.5]).double(), response)
     counts = torch.tensor([[1, 0, 2, 0, 3, 0]])
     g = torch.linspace(0.2 - 4, 0.2 + 4, 20001, dtype=torch.float64)
     weight = torch.exp(-0.5 * ((g - 0.2) / 0.5) ** 2)
     k = torch.arange(4.0, dtype=torch.float64)
-    table = torch.log_softmax(logits[0] + k[:, None] * g[:, None, None], 1)
+    table = torch.log_softmax(logits[0] + k[:, None] * g[:, None, None] * response[0], 1)
     log_p = table.gather(1, counts.expand(len(g), -1)[:, None]).sum((1, 2))
     expected = torch.log((weight * log_p.exp()).sum() / weight.sum())
     # The seven nodes of every day are good to 1 % of the probability, and the error is the quadrature's alone.
@@ -150,6 +154,27 @@ def test_frames_of_the_convolutional_posterior_are_independent_and_bernoulli_whe
     torch.testing.assert_close(posterior.select(slice(1, 2)).log_prob(trains[:, 1:]), product[:, 1:], rtol=1e-9, atol=0)
     with pytest.raises(ValueError, match="odd kernels"):
         NETWORKS["convolutional"](kernels=(4,))
+
+
+def test_the_gain_leaves_frames_alone_where_it_has_no_say():
+    logits = torch.tensor([0.0, -3.0])[None, :, None].expand(1, 2, 2000)
+    silent = torch.cat([torch.ones(1, 1000), torch.zeros(1, 1000)], 1)
+    posterior = GainCategorical(logits, torch.ones(1), torch.full((1,), 0.7), silent)
+    spread = posterior.sample(400, torch.Generator().manual_seed(0)).float().unflatten(-1, (2, 1000)).sum(-1).std(0)[0]
+    p = torch.sigmoid(torch.tensor(-3.0))
+    binomial = float((1000 * p * (1 - p)).sqrt())
+    assert float(spread[1]) == pytest.approx(binomial, rel=0.15)
+    assert float(spread[0]) > 4 * binomial
+    torch.testing.assert_close(posterior.mean[0, 1000:], p.expand(1000))
+    both = GainCategorical.join([posterior, posterior], [slice(1), slice(0)])
+    assert torch.equal(both.response, silent)
+
+
+def test_summary_and_outputs_in_one_go_are_those_of_two(network):
+    features, rate = trace_features(traces(2, 200)), torch.zeros(2, dtype=torch.float64)
+    summary, local = network.summary_and_local(features, rate)
+    torch.testing.assert_close(summary, network.summarise(features, rate))
+    torch.testing.assert_close(local, network.local(features, rate, summary))
 
 
 def test_samples_share_the_gain_of_their_cell():

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from napari_calvae.benchmark.accuracy import other_rows, study, summary_rows, write_study
 from napari_calvae.benchmark.ground_truth import (
     MARGIN,
     SHIFTS,
     Method,
     Piece,
-    accuracy,
     by_dataset,
     calvae_method,
     correlations,
-    coverage,
     movie,
     oasis_method,
     prepare,
+    suite2p_method,
 )
 from napari_calvae.benchmark.speed import speed
 
@@ -23,13 +23,16 @@ __all__ = [
     "SHIFTS",
     "Method",
     "Piece",
-    "accuracy",
     "by_dataset",
     "calvae_method",
     "correlations",
-    "coverage",
     "movie",
     "oasis_method",
+    "other_rows",
     "prepare",
     "speed",
+    "study",
+    "suite2p_method",
+    "summary_rows",
+    "write_study",
 ]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d, maximum_filter1d, minimum_filter1d
 
 from napari_calvae.formats import read_labels, read_movie
-from napari_calvae.formats.ground_truth import Sweep, read_ground_truth
+from napari_calvae.formats.ground_truth import Sweep
 from napari_calvae.inference import infer
-from napari_calvae.metrics import randomised_pit, score_correlation, smooth_spikes
+from napari_calvae.metrics import score_correlation, smooth_spikes
 from napari_calvae.preprocess import bin_spikes, delta_f_over_f, extract, resample
 from napari_calvae.pretrained.recordings import NU_PER_DENSITY
 from napari_calvae.recording import RecordingError, Traces, check_frame_rate
@@ -80,6 +81,24 @@ def oasis_method(order: int) -> Method:
     return run
 
 
+def suite2p_method(tau: float = 1.0) -> Method:
+    """OASIS as suite2p runs it by default: fixed decay ``tau`` (s), no penalty, maximin baseline over 60 s."""
+    try:
+        from oasis.oasis_methods import oasisAR1
+    except ImportError as error:
+        raise RecordingError(
+            "OASIS: expected the package oasis-deconv, found none. Install napari-calvae[bench]."
+        ) from error
+
+    def run(dff: np.ndarray, frame_rate: float) -> np.ndarray:
+        trace = np.where(np.isfinite(dff), dff, np.nanmedian(dff)).astype(np.float64)
+        window = max(1, round(60.0 * frame_rate))
+        baseline = maximum_filter1d(minimum_filter1d(gaussian_filter1d(trace, 10.0), window), window)
+        return oasisAR1(trace - baseline, np.exp(-1 / (tau * frame_rate)))[1]
+
+    return run
+
+
 def correlations(method: Method, pieces: Sequence[Piece], sigma: float) -> dict[str, np.ndarray]:
     """Per cell (shift,) correlations with the true rate smoothed by ``sigma`` (s), one for each of ``SHIFTS``."""
     cells: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
@@ -101,23 +120,6 @@ def by_dataset(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for cell, value in values.items():
         groups[cell.split("/")[0]].append(value)
     return {name: np.nanmedian(np.stack(group), 0) for name, group in groups.items()}
-
-
-def accuracy(
-    data: Path, model: str | SpikeVAE = "universal", *, sigma: float = 0.025, noise: float = 0.0, only: str = ""
-) -> Iterator[dict[str, object]]:
-    """Rows of the table: per data set the median correlation of ours as it comes, and of OASIS at its best shift.
-
-    The shift of each rival is one constant for all data sets, the one that is best for it in the mean.
-    """
-    sweeps = [s for s in read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
-    pieces = prepare(sweeps, noise=noise)
-    methods = {"calvae": calvae_method(model), "OASIS AR1": oasis_method(1), "OASIS AR2": oasis_method(2)}
-    tables = {name: by_dataset(correlations(method, pieces, sigma)) for name, method in methods.items()}
-    best = {name: _best_shift(table) for name, table in tables.items()}
-    best["calvae"] = SHIFTS.index(0)
-    for dataset in tables["calvae"]:
-        yield {"data set": dataset} | {name: float(table[dataset][best[name]]) for name, table in tables.items()}
 
 
 def movie(
@@ -143,40 +145,6 @@ def movie(
     best["calvae"] = SHIFTS.index(0)
     for piece in pieces:
         yield {"cell": piece.cell} | {name: float(table[piece.cell][best[name]]) for name, table in tables.items()}
-
-
-def coverage(
-    data: Path, model: str | SpikeVAE = "universal", *, window: float = 1.0, level: float = 0.9, only: str = ""
-) -> Iterator[dict[str, object]]:
-    """Rows of the table: per data set the share of windows (s) whose true spike count lies in the central interval.
-
-    By randomised PIT on 100 samples, over windows with at least half an expected spike: chosen by the prediction, never
-    by the truth.
-    """
-    rng = np.random.default_rng(0)
-    sweeps = [s for s in read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
-    inside: dict[str, list[np.ndarray]] = defaultdict(list)
-    width: dict[str, list[np.ndarray]] = defaultdict(list)
-    for piece in prepare(sweeps):
-        if len(piece.dff) < 2 * window * piece.frame_rate:
-            continue
-        result = infer(Traces(piece.dff, frame_rate=piece.frame_rate), model, n_samples=100)
-        samples = result.window_counts(window)[:, 0]
-        edges = result.window_edges(window)
-        truth = np.add.reduceat(np.append(piece.counts, 0), edges)[: len(edges) - 1]
-        chosen = np.add.reduceat(np.append(result.rate[0], 0), edges)[: len(edges) - 1] / piece.frame_rate >= 0.5
-        pit = randomised_pit(samples[:, chosen], truth[chosen], rng)
-        inside[piece.dataset].append(np.abs(pit - 0.5) <= level / 2)
-        width[piece.dataset].append(np.subtract(*np.quantile(samples[:, chosen], [0.95, 0.05], axis=0)))
-    for dataset, parts in inside.items():
-        all_parts = np.concatenate(parts)
-        if len(all_parts):
-            yield {
-                "data set": dataset,
-                "coverage": float(all_parts.mean()),
-                "width": float(np.concatenate(width[dataset]).mean()),
-                "windows": len(all_parts),
-            }
 
 
 def _best_shift(table: dict[str, np.ndarray]) -> int:

@@ -11,23 +11,24 @@ from napari_calvae.cli._support import Commands, show
 
 benchmark = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")
 
-Data = Annotated[Path, typer.Argument(help="Folder or file of ground truth (.npz)")]
 Model = Annotated[str, typer.Option(help="Name of a shipped model or a file")]
-Only = Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")]
 
 
 @benchmark.command()
 def accuracy(
-    data: Data,
-    model: Model = "universal",
-    sigma: Annotated[float, typer.Option(help="Width of the smoothing (s)")] = 0.025,
-    noise: Annotated[float, typer.Option(help="White noise to add first (%/√Hz)")] = 0.0,
-    only: Only = "",
+    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    model: Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")] = "universal",
+    only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, its figure and the record (JSON)")] = None,
 ) -> None:
-    """Correlation with true spikes, per data set."""
+    """Correlation with true spikes, numbers of spikes, intervals and timing, beside OASIS on the same traces."""
     from napari_calvae import benchmark as measure
 
-    show(measure.accuracy(data, model, sigma=sigma, noise=noise, only=only), summary="mean")
+    record = measure.study(data, model, only)
+    if out is not None:
+        measure.write_study(record, out)
+    show(measure.summary_rows(record))
+    show(measure.other_rows(record))
 
 
 @benchmark.command("movie")
@@ -41,20 +42,6 @@ def movie_accuracy(
     from napari_calvae import benchmark as measure
 
     show(measure.movie(movie, rois, spikes, sigma=sigma), summary="median")
-
-
-@benchmark.command()
-def coverage(
-    data: Data,
-    model: Model = "universal",
-    window: Annotated[float, typer.Option(help="Length of the windows in which spikes are counted (s)")] = 1.0,
-    level: Annotated[float, typer.Option(help="Probability of the credible interval")] = 0.9,
-    only: Only = "",
-) -> None:
-    """Share of windows whose true spike count lies in the credible interval."""
-    from napari_calvae import benchmark as measure
-
-    show(measure.coverage(data, model, window=window, level=level, only=only), summary="mean")
 
 
 @benchmark.command()

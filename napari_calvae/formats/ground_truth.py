@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from napari_calvae.recording import RecordingError
 
+#: What scipy lets slip when a file is not what it seems.
+_UNREADABLE = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    MatReadError,
+    zlib.error,
+)
 _KEYS = ("cell", "sweep", "indicator", "frame_rate", "t0", "dff", "trace_offsets", "spike_times", "spike_offsets")
 
 
@@ -29,26 +46,68 @@ class Sweep:
 
 
 def read_ground_truth(path: str | Path, min_duration: float = 0.0) -> list[Sweep]:
-    """Read the sweeps of one ``.npz`` data set, or of every one in a folder.
+    """Read the sweeps of one ``.npz`` data set or ``.mat`` cell, or of every one in a folder.
 
     Parameters
     ----------
     path
-        File or folder. Keys: cell, sweep, indicator, frame_rate (Hz) and t0 (s), one per sweep; dff with trace_offsets,
-        spike_times (s) with spike_offsets.
+        File or folder. Data sets (``.npz``) hold cell, sweep, indicator, frame_rate (Hz) and t0 (s), one per sweep; dff
+        with trace_offsets, spike_times (s) with spike_offsets. Cells (``.mat``) are in CASCADE's layout: sweeps
+        ``CAttached`` with fluo_time (s), fluo_mean (ΔF/F) and events_AP (0.1 ms); their folder is the data set. It may
+        lie in the folder that is given, and is read where no ``.npz`` is there.
     min_duration
         Leave out sweeps shorter than this (s); empty ones always are.
     """
     path = Path(path)
-    files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.npz")) or sorted([*path.glob("*.mat"), *path.glob("*/*.mat")])
     if not files or not all(f.is_file() for f in files):
         raise RecordingError(
-            f"ground truth: expected .npz files in {path}, found none. Give the folder that holds them."
+            f"ground truth: expected .npz or .mat files in {path}, found none. Give the folder that holds them."
         )
-    return [sweep for file in files for sweep in _read_file(file) if len(sweep.dff) > min_duration * sweep.frame_rate]
+    sweeps = (sweep for file in files for sweep in (_read_mat if file.suffix == ".mat" else _read_npz)(file))
+    return [sweep for sweep in sweeps if len(sweep.dff) > min_duration * sweep.frame_rate]
 
 
-def _read_file(path: Path) -> list[Sweep]:
+def _read_mat(path: Path) -> Iterator[Sweep]:
+    """Sweeps of one cell as CASCADE keeps them (Rupprecht et al. 2021); where time stamps jump, a new one begins."""
+    try:
+        found = loadmat(path, variable_names=["CAttached"], squeeze_me=True, struct_as_record=False)["CAttached"]
+        parts = [(part.fluo_time, part.fluo_mean, part.events_AP) for part in np.atleast_1d(found)]
+    except _UNREADABLE as error:
+        raise RecordingError(
+            f"{path.name}: expected CASCADE's layout, CAttached with fluo_time, fluo_mean and events_AP, got {error}."
+        ) from error
+    for times, dff, events in parts:
+        times, dff = (np.atleast_1d(x).astype(float).ravel() for x in (times, dff))
+        known = np.isfinite(times[: len(dff)])
+        times, dff = times[: len(dff)][known], dff[: len(known)][known]
+        if len(times) < 2:
+            continue
+        step = float(np.median(np.diff(times)))
+        if not step > 0:
+            raise RecordingError(f"{path.name}: expected times of frames that increase, got steps of {step:g} s.")
+        spikes = np.atleast_1d(events).astype(float).ravel() * 1e-4
+        spikes = spikes[np.isfinite(spikes)]
+        edges = [0, *(np.flatnonzero(np.diff(times) > 1.5 * step) + 1), len(times)]
+        for first, last in itertools.pairwise(edges):
+            if last - first < 2:
+                continue
+            rate = (last - first - 1) / (times[last - 1] - times[first])
+            span = (spikes >= times[first] - 0.5 / rate) & (spikes < times[last - 1] + 0.5 / rate)
+            yield Sweep(
+                dataset=path.parent.name,
+                cell=path.stem,
+                indicator="",
+                frame_rate=float(rate),
+                t0=float(times[first]),
+                dff=dff[first:last].astype(np.float32),
+                spike_times=spikes[span],
+            )
+
+
+def _read_npz(path: Path) -> list[Sweep]:
     with np.load(path, allow_pickle=False) as z:
         missing = [key for key in _KEYS if key not in z]
         if missing:

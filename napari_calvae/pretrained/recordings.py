@@ -14,6 +14,15 @@ from napari_calvae.preprocess import bin_spikes, noise_level, resample
 NU_PER_DENSITY = 100 * 0.6744897501960817 * np.sqrt(2)
 #: Frame rates (Hz) that the universal model accepts.
 FRAME_RATES = (3.0, 120.0)
+#: Whole data sets that are left out together in cross-validation. Related ones share a fold: DS10, 11 and 13; DS15 and
+#: 16; DS24 and 26; DS30 and 31.
+FOLDS = (
+    ("DS10", "DS11", "DS13", "DS04", "DS20"),
+    ("DS15", "DS16", "DS05", "DS08", "DS27"),
+    ("DS30", "DS31", "DS01", "DS06"),
+    ("DS24", "DS26", "DS03", "DS17"),
+    ("DS07", "DS19", "DS21", "DS40"),
+)
 
 
 class Snippets:

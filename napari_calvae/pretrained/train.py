@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.generative import MODELS, SpikePrior
-from napari_calvae.pretrained.recordings import FRAME_RATES, RecordingSampler, Snippets
+from napari_calvae.pretrained.recordings import FOLDS, FRAME_RATES, RecordingSampler, Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
 from napari_calvae.recognition import FactorizedNetwork, RecognitionNetwork
 from napari_calvae.training import TrainConfig, iter_train
@@ -27,6 +27,8 @@ log = logging.getLogger("napari_calvae.train")
 #: Frames per batch; snippets are 512 to 4,096 frames long, so that the gain is learned over short and long recordings.
 BATCH_FRAMES = 12288
 WINDOWS, SHARES = (512, 1024, 2048, 4096), (0.35, 0.4, 0.15, 0.1)
+#: Models to simulate from unless told otherwise: those that need no loop over time.
+MODELS_SIMULATED = "linear_ar,dye_binding,physiological"
 #: Share of simulated snippets after the first steps.
 SIMULATED = 0.25
 
@@ -69,19 +71,19 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with the ground-truth .npz files")],
     out: Annotated[Path, typer.Option(help="Model file to write (.safetensors)")],
     steps: Annotated[int, typer.Option(help="Updates")] = 16000,
-    hold_out: Annotated[str, typer.Option(help="Data sets to leave out, by prefix, comma-separated")] = "",
+    fold: Annotated[int, typer.Option(min=0, max=len(FOLDS), help="Fold to leave out, from 1; 0 is none")] = 0,
     simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.2,
-    models: Annotated[str, typer.Option(help="Models to simulate from, comma-separated")] = "linear_ar,dye_binding",
+    models: Annotated[str, typer.Option(help="Models to simulate from, comma-separated")] = MODELS_SIMULATED,
     gain_scale: Annotated[float, typer.Option(help="Widening of the gain, calibrated on left-out data sets")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of every random number")] = 0,
 ) -> None:
     """Train the universal recognition network on recordings with known spikes and on simulations."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    left_out = tuple(name for name in hold_out.split(",") if name)
+    left_out = FOLDS[fold - 1] if fold else ()
     sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
     recordings, simulations = RecordingSampler(sweeps), SimulationSampler(models.split(","))
     torch.manual_seed(seed)
-    network = FactorizedNetwork(min_frames=min(WINDOWS))
+    network = FactorizedNetwork(min_frames=min(WINDOWS), local_gain=True)
     config = TrainConfig(
         n_steps=steps, learning_rate=1.2e-3, warmup=0.02, ema=0.999, clip=0.3, seed=seed, checkpoint_every=250
     )
@@ -103,7 +105,8 @@ def main(
         if step % 100 == 0:
             log.info("step %d of %d, loss %.4f, %.0f s", step, steps, np.mean(recent[-500:]), record.seconds)
     network.set_gain_scale(gain_scale)
-    model = universal_model(network, f"universal; {steps} steps, seed {seed}, left out: {hold_out or 'nothing'}")
+    rest = ", ".join(left_out) or "nothing"
+    model = universal_model(network, f"universal; {steps} steps, seed {seed}, left out: {rest}")
     model.save(out)
     log.info("saved %s", out)
 

@@ -358,6 +358,11 @@ class AutoregressiveNetwork(RecognitionNetwork):
         x = torch.relu(x)
         return torch.cat([x, self._read_backwards(x)], 1)
 
+    def summary_and_local(self, features: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Summary and outputs, which share nothing."""
+        summary = self.summarise(features, log_rate)
+        return summary, self.local(features, log_rate, summary)
+
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> AutoregressivePosterior:
         """Hand the features of each frame to the forward network."""
         return AutoregressivePosterior(local, log_rate, self.decoder, self.segment)

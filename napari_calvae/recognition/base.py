@@ -117,6 +117,12 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         """Outputs frame by frame, each depending on no more than ``halo`` frames around it."""
 
     @abc.abstractmethod
+    def summary_and_local(
+        self, features: Float[Tensor, "roi channel time"], log_rate: Float[Tensor, " roi"]
+    ) -> tuple[Float[Tensor, "roi summary"], Float[Tensor, "roi output time"]]:
+        """`summarise`, and `local` given that, of traces that pass through at once: what both need is done once."""
+
+    @abc.abstractmethod
     def posterior(
         self,
         local: Float[Tensor, "roi output time"],
@@ -157,10 +163,14 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         features = trace_features(fluorescence, valid, scale)
         rate = torch.as_tensor(frame_rate, dtype=features.dtype, device=features.device).expand(len(features))
         log_rate = torch.log(rate)
-        summary = self._summary(features, log_rate, apply)
-        if chunk is None or chunk >= n_frames:
+        if (chunk is None or chunk >= n_frames) and features.shape[-1] <= self.summary_frames:
+            summary, local = self.summary_and_local(features, log_rate)
+            local = local[..., :n_frames]
+        elif chunk is None or chunk >= n_frames:
+            summary = self._summary(features, log_rate, apply)
             local = self.local(features, log_rate, summary)[..., :n_frames]
         else:
+            summary = self._summary(features, log_rate, apply)
             step = max(self.stride, chunk // self.stride * self.stride)
             margin = -(-self.halo // self.stride) * self.stride
 

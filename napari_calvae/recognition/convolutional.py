@@ -68,6 +68,11 @@ class ConvolutionalNetwork(RecognitionNetwork):
             x = nn.functional.leaky_relu(layer(x), 0.1)
         return self.head(x)
 
+    def summary_and_local(self, features: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Summary and outputs, which share nothing."""
+        summary = self.summarise(features, log_rate)
+        return summary, self.local(features, log_rate, summary)
+
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Independent counts: a gain that is known to be one."""
         known = torch.zeros_like(log_rate)

@@ -21,7 +21,7 @@ from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, Spike
 
 
 class GainCategorical(SpikePosterior):
-    """Counts per frame, independent given a log-gain g ~ N(μ, σ²) of the cell: p(k | g) ∝ exp(logits_k + k g).
+    """Counts per frame, independent given a log-gain g ~ N(μ, σ²) of the cell: p(k | g) ∝ exp(logits_k + k h g).
 
     Parameters
     ----------
@@ -29,6 +29,9 @@ class GainCategorical(SpikePosterior):
         (roi, count, time) unnormalised log-probabilities at gain 0.
     gain_mean, gain_std
         (roi,) of the log-gain. The integral over the gain is a Gauss–Hermite quadrature.
+    response
+        (roi, time) how far the gain acts on each frame, h; everywhere 1 if not given. How many spikes make up an event
+        depends on how large a single one shows, whether there is an event at all hardly does.
     n_nodes
         Of the quadrature; 1 is exact where the gain is known, ``gain_std`` 0.
     """
@@ -38,9 +41,11 @@ class GainCategorical(SpikePosterior):
         logits: Float[Tensor, "roi count time"],
         gain_mean: Float[Tensor, " roi"],
         gain_std: Float[Tensor, " roi"],
+        response: Float[Tensor, "roi time"] | None = None,
         n_nodes: int = 7,
     ) -> None:
         self.logits = logits
+        self.response = logits.new_ones(()).expand_as(logits[:, 0]) if response is None else response
         self.gain_mean = gain_mean
         self.gain_std = gain_std
         self.n_nodes = n_nodes
@@ -50,7 +55,8 @@ class GainCategorical(SpikePosterior):
         """Expected spike count of each frame."""
         weights = self._weights()
         gains, probability = self._nodes()
-        return sum(p * _moments(weights, g) for p, g in zip(probability, gains.exp(), strict=True))
+        tilts = ((g[:, None] * self.response).exp() for g in gains)
+        return sum(p * _moments(weights, tilt) for p, tilt in zip(probability, tilts, strict=True))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
         """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
@@ -60,21 +66,22 @@ class GainCategorical(SpikePosterior):
         if n == 0:
             return torch.zeros(shape, dtype=torch.uint8, device=device)
         normal = torch.randn((n, weights.shape[0], 1), generator=generator, device=device, dtype=dtype)
-        tilt = self._bounded(self.gain_mean[:, None] + self.gain_std[:, None] * normal).exp()
+        gain = self._bounded(self.gain_mean[:, None] + self.gain_std[:, None] * normal)
         u = torch.rand(shape, generator=generator, device=device, dtype=dtype)
         counts = torch.zeros(shape, dtype=torch.uint8, device=device)
         # Counts that have no weight at any gain drawn cost time and change nothing.
-        weight = weights.amax((0, 2)) * tilt.amax() ** self._counts()
+        weight = weights.amax((0, 2)) * gain.amax().clamp_min(0).exp() ** self._counts()
         top = int((weight > 1e-9).nonzero()[-1])
         # One sample at a time: what it needs stays in the cache. Where its number does not exceed the probability of
         # silence there is no spike; only the few other frames are worked out.
-        for row, own in enumerate(tilt):
+        for row, drawn_gain in enumerate(gain):
+            own = (drawn_gain * self.response).exp()
             total = weights[:, top]
             for k in range(top - 1, -1, -1):
                 total = torch.addcmul(weights[:, k], total, own)
             threshold = u[row] * total
             roi, frame = (threshold > weights[:, 0]).nonzero().unbind(1)
-            threshold, chosen, power = threshold[roi, frame], weights[roi, :, frame], own[roi, 0]
+            threshold, chosen, power = threshold[roi, frame], weights[roi, :, frame], own[roi, frame]
             below, factor = chosen[:, 0], power
             drawn = torch.ones_like(roi, dtype=torch.uint8)
             for k in range(1, top):
@@ -93,11 +100,10 @@ class GainCategorical(SpikePosterior):
         index = counts.movedim(-2, 0)  # roi *sample time
         flat = index.reshape(len(self.logits), -1, index.shape[-1])
         chosen = self.logits.gather(1, flat)
-        k = self._counts()[:, None]
-        normaliser = torch.stack([torch.logsumexp(self.logits + k * g[:, None, None], 1) for g in gains])
+        normaliser = torch.stack([torch.logsumexp(self.at_gain(g), 1) for g in gains])
         mask = torch.ones_like(self.logits[:, 0]) if valid is None else valid.to(self.logits.dtype)
         constant = (normaliser * mask).sum(-1)  # node roi
-        spikes = (flat * mask[:, None]).sum(-1)  # roi sample
+        spikes = (flat * (self.response * mask)[:, None]).sum(-1)  # roi sample
         local = (chosen * mask[:, None]).sum(-1)
         terms = local + gains[..., None] * spikes - constant[..., None]
         log_p = torch.logsumexp(terms + probability.log()[:, None, None], 0)
@@ -105,7 +111,23 @@ class GainCategorical(SpikePosterior):
 
     def select(self, rois: slice) -> GainCategorical:
         """The same distribution over the spikes of some of the ROIs."""
-        return GainCategorical(self.logits[rois], self.gain_mean[rois], self.gain_std[rois], self.n_nodes)
+        return self.join([self], [rois])
+
+    def at_gain(self, gain: Float[Tensor, " roi"]) -> Float[Tensor, "roi count time"]:
+        """Unnormalised log-probabilities at a log-gain of each cell."""
+        return torch.addcmul(self.logits, self._counts()[:, None], (gain[:, None] * self.response)[:, None])
+
+    @staticmethod
+    def join(posteriors: Sequence[GainCategorical], rois: Sequence[slice] | None = None) -> GainCategorical:
+        """Posteriors over traces of one length, one below the other; of each only some ``rois`` if told."""
+        chosen = [slice(None)] * len(posteriors) if rois is None else rois
+
+        def rows(name: str) -> Tensor:
+            parts = [getattr(q, name)[r] for q, r in zip(posteriors, chosen, strict=True)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        n_nodes = posteriors[0].n_nodes
+        return GainCategorical(rows("logits"), rows("gain_mean"), rows("gain_std"), rows("response"), n_nodes)
 
     @staticmethod
     def _bounded(gain: Tensor) -> Tensor:
@@ -126,15 +148,14 @@ class GainCategorical(SpikePosterior):
         return self._bounded(self.gain_mean + self.gain_std * node[:, None]), probability
 
 
-def _moments(weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, " roi"]) -> Float[Tensor, "roi time"]:
+def _moments(weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, "roi time"]) -> Float[Tensor, "roi time"]:
     """Mean count under weights tilted by ``tilt**k``: two Horner schemes."""
-    e = tilt[:, None]
     top = weights.shape[1] - 1
     total = weights[:, top]
     first = top * weights[:, top]
     for k in range(top - 1, -1, -1):
-        total = torch.addcmul(weights[:, k], total, e)
-        first = torch.addcmul(k * weights[:, k], first, e)
+        total = torch.addcmul(weights[:, k], total, tilt)
+        first = torch.addcmul(k * weights[:, k], first, tilt)
     return first / total
 
 
@@ -195,6 +216,8 @@ class FactorizedNetwork(RecognitionNetwork):
         Shortest trace that it is trained on.
     n_features
         Channels of the features that it is given, where it is part of another network.
+    local_gain
+        Whether it says frame by frame how far the gain acts; else it acts on all alike.
     """
 
     name: ClassVar[str] = "factorized"
@@ -206,6 +229,7 @@ class FactorizedNetwork(RecognitionNetwork):
         gain_scale: float = 1.0,
         min_frames: int = 1,
         n_features: int = N_FEATURES,
+        local_gain: bool = False,
     ) -> None:
         super().__init__()
         widths = tuple(widths)
@@ -215,7 +239,9 @@ class FactorizedNetwork(RecognitionNetwork):
             "gain_scale": gain_scale,
             "min_frames": min_frames,
             "n_features": n_features,
+            "local_gain": local_gain,
         }
+        self.local_gain = local_gain
         self.max_count = max_count
         self.min_frames = min_frames
         self.gain_scale = gain_scale
@@ -232,13 +258,14 @@ class FactorizedNetwork(RecognitionNetwork):
         self.bottom = _Block(widths[-1], widths[-1], n_rate + n_summary)
         self.grow = nn.ModuleList(nn.Conv1d(b, a, 1) for a, b in itertools.pairwise(widths))
         self.up = nn.ModuleList(_Block(2 * w, w, n_rate + n_summary) for w in widths[:-1])
-        self.head = nn.Conv1d(widths[0], 1 + max_count, 1)
+        self.head = nn.Conv1d(widths[0], 1 + max_count + local_gain, 1)
         gain = nn.Linear(32, 2)
         self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
         with torch.no_grad():
             # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
             self.head.weight[1:] = 0
             cast(Tensor, self.head.bias)[:] = 0
+            cast(Tensor, self.head.bias)[1 + max_count :] = 2.0
             gain.weight[:] = 0
             gain.bias[:] = torch.tensor([0.0, math.log(0.3)])
 
@@ -248,25 +275,39 @@ class FactorizedNetwork(RecognitionNetwork):
 
     def summarise(self, features: Tensor, log_rate: Tensor) -> Tensor:
         """Mean and spread of the coarsest level over time."""
-        x = self._encode(features, self._rate(log_rate))[-1]
-        return torch.relu(self.pool(torch.cat([x.mean(-1), (x.var(-1, unbiased=False) + 1e-6).sqrt()], 1)))
+        return self._pool(self._encode(features, self._rate(log_rate))[-1])
 
     def local(self, features: Tensor, log_rate: Tensor, summary: Tensor) -> Tensor:
-        """Log-rate (spikes/s) and residual log-weights of the counts 1, 2, …, frame by frame."""
+        """Log-rate (spikes/s), residual log-weights of the counts 1, 2, …, and log-odds of the gain's response."""
         rate = self._rate(log_rate)
-        condition = torch.cat([rate, summary], 1)
+        return self._decode(self._encode(features, rate), rate, summary)[..., : features.shape[-1]]
+
+    def summary_and_local(self, features: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Summary and outputs of whole traces, encoded once."""
+        rate = self._rate(log_rate)
         skips = self._encode(features, rate)
+        summary = self._pool(skips[-1])
+        return summary, self._decode(skips, rate, summary)[..., : features.shape[-1]]
+
+    def _pool(self, coarsest: Tensor) -> Tensor:
+        spread = (coarsest.var(-1, unbiased=False) + 1e-6).sqrt()
+        return torch.relu(self.pool(torch.cat([coarsest.mean(-1), spread], 1)))
+
+    def _decode(self, skips: list[Tensor], rate: Tensor, summary: Tensor) -> Tensor:
+        condition = torch.cat([rate, summary], 1)
         x = self.bottom(skips[-1], condition)
         for grow, up, skip in zip(reversed(self.grow), reversed(self.up), reversed(skips[:-1]), strict=True):
             x = torch.repeat_interleave(grow(x), 2, -1)[..., : skip.shape[-1]]
             x = up(torch.cat([x, skip], 1), condition)
-        return self.head(torch.relu(x))[..., : features.shape[-1]]
+        return self.head(torch.relu(x))
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
         mean, log_std = self.gain(torch.cat([self._rate(log_rate), summary], 1)).unbind(-1)
         gain_std = self.gain_scale * log_std.clamp(-4, 1.5).exp()
-        return GainCategorical(count_logits(local, log_rate), mean, gain_std)
+        n = 1 + self.max_count
+        response = torch.sigmoid(local[:, n]) if self.local_gain else None
+        return GainCategorical(count_logits(local[:, :n], log_rate), mean, gain_std, response)
 
     def _rate(self, log_rate: Tensor) -> Tensor:
         x = log_rate - math.log(30.0)

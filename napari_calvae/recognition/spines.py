@@ -89,11 +89,15 @@ class SpineNetwork(RecognitionNetwork):
 
     def summarise(self, features: Tensor, log_rate: Tensor) -> Tensor:
         """What each U-Net wants to know of its trace, and how much of the shaft is in it."""
-        return self._look(features, log_rate, _n_compartments(features))[0]
+        return self._read(features, log_rate, _n_compartments(features))[0]
 
     def local(self, features: Tensor, log_rate: Tensor, summary: Tensor) -> Tensor:
         """Outputs of the two U-Nets, the shaft's first."""
         return self._local(features, log_rate, summary, _n_compartments(features))
+
+    def summary_and_local(self, features: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Summaries and outputs of the two U-Nets, the shaft read once."""
+        return self._look(features, log_rate, _n_compartments(features))
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Counts and gain of each compartment, as its U-Net says."""
@@ -114,12 +118,16 @@ class SpineNetwork(RecognitionNetwork):
         n = _n_compartments(fluorescence[0])
         features = trace_features(fluorescence.flatten(0, 1))
         log_rate = frame_rate.log().repeat_interleave(n)
-        # As `local` after `summarise`, but the shaft is read only once.
-        summary, baps, seen = self._look(features, log_rate, n)
-        inputs = self.spine.local(seen, _spines(log_rate, n), self._summaries(summary, n)[1])
-        return self._posterior(_join(baps, inputs, n), log_rate, summary, n)
+        summary, local = self._look(features, log_rate, n)
+        return self._posterior(local, log_rate, summary, n)
 
-    def _look(self, features: Tensor, log_rate: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _look(self, features: Tensor, log_rate: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """As `_local` after `_read`, but the shaft is read only once."""
+        summary, baps, seen = self._read(features, log_rate, n)
+        inputs = self.spine.local(seen, _spines(log_rate, n), self._summaries(summary, n)[1])
+        return summary, _join(baps, inputs, n)
+
+    def _read(self, features: Tensor, log_rate: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Summary of each row, outputs of the shaft's network, and what the spines' network sees."""
         slope = _slopes(features, n)
         rest = _rest(features, slope, n)

@@ -161,11 +161,7 @@ def _refine(target: Target, posterior: GainCategorical, config: RefineConfig) ->
     for row, roi in enumerate(target.dff.roi_ids):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + roi)
         parts.append(_refine_one(target.select(row), posterior.select(slice(row, row + 1)), config, generator))
-    return GainCategorical(
-        torch.cat([q.logits for q in parts]),
-        torch.cat([q.gain_mean for q in parts]),
-        torch.cat([q.gain_std for q in parts]),
-    )
+    return GainCategorical.join(parts)
 
 
 def _refine_one(

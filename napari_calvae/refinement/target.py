@@ -112,5 +112,4 @@ def at_each_gain(
 ) -> tuple[Float[Tensor, "node roi count time"], Float[Tensor, " node"]]:
     """Log-probabilities of each frame's count at the gains of the posterior's quadrature, and of those gains."""
     gains, probability = posterior._nodes()
-    k = torch.arange(posterior.logits.shape[1], dtype=posterior.logits.dtype)[:, None]
-    return torch.log_softmax(posterior.logits + k * gains[..., None, None], 2), probability.log()
+    return torch.log_softmax(torch.stack([posterior.at_gain(g) for g in gains]), 2), probability.log()

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def to_markdown(proofs: dict[str, Proof], records: dict[str, dict[str, Any]]) ->
             continue
         record = records[name]
         note = " **A quick run: these numbers mean nothing.**" if record["quick"] else ""
-        parts += [_table(record["rows"]), ""]
+        parts += [to_table(record["rows"]), ""]
         parts += [
             f"`{record['command']}`: seed {record['seed']}, {record['seconds']:.0f} s, of which "
             f"{record['cpu_seconds']:.0f} s on the CPU, not counting what was in the cache.{note}",
@@ -75,11 +75,12 @@ def _command(proof: Proof, setting: Setting) -> str:
     return " ".join(words)
 
 
-def _table(rows: list[Row]) -> str:
+def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table of Markdown."""
     heads = list(dict.fromkeys(head for row in rows for head in row))
     lines = [heads, ["---"] * len(heads), *([_cell(row.get(head, "")) for head in heads] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(value: str | int | float) -> str:
+def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", r"\|")

@@ -1,0 +1,53 @@
+"""Figures of the accuracy benchmark, for the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from napari_calvae.recording import RecordingError
+
+#: Colours that colour-blind people can tell apart (Okabe & Ito), by method.
+COLOURS = {"calvae": "#0072B2", "OASIS AR1": "#E69F00", "OASIS AR2": "#CC79A7", "suite2p": "#999999"}
+
+
+def correlation_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Correlation of every method on every data set under the first condition, as a dot plot (PNG).
+
+    Parameters
+    ----------
+    rows
+        As `benchmark.accuracy.accuracy_rows` makes them.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RecordingError("figures: expected matplotlib, found none. Install napari-calvae[bench].") from error
+    first = rows[0]
+    chosen = [r for r in rows if r["condition"] == first["condition"] and r["sigma"] == first["sigma"]]
+    ours = {r["data set"]: r["correlation"] for r in chosen if r["method"] == "calvae"}
+    order = sorted(ours, key=lambda name: ours[name])
+    figure = Figure(figsize=(7.5, 0.8 + 0.28 * len(order)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, colour in COLOURS.items():
+        values = {r["data set"]: r["correlation"] for r in chosen if r["method"] == name}
+        best = {r["data set"]: r["at best shift"] for r in chosen if r["method"] == name}
+        mean = float(np.mean(list(values.values())))
+        size = 60 if name == "calvae" else 30
+        label = f"{name} ({mean:.2f})"
+        axes.scatter([values[d] for d in order], range(len(order)), s=size, color=colour, label=label, zorder=3)
+        if name != "calvae":
+            axes.scatter([best[d] for d in order], range(len(order)), s=size, color="none", edgecolor=colour, zorder=2)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(f"correlation with true spikes (σ = {1000 * first['sigma']:g} ms), median over cells")
+    axes.grid(axis="x", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", title="mean; open: at each set's best shift")
+    figure.savefig(path, dpi=150, format="png")
