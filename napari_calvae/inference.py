@@ -177,7 +177,9 @@ def inference_of(
         reconstruction=reconstruction,
         reconstruction_std=reconstruction_std,
         theta={name: value.cpu().numpy() for name, value in theta.items()},
-        quality=quality_table(Explained(dff.values, rate, reconstruction, reconstruction_std, dff.frame_rate)),
+        quality=quality_table(
+            Explained(dff.values, rate, reconstruction, reconstruction_std, dff.frame_rate, vae.trained_on)
+        ),
         provenance=provenance,
         theta_std={name: value.cpu().numpy() for name, value in doubt.items() if name not in known},
     )

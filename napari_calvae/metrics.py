@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
+from scipy.spatial import KDTree
 
 from napari_calvae.preprocess import noise_level
 
@@ -63,7 +64,8 @@ class Explained:
     """Traces beside their explanation, all (roi, time): what the quality metrics look at.
 
     ``dff``, ``reconstruction`` and ``spread`` (standard deviation expected around the reconstruction) in ΔF/F, ``rate``
-    in spikes/s, ``frame_rate`` in Hz. Missing frames of ``dff`` are NaN.
+    in spikes/s, ``frame_rate`` in Hz. Missing frames of ``dff`` are NaN. ``trained_on``, (trace, descriptor), is what
+    `describe` says of traces that the model was trained on, if it knows.
     """
 
     dff: np.ndarray
@@ -71,6 +73,7 @@ class Explained:
     reconstruction: np.ndarray
     spread: np.ndarray
     frame_rate: float
+    trained_on: np.ndarray | None = None
 
     @property
     def residual(self) -> np.ndarray:
@@ -108,6 +111,60 @@ def qc_band_coverage(x: Explained) -> np.ndarray:
     return (inside & measured).sum(-1) / np.maximum(measured.sum(-1), 1)
 
 
+def describe(dff: np.ndarray, frame_rate: float) -> np.ndarray:
+    """What a trace is like, whatever its cell did, (roi, descriptor).
+
+    Logarithms of the frame rate (Hz), of ν (%/√Hz) and of peak over noise; skewness (asinh of it); and correlation of
+    successive differences, which is −0.5 for white noise and more where frames were smoothed, interpolated or denoised.
+
+    Parameters
+    ----------
+    dff
+        (roi, time) ΔF/F; NaN is missing.
+    frame_rate
+        Frames per second (Hz).
+    """
+    rows = [_describe(row, frame_rate) for row in np.atleast_2d(np.asarray(dff, float))]
+    return np.array(rows, np.float32).reshape(-1, 5)
+
+
+def _describe(trace: np.ndarray, frame_rate: float) -> tuple[float, ...]:
+    step = np.diff(trace)
+    pairs = np.isfinite(step[1:]) & np.isfinite(step[:-1])
+    kept = trace[np.isfinite(trace)]
+    if pairs.sum() < 8 or kept.std() == 0:
+        return (np.nan,) * 5
+    nu = max(float(noise_level(trace, frame_rate)), 1e-6)
+    noise = max(nu / 100 * np.sqrt(frame_rate) / 0.954, 1e-9)
+    middle, peak = np.quantile(kept, [0.5, 0.995])
+    skewness = float(np.mean(((kept - kept.mean()) / kept.std()) ** 3))
+    smooth = float(score_correlation(step[1:][pairs], step[:-1][pairs]))
+    over = max((peak - middle) / noise, 1e-3)
+    return float(np.log(frame_rate)), float(np.log(nu)), float(np.log(over)), float(np.arcsinh(skewness)), smooth
+
+
+def unfamiliarity(described: np.ndarray, known: np.ndarray, n_near: int = 5) -> np.ndarray:
+    """(roi,) how far traces are from all that are known: 1 as far as the outermost 5 % of those are from each other.
+
+    Distances are to the ``n_near``-th nearest of the known, each descriptor in units of its spread among them.
+    """
+    spread = known.std(0) + 1e-6
+    places = KDTree(known / spread)
+    own = places.query(known / spread, k=n_near + 1)[0][:, -1]
+    finite = np.isfinite(described).all(-1)
+    found = np.full(len(described), np.nan)
+    if finite.any():
+        found[finite] = places.query(described[finite] / spread, k=n_near)[0][:, -1]
+    return found / np.quantile(own, 0.95)
+
+
+def qc_unfamiliarity(x: Explained) -> np.ndarray:
+    """How unlike everything that the model was trained on a trace is: to 1 is usual, beyond 1.5 beware; NaN unknown."""
+    if x.trained_on is None:
+        return np.full(len(x.dff), np.nan)
+    return unfamiliarity(describe(x.dff, x.frame_rate), x.trained_on)
+
+
 #: Quality metrics by name: functions of ``Explained`` returning one number per ROI.
 QC: dict[str, Callable[[Explained], np.ndarray]] = {
     "noise_level": qc_noise_level,
@@ -115,6 +172,7 @@ QC: dict[str, Callable[[Explained], np.ndarray]] = {
     "reconstruction_r2": qc_reconstruction_r2,
     "residual_autocorrelation": qc_residual_autocorrelation,
     "band_coverage": qc_band_coverage,
+    "unfamiliarity": qc_unfamiliarity,
 }
 
 

@@ -28,6 +28,8 @@ from napari_calvae.recording import RecordingError, Traces
 SCHEMA = 2
 #: What the names of the noise's weights begin with in a file.
 _NOISE = "generative.noise."
+#: Name of what the training was like, among the weights.
+_TRAINED_ON = "trained_on"
 
 
 class ModelError(ValueError):
@@ -79,6 +81,8 @@ class SpikeVAE:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     theta: Mapping[str, float] = field(default_factory=dict)
     description: str = ""
+    #: (trace, descriptor) `metrics.describe` of traces that it was trained on, if that is known.
+    trained_on: np.ndarray | None = None
     #: SHA-256 of the file it was read from or written to, empty if none.
     sha256: str = ""
 
@@ -107,6 +111,8 @@ class SpikeVAE:
         path = Path(path)
         noise = self.generative.noise
         learned = {_NOISE + name: t for name, t in noise.learned.state_dict().items()}
+        if self.trained_on is not None:
+            learned[_TRAINED_ON] = torch.as_tensor(self.trained_on, dtype=torch.float32)
         weights = {name: t.detach().cpu().contiguous() for name, t in (self.recognition.state_dict() | learned).items()}
         spec = {
             "schema": SCHEMA,
@@ -153,6 +159,7 @@ class SpikeVAE:
                     "Copy or download it again."
                 )
             recognition = build_network(**spec["recognition"])
+            trained_on = weights.pop(_TRAINED_ON, None)
             recognition.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_NOISE)})
             model = cls(
                 recognition=recognition.eval(),
@@ -161,6 +168,7 @@ class SpikeVAE:
                 preprocessing=Preprocessing(**spec["preprocessing"]),
                 theta=spec["theta"],
                 description=str(spec["description"]),
+                trained_on=None if trained_on is None else trained_on.numpy(),
             )
         except ModelError:
             raise

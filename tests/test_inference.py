@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import napari_calvae as calvae
 from napari_calvae import inference
 from napari_calvae.generative import MODELS, DriftingNoise, SpikePrior
-from napari_calvae.metrics import score_correlation, smooth_spikes
+from napari_calvae.metrics import describe, score_correlation, smooth_spikes
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.vae import ModelError, SpikeVAE
@@ -100,7 +102,20 @@ def test_missing_frames_stay_missing_and_everything_else_finite(vae):
     assert np.isnan(result.traces.values[0, 100:130]).all()
     for array in (result.rate, result.reconstruction, result.reconstruction_std):
         assert np.isfinite(array).all()
-    assert all(np.isfinite(result.quality[name]).all() for name in result.quality.dtype.names)
+    known = [name for name in result.quality.dtype.names if name != "unfamiliarity"]
+    assert all(np.isfinite(result.quality[name]).all() for name in known)
+
+
+def test_a_model_that_knows_its_training_says_how_unfamiliar_a_trace_is(vae):
+    traces, _ = simulated(3)
+    assert np.isnan(calvae.infer(traces, vae, n_samples=0).quality["unfamiliarity"]).all()
+    many, _ = simulated(40)
+    taught = dataclasses.replace(vae, trained_on=describe(many.values, many.frame_rate))
+    odd = traces.values.copy()
+    odd[2] = np.convolve(odd[2], np.ones(30) / 30, "same")
+    score = calvae.infer(traces.replace(values=odd), taught, n_samples=0).quality["unfamiliarity"]
+    assert (score[:2] < 1.5).all()
+    assert score[2] > 3
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,33 @@ def test_quality_of_a_perfect_explanation():
     assert row["residual_autocorrelation"] == pytest.approx(0, abs=0.03)
     assert row["band_coverage"] == pytest.approx(0.9545, abs=0.01)
     assert row["noise_level"] == pytest.approx(100 * 0.954 * 0.1 / 5, rel=0.05)
+
+
+def test_white_noise_smooth_and_skewed_traces_are_described_as_such():
+    rng = np.random.default_rng(0)
+    white = 0.1 * rng.standard_normal(20_000)
+    rate, nu, _, skewness, smooth = metrics.describe(white, 25.0)[0]
+    assert rate == pytest.approx(np.log(25.0))
+    # ν is 100 · median |difference| / √fs.
+    assert nu == pytest.approx(np.log(100 * 0.1 * 0.9539 / 5), abs=0.03)
+    assert skewness == pytest.approx(0, abs=0.1)
+    assert smooth == pytest.approx(-0.5, abs=0.03)
+    assert metrics.describe(np.convolve(white, np.ones(5) / 5, "valid"), 25.0)[0, 4] > -0.1
+    assert metrics.describe(np.abs(white) ** 3, 25.0)[0, 3] > 1
+    assert np.isnan(metrics.describe(np.full(50, np.nan), 25.0)).all()
+    gaps = white.copy()
+    gaps[::7] = np.nan
+    np.testing.assert_allclose(
+        metrics.describe(gaps, 25.0)[0, :3], [rate, nu, metrics.describe(white, 25.0)[0, 2]], atol=0.1
+    )
+
+
+def test_what_is_far_from_all_that_is_known_is_unfamiliar():
+    rng = np.random.default_rng(0)
+    known = rng.standard_normal((500, 5))
+    score = metrics.unfamiliarity(np.array([np.zeros(5), np.full(5, 5.0), np.full(5, np.nan)]), known)
+    assert score[0] < 1 < 3 < score[1]
+    assert np.isnan(score[2])
+    # Of more of the same 5 % are as far from it as 1, or farther; 0.02 is what 500 known ones leave open.
+    more = metrics.unfamiliarity(rng.standard_normal((5000, 5)), known)
+    assert np.mean(more >= 1) == pytest.approx(0.05, abs=0.02)

@@ -7,6 +7,7 @@ import json
 import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,12 @@ def test_a_saved_model_is_the_same_model(vae, saved):
     assert again.recognition.gain_scale == 1.5
     assert again.sha256 == vae.sha256 != ""
     assert [p.name for p in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_saved_model_remembers_what_it_was_trained_on(vae, tmp_path):
+    assert SpikeVAE.load(vae.save(tmp_path / "a.safetensors")).trained_on is None
+    vae.trained_on = np.arange(15, dtype=np.float32).reshape(3, 5)
+    assert np.array_equal(SpikeVAE.load(vae.save(tmp_path / "b.safetensors")).trained_on, vae.trained_on)
 
 
 def test_a_saved_model_keeps_its_noise(vae, tmp_path):

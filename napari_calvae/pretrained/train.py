@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.metrics import describe
 from napari_calvae.pretrained.recordings import FOLDS, FRAME_RATES, RecordingSampler, Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
 from napari_calvae.recognition import FactorizedNetwork, RecognitionNetwork
@@ -29,6 +30,8 @@ BATCH_FRAMES = 12288
 WINDOWS, SHARES = (512, 1024, 2048, 4096), (0.35, 0.4, 0.15, 0.1)
 #: Models to simulate from unless told otherwise: those that need no loop over time.
 MODELS_SIMULATED = "linear_ar,dye_binding,physiological"
+#: Traces whose likeness a model remembers, about.
+_SEEN = 800
 #: Share of simulated snippets after the first steps.
 SIMULATED = 0.25
 
@@ -54,6 +57,17 @@ def snippet_loss(network: RecognitionNetwork, batch: Snippets) -> Float[torch.Te
     # Slow frames hold more spikes each, and would otherwise outweigh the fast ones.
     weight = torch.from_numpy(np.sqrt(batch.frame_rate / 30.0))
     return -(weight * log_p).sum() / (weight * scored.sum(-1)).sum()
+
+
+def seen(recordings: RecordingSampler, simulations: SimulationSampler, seed: int) -> Float[np.ndarray, "trace 5"]:
+    """What some of the traces are like that training shows."""
+    rows = []
+    for number in range(_SEEN // 8):
+        batch = draw_batch(recordings, simulations, SIMULATED, seed + number)
+        for trace, rate in list(zip(batch.fluorescence, batch.frame_rate, strict=True))[:8]:
+            rows.append(describe(trace, float(rate)))
+    found = np.concatenate(rows)
+    return found[np.isfinite(found).all(-1)]
 
 
 def universal_model(network: RecognitionNetwork, description: str) -> SpikeVAE:
@@ -107,6 +121,7 @@ def main(
     network.set_gain_scale(gain_scale)
     rest = ", ".join(left_out) or "nothing"
     model = universal_model(network, f"universal; {steps} steps, seed {seed}, left out: {rest}")
+    model.trained_on = seen(recordings, simulations, seed)
     model.save(out)
     log.info("saved %s", out)
 
