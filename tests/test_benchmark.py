@@ -184,7 +184,8 @@ def test_a_study_measures_all_that_it_should(record, tmp_path):
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8")) == record
     text = (tmp_path / "out" / "accuracy.md").read_text(encoding="utf-8")
     assert "| DS10-a | 1 |" in text
-    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy.png", "reliability.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_folds_must_be_whole_and_know_the_data_set(tmp_path):

@@ -37,7 +37,9 @@ OURS = "calvae"
 #: Factors on the deviation of the log-gain that are tried where it is calibrated.
 GAIN_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 #: Lengths (s) of the windows in which spikes are counted, and probabilities of the intervals.
-WINDOWS, LEVELS = (1.0, 10.0), (0.9, 0.5)
+WINDOWS, LEVELS = (1.0, 10.0), (0.1, 0.3, 0.5, 0.7, 0.9)
+#: Those among them that targets are set for, and the gain is calibrated by.
+JUDGED = (0.9, 0.5)
 _N_SAMPLES = 100
 #: Isolated spikes have no other within this time (s), and are looked for within half of it.
 _ISOLATED = 0.2
@@ -230,7 +232,7 @@ def calibrate(rows: Sequence[Mapping[str, Any]]) -> float:
     """The gain scale whose intervals, of all lengths and levels, come closest to right in the mean over data sets."""
     error: dict[float, list[float]] = defaultdict(list)
     for scale in sorted({row["gain scale"] for row in rows}):
-        for window, level in itertools.product(WINDOWS, LEVELS):
+        for window, level in itertools.product(WINDOWS, JUDGED):
             inside = [r[f"{level:.0%}"] for r in rows if r["window"] == window and r["gain scale"] == scale]
             error[scale].append(abs(float(np.mean(inside)) - level) if inside else 0.0)
     return min(error, key=lambda scale: sum(error[scale]))
@@ -331,7 +333,7 @@ def other_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     for window in WINDOWS:
         chosen = [r for r in record["intervals"] if r["window"] == window]
-        for level in LEVELS:
+        for level in JUDGED:
             value = float(np.mean([r[f"{level:.0%}"] for r in chosen]))
             rows.append({"measure": f"{level:.0%} intervals in {window:g} s, mean over data sets", "value": value})
         ratio = float(np.mean([r["width"] / max(r["width of the oracle"], 1e-9) for r in chosen]))
@@ -344,8 +346,8 @@ def other_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_study(record: Mapping[str, Any], out: Path) -> None:
-    """Write ``accuracy.json``, ``accuracy.md`` and ``accuracy.png`` into a folder."""
-    from napari_calvae.benchmark.figures import correlation_figure
+    """Write ``accuracy.json``, ``accuracy.md`` and its figures, of correlation and of intervals, into a folder."""
+    from napari_calvae.benchmark.figures import correlation_figure, reliability_figure
     from napari_calvae.benchmark.paper.record import to_table
 
     out.mkdir(parents=True, exist_ok=True)
@@ -367,8 +369,10 @@ def write_study(record: Mapping[str, Any], out: Path) -> None:
             sets[r["data set"]][f"{r['method']}, best shift"] = r["at best shift"]
         parts += [f"## {condition}, σ = {1000 * sigma:g} ms", "", to_table(list(sets.values())), ""]
     parts += ["## Intervals of counts", "", to_table(record["intervals"]), ""]
-    files = [out / f"accuracy{end}" for end in (".json", ".md", ".png")]
-    with whole_files(*files) as (data, text, picture):
+    parts += ["![correlation](accuracy.png)", "", "![intervals](reliability.png)", ""]
+    files = [out / name for name in ("accuracy.json", "accuracy.md", "accuracy.png", "reliability.png")]
+    with whole_files(*files) as (data, text, picture, reliability):
         data.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         text.write_text("\n".join(parts), encoding="utf-8")
         correlation_figure(record["accuracy"], picture)
+        reliability_figure(record["intervals"], reliability)

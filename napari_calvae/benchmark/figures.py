@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from napari_calvae.recording import RecordingError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: Colours that colour-blind people can tell apart (Okabe & Ito), by method.
 COLOURS = {"calvae": "#0072B2", "OASIS AR1": "#E69F00", "OASIS AR2": "#CC79A7", "suite2p": "#999999"}
@@ -22,17 +26,11 @@ def correlation_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows
         As `benchmark.accuracy.accuracy_rows` makes them.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RecordingError("figures: expected matplotlib, found none. Install napari-calvae[bench].") from error
     first = rows[0]
     chosen = [r for r in rows if r["condition"] == first["condition"] and r["sigma"] == first["sigma"]]
     ours = {r["data set"]: r["correlation"] for r in chosen if r["method"] == "calvae"}
     order = sorted(ours, key=lambda name: ours[name])
-    figure = Figure(figsize=(7.5, 0.8 + 0.28 * len(order)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7.5, 0.8 + 0.28 * len(order))
     axes = figure.add_subplot()
     for name, colour in COLOURS.items():
         values = {r["data set"]: r["correlation"] for r in chosen if r["method"] == name}
@@ -47,7 +45,46 @@ def correlation_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"correlation with true spikes (σ = {1000 * first['sigma']:g} ms), median over cells")
     axes.grid(axis="x", alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    _open(axes)
     axes.legend(frameon=False, loc="lower right", title="mean; open: at each set's best shift")
     figure.savefig(path, dpi=150, format="png")
+
+
+def reliability_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Share of true counts within intervals against what the intervals say, by length of window (PNG).
+
+    Parameters
+    ----------
+    rows
+        As `benchmark.accuracy.interval_rows` makes them: one line per data set, their mean as a thick one.
+    """
+    windows = sorted({r["window"] for r in rows})
+    levels = sorted(key for key in rows[0] if key.endswith("%"))
+    nominal = [float(key[:-1]) / 100 for key in levels]
+    figure = _figure(3.2 * len(windows) + 0.6, 3.6)
+    for axes, window in zip(np.atleast_1d(figure.subplots(1, len(windows), sharey=True)), windows, strict=True):
+        lines = np.array([[r[key] for key in levels] for r in rows if r["window"] == window])
+        axes.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, linestyle="--")
+        axes.plot(nominal, lines.T, color=COLOURS["calvae"], alpha=0.25, linewidth=1)
+        axes.plot(nominal, lines.mean(0), color=COLOURS["calvae"], linewidth=3, marker="o")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=f"windows of {window:g} s", xlabel="interval")
+        _open(axes)
+    figure.axes[0].set_ylabel("share of true counts inside")
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure (inches) that no window knows of."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RecordingError("figures: expected matplotlib, found none. Install napari-calvae[bench].") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _open(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
