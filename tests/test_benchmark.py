@@ -10,7 +10,7 @@ import torch
 from scipy.io import savemat
 
 from napari_calvae import benchmark
-from napari_calvae.benchmark import accuracy
+from napari_calvae.benchmark import accuracy, adaptation
 from napari_calvae.formats.ground_truth import Sweep, read_ground_truth
 from napari_calvae.pretrained.train import universal_model
 from napari_calvae.recognition import FactorizedNetwork
@@ -186,6 +186,26 @@ def test_a_study_measures_all_that_it_should(record, tmp_path):
     assert "| DS10-a | 1 |" in text
     for name in ("accuracy.png", "reliability.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_of_a_data_set_become_one_recording():
+    pieces = benchmark.prepare([sweep(n=900), sweep(n=1800, seed=1)], 30.0)
+    recording = adaptation.as_recording([*pieces, accuracy.Piece("D1", "D1/c2", 30.0, pieces[0].dff, pieces[0].counts)])
+    assert recording.values.shape == (2, 450 + 64 + 900 + 64)
+    assert np.isnan(recording.values[0, 450:514]).all()
+    np.testing.assert_allclose(recording.values[0, 514:1414], pieces[1].dff, rtol=1e-6)
+    assert not recording.valid[1, 450:].any()
+
+
+def test_adaptation_is_scored_before_and_after(monkeypatch):
+    torch.manual_seed(0)
+    start, better = (universal_model(FactorizedNetwork((4, 6)), "x") for _ in range(2))
+    models = accuracy.Models("universal")
+    models.models = [start]
+    monkeypatch.setattr(adaptation, "fit", lambda traces, base: better if base is start else None)
+    (row,) = adaptation.adaptation_rows(models, [sweep()])
+    assert (row["data set"], row["cells"]) == ("D1", 1)
+    assert row["gain"] == row["after"] - row["before"] != 0
 
 
 def test_folds_must_be_whole_and_know_the_data_set(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from napari_calvae.benchmark.accuracy import other_rows, study, summary_rows, write_study
+from napari_calvae.benchmark.accuracy import Models, other_rows, study, summary_rows, write_study
+from napari_calvae.benchmark.adaptation import adaptation_rows
 from napari_calvae.benchmark.ground_truth import (
     MARGIN,
     SHIFTS,
@@ -17,12 +18,15 @@ from napari_calvae.benchmark.ground_truth import (
     suite2p_method,
 )
 from napari_calvae.benchmark.speed import speed
+from napari_calvae.formats.ground_truth import read_ground_truth
 
 __all__ = [
     "MARGIN",
     "SHIFTS",
     "Method",
+    "Models",
     "Piece",
+    "adaptation_rows",
     "by_dataset",
     "calvae_method",
     "correlations",
@@ -30,6 +34,7 @@ __all__ = [
     "oasis_method",
     "other_rows",
     "prepare",
+    "read_ground_truth",
     "speed",
     "study",
     "suite2p_method",

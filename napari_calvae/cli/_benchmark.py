@@ -31,6 +31,19 @@ def accuracy(
     show(measure.other_rows(record))
 
 
+@benchmark.command()
+def adaptation(
+    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    model: Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")] = "universal",
+    only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
+) -> None:
+    """What adapting to each data set without its spikes gains."""
+    from napari_calvae import benchmark as measure
+
+    sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
+    show(measure.adaptation_rows(measure.Models(model), sweeps), summary="mean")
+
+
 @benchmark.command("movie")
 def movie_accuracy(
     movie: Annotated[Path, typer.Argument(help="Movie (.tif)")],
