@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,12 @@ from torch import Tensor
 from napari_calvae.generative import GenerativeModel, Theta
 from napari_calvae.metrics import Explained, quality_table
 from napari_calvae.recognition import CHUNK, SpikePosterior
+from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.vae import SpikeVAE, load_model
 
+#: Standard deviation of the logarithm of an amplitude that a user knows.
+_KNOWN = 0.15
 #: Trace-frames per block of ROIs: small enough to stop soon and to stay near the cache, large enough for a core.
 BLOCK_FRAMES = 65_536
 
@@ -34,6 +38,9 @@ class InferConfig(BaseModel):
     n_samples: int = Field(50, ge=0, le=1000, title="Samples", description="Spike trains drawn per ROI")
     seed: int = Field(0, ge=0, title="Seed", description="Of the samples; each ROI has a stream of its own")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", title="Device", description="Where to compute")
+    amplitude: float | None = Field(
+        None, gt=0, title="Amplitude", description="ΔF/F at the peak of the response to one spike, where it is known"
+    )
 
 
 def infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> SpikeInference:
@@ -46,12 +53,14 @@ def infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings
     model
         Name of a shipped model, a file, or a ``SpikeVAE``.
     **settings
-        Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``.
+        Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``. How many spikes there are is
+        uncertain mostly since nobody knows how much fluorescence one makes; who does gives ``amplitude`` (ΔF/F), known
+        to about 15 %, and gets rates that go with it and narrower intervals.
 
     Raises
     ------
     RecordingError
-        If no spikes can be inferred from a trace.
+        If no spikes can be inferred from a trace, or an amplitude is given that the model has no place for.
     ModelError
         If the model cannot be read.
     """
@@ -136,15 +145,19 @@ def inference_of(
     dff: Traces, vae: SpikeVAE, config: InferConfig, posterior: SpikePosterior, provenance: dict[str, Any]
 ) -> SpikeInference:
     """Rates, samples, reconstruction and quality that follow from a posterior over the spikes of ΔF/F traces."""
+    device = next(vae.recognition.parameters()).device
+    observed = torch.from_numpy(dff.values.copy()).to(device)
+    valid = torch.from_numpy(dff.valid.copy()).to(device)
+    if config.amplitude is not None:
+        posterior = with_amplitude(posterior, vae, (observed, valid, dff.frame_rate), config.amplitude)
     mean = posterior.mean
-    observed = torch.from_numpy(dff.values.copy()).to(mean.device)
-    valid = torch.from_numpy(dff.valid.copy()).to(mean.device)
     predicted = posterior.theta
     if predicted is not None and predicted.names == tuple(p.name for p in vae.generative.parameters):
         estimated, doubt = predicted.theta, predicted.std
     else:
         estimated, doubt = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid), {}
-    known = {name: torch.full_like(estimated[name], value) for name, value in vae.theta.items()}
+    given = {} if config.amplitude is None else {"amplitude": config.amplitude}
+    known = {name: torch.full_like(estimated[name], value) for name, value in {**vae.theta, **given}.items()}
     theta = {**estimated, **known}
     expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
     drift = vae.generative.drift(observed, mean, theta, dff.frame_rate, valid)
@@ -183,6 +196,34 @@ def inference_of(
         provenance=provenance,
         theta_std={name: value.cpu().numpy() for name, value in doubt.items() if name not in known},
     )
+
+
+def with_amplitude(
+    posterior: SpikePosterior, vae: SpikeVAE, recording: tuple[Tensor, Tensor, float], amplitude: float
+) -> SpikePosterior:
+    """The posterior at the gain that goes with an amplitude per spike (ΔF/F), which is known to about 15 %.
+
+    Spikes times amplitude is what the fluorescence tells; the gain is moved until the generative model, fitted to the
+    expected spikes, has the amplitude that is known.
+
+    Parameters
+    ----------
+    recording
+        (roi, time) ΔF/F, which frames are measured, and the frame rate (Hz).
+    """
+    observed, valid, frame_rate = recording
+    if not isinstance(posterior, GainCategorical) or "amplitude" not in {p.name for p in vae.generative.parameters}:
+        raise RecordingError(
+            f"amplitude: expected a model with a gain and an amplitude, got {vae.recognition.name} with "
+            f"{vae.generative.name}. Leave the amplitude out, or use the model universal."
+        )
+    found = posterior
+    for _ in range(3):
+        fitted = vae.generative.initial_theta(observed, found.mean, frame_rate, valid)["amplitude"]
+        total = (found.mean.sum(-1) * fitted / amplitude).clamp_min(1e-3)
+        gain, few, many = (posterior.gain_for(total * math.exp(d)) for d in (0.0, -_KNOWN, _KNOWN))
+        found = posterior.given(gain, (many - few) / 2)
+    return found
 
 
 def _sample(posterior: SpikePosterior, config: InferConfig, roi: int) -> Tensor:

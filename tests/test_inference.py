@@ -106,6 +106,33 @@ def test_missing_frames_stay_missing_and_everything_else_finite(vae):
     assert all(np.isfinite(result.quality[name]).all() for name in known)
 
 
+def test_a_known_amplitude_sets_the_number_of_spikes_and_narrows_its_interval():
+    truth = calvae.simulate(6, 120.0, 30.0, rate=0.8, theta={"amplitude": 0.25, "noise_density": 0.01}, variability=0.3)
+    plain = calvae.infer(truth.traces, n_samples=60)
+    widths, off = [], []
+    for amplitude in (0.25, 0.5):
+        told = calvae.infer(truth.traces, n_samples=60, amplitude=amplitude)
+        low, high = told.interval(0.9, window=60.0)
+        widths.append((high - low).mean())
+        off.append(np.log(told.rate.mean(-1) * 120 / truth.counts.sum(-1)))
+        assert told.theta["amplitude"] == pytest.approx(np.full(6, amplitude))
+        assert told.provenance["settings"]["amplitude"] == amplitude
+    # Amplitudes of the cells differ from 0.25 by a factor of e^0.3.
+    assert np.abs(off[0]).mean() < 0.4
+    np.testing.assert_allclose(off[0] - off[1], np.log(2), atol=0.25)
+    low, high = plain.interval(0.9, window=60.0)
+    assert widths[0] < 0.8 * (high - low).mean()
+
+
+def test_an_amplitude_that_a_model_has_no_place_for_is_refused(vae):
+    traces, _ = simulated(1)
+    other = dataclasses.replace(vae, generative=MODELS["dye_binding"]())
+    with pytest.raises(RecordingError, match="amplitude: expected a model with a gain and an amplitude"):
+        calvae.infer(traces, other, amplitude=0.2)
+    with pytest.raises(ValueError, match="greater than 0"):
+        calvae.infer(traces, vae, amplitude=0.0)
+
+
 def test_a_model_that_knows_its_training_says_how_unfamiliar_a_trace_is(vae):
     traces, _ = simulated(3)
     assert np.isnan(calvae.infer(traces, vae, n_samples=0).quality["unfamiliarity"]).all()

@@ -192,7 +192,7 @@ def interval_rows(models: Models, pieces: Sequence[Piece], scale: float, seed: i
         if not isinstance(network, FactorizedNetwork):
             raise RecordingError(f"accuracy: expected a factorized network, got {network.name}.")
         q = posterior_of(model, piece)
-        wide = GainCategorical(q.logits, q.gain_mean, q.gain_std * scale / network.gain_scale, q.response)
+        wide = q.given(q.gain_mean, q.gain_std * scale / network.gain_scale)
         known = _oracle(wide, float(piece.counts.sum()))
         samples, best = (x.sample(_N_SAMPLES, generator)[:, 0].numpy() for x in (wide, known))
         expected = wide.mean[0].numpy()
@@ -218,14 +218,8 @@ def interval_rows(models: Models, pieces: Sequence[Piece], scale: float, seed: i
 
 
 def _oracle(posterior: GainCategorical, total: float) -> GainCategorical:
-    """The posterior at the gain at which the expected number of spikes is ``total``, by bisection."""
-    low, high = torch.tensor([-6.0]), torch.tensor([6.0])
-    known = torch.zeros(1)
-    for _ in range(14):
-        middle = (low + high) / 2
-        mean = GainCategorical(posterior.logits, middle, known, posterior.response, n_nodes=1).mean
-        low, high = (middle, high) if float(mean.sum()) < total else (low, middle)
-    return GainCategorical(posterior.logits, (low + high) / 2, known, posterior.response, n_nodes=1)
+    """The posterior at the gain at which the expected number of spikes is ``total``."""
+    return posterior.given(posterior.gain_for(torch.tensor([total])), torch.zeros(1))
 
 
 def calibrate(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -83,6 +83,7 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     seed: Seed = 0,
     unit: UnitOption = None,
     neuropil: Neuropil = 0.7,
+    amplitude: Annotated[float | None, typer.Option(help="ΔF/F that one spike makes, where it is known")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Infer spikes from a movie with its ROIs, or from traces."""
@@ -96,7 +97,8 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
         from napari_calvae.recording import SpikeInference
 
         parts: list[SpikeInference] = []
-        for part in iter_infer(traces, model, n_samples=samples, seed=seed, device=device.value):
+        settings = {"n_samples": samples, "seed": seed, "device": device.value, "amplitude": amplitude}
+        for part in iter_infer(traces, model, **settings):
             parts.append(part)
             report("Inferring", sum(p.traces.n_rois for p in parts) / traces.n_rois)
         result = SpikeInference.concatenate(parts)

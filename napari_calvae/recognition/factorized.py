@@ -117,6 +117,20 @@ class GainCategorical(SpikePosterior):
         """Unnormalised log-probabilities at a log-gain of each cell."""
         return torch.addcmul(self.logits, self._counts()[:, None], (gain[:, None] * self.response)[:, None])
 
+    def given(self, gain_mean: Float[Tensor, " roi"], gain_std: Float[Tensor, " roi"]) -> GainCategorical:
+        """The same with another belief about the gain."""
+        return GainCategorical(self.logits, gain_mean, gain_std, self.response, self.n_nodes)
+
+    def gain_for(self, total: Float[Tensor, " roi"]) -> Float[Tensor, " roi"]:
+        """The log-gain at which each cell is expected to have ``total`` spikes, by bisection."""
+        low, high = torch.full_like(total, -8.0), torch.full_like(total, 8.0)
+        weights = self._weights()
+        for _ in range(16):
+            middle = (low + high) / 2
+            few = _moments(weights, (middle[:, None] * self.response).exp()).sum(-1) < total
+            low, high = torch.where(few, middle, low), torch.where(few, high, middle)
+        return (low + high) / 2
+
     @staticmethod
     def join(posteriors: Sequence[GainCategorical], rois: Sequence[slice] | None = None) -> GainCategorical:
         """Posteriors over traces of one length, one below the other; of each only some ``rois`` if told."""
