@@ -180,11 +180,13 @@ def test_a_study_measures_all_that_it_should(record, tmp_path):
     assert summary[0]["lead"] < 0
     assert summary[0]["ahead in"] == 0
     assert len(benchmark.other_rows(record)) >= 8
+    assert [e["data set"] for e in record["examples"]] == ["DS10-a", "DS24-b"]
+    assert all(len(e["dff"]) == 600 and len(e["samples"]) == 20 for e in record["examples"])
     benchmark.write_study(record, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text(encoding="utf-8")) == record
     text = (tmp_path / "out" / "accuracy.md").read_text(encoding="utf-8")
     assert "| DS10-a | 1 |" in text
-    for name in ("accuracy.png", "reliability.png"):
+    for name in ("accuracy.png", "reliability.png", "examples.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 

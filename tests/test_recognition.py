@@ -170,6 +170,18 @@ def test_the_gain_leaves_frames_alone_where_it_has_no_say():
     assert torch.equal(both.response, silent)
 
 
+def test_more_doubt_about_the_gain_does_not_mean_more_spikes():
+    logits = torch.tensor([0.0, -6.0])[None, :, None].expand(1, 2, 500)
+    narrow = GainCategorical(logits, torch.zeros(1), torch.full((1,), 0.4), n_nodes=21)
+    wide = narrow.widened(2.0)
+    assert float(wide.gain_std) == pytest.approx(0.8)
+    # Counts are nearly proportional to the gain where they are rare.
+    torch.testing.assert_close(wide.mean, narrow.mean, rtol=0.01, atol=0)
+    assert float(narrow.gain_for(narrow.mean.sum(-1))) == pytest.approx(0.08, abs=0.005)
+    same = narrow.widened(1.0)
+    assert torch.equal(same.gain_mean, narrow.gain_mean)
+
+
 def test_summary_and_outputs_in_one_go_are_those_of_two(network):
     features, rate = trace_features(traces(2, 200)), torch.zeros(2, dtype=torch.float64)
     summary, local = network.summary_and_local(features, rate)

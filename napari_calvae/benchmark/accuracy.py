@@ -89,6 +89,16 @@ class Models:
             raise RecordingError(f"folds: expected a model of every fold in {folder}, found no {', '.join(missing)}.")
         self.models = [load_model(f) for f in files]
 
+    @property
+    def networks(self) -> list[FactorizedNetwork]:
+        """Of every model, in the order of the folds."""
+        networks: list[FactorizedNetwork] = []
+        for network in (model.recognition for model in self.models):
+            if not isinstance(network, FactorizedNetwork):
+                raise RecordingError(f"accuracy: expected a model with a factorized network, got {network.name}.")
+            networks.append(network)
+        return networks
+
     def fold(self, dataset: str) -> int:
         """Number of the model for a data set."""
         if not self.folds:
@@ -172,27 +182,17 @@ def accuracy_rows(condition: Condition, models: Models, sweeps: Sequence[Sweep])
 
 
 @torch.inference_mode()
-def interval_rows(models: Models, pieces: Sequence[Piece], scale: float, seed: int = 0) -> Iterator[dict[str, Any]]:
+def interval_rows(models: Models, pieces: Sequence[Piece], seed: int = 0) -> Iterator[dict[str, Any]]:
     """Of each data set and length of window: share of true counts within central intervals, and widths.
 
     By randomised PIT over windows with at least half an expected spike: chosen by the prediction, never by the truth.
     The oracle's intervals are those of the same posterior with its gain set so that the expected number of spikes in
     the sweep is the true one.
-
-    Parameters
-    ----------
-    scale
-        Factor on the deviation of the log-gain that replaces the models' own.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     found: dict[tuple[str, float], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = defaultdict(list)
     for piece in pieces:
-        model = models[piece.dataset]
-        network = model.recognition
-        if not isinstance(network, FactorizedNetwork):
-            raise RecordingError(f"accuracy: expected a factorized network, got {network.name}.")
-        q = posterior_of(model, piece)
-        wide = q.given(q.gain_mean, q.gain_std * scale / network.gain_scale)
+        wide = posterior_of(models[piece.dataset], piece)
         known = _oracle(wide, float(piece.counts.sum()))
         samples, best = (x.sample(_N_SAMPLES, generator)[:, 0].numpy() for x in (wide, known))
         expected = wide.mean[0].numpy()
@@ -212,6 +212,7 @@ def interval_rows(models: Models, pieces: Sequence[Piece], scale: float, seed: i
                 found[piece.dataset, window].append((pit, *widths))
     for (dataset, window), parts in found.items():
         pit, width, least = (np.concatenate(x) for x in zip(*parts, strict=True))
+        scale = models.networks[models.fold(dataset)].gain_scale
         row: dict[str, Any] = {"data set": dataset, "window": window, "windows": len(pit), "gain scale": scale}
         row |= {f"{level:.0%}": float((np.abs(pit - 0.5) <= level / 2).mean()) for level in LEVELS}
         yield row | {"width": float(width.mean()), "width of the oracle": float(least.mean())}
@@ -259,6 +260,38 @@ def timing_rows(models: Models, sweeps: Sequence[Sweep], frame_rate: float = 120
         }
 
 
+@torch.inference_mode()
+def example_rows(
+    models: Models, pieces: Sequence[Piece], n: int = 10, seconds: float = 20.0
+) -> Iterator[dict[str, Any]]:
+    """A stretch of the middle cell of some data sets: ΔF/F, spikes, and 20 samples of the posterior (frames).
+
+    Neither the cell nor the stretch is chosen by what ours makes of it: the cell is the middle one by its number of
+    spikes, the stretch the middle one of those with spikes by theirs.
+    """
+    groups: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        if len(piece.dff) >= seconds * piece.frame_rate:
+            groups[piece.dataset].append(piece)
+    names = sorted(groups)
+    for name in (names[k] for k in np.unique(np.linspace(0, len(names) - 1, n).round().astype(int))):
+        piece = sorted(groups[name], key=lambda p: p.counts.mean())[len(groups[name]) // 2]
+        step = round(seconds * piece.frame_rate)
+        counts = piece.counts[: len(piece.counts) // step * step].reshape(-1, step)
+        busy = np.flatnonzero(counts.sum(1)) if counts.any() else np.arange(len(counts))
+        window = busy[np.argsort(counts[busy].sum(1), kind="stable")[len(busy) // 2]]
+        frames = slice(window * step, (window + 1) * step)
+        samples = posterior_of(models[name], piece).sample(20, torch.Generator().manual_seed(0))[:, 0, frames]
+        yield {
+            "data set": name,
+            "cell": piece.cell,
+            "frame rate": piece.frame_rate,
+            "dff": [round(float(x), 4) for x in np.nan_to_num(piece.dff[frames])],
+            "spikes": np.repeat(np.arange(step), piece.counts[frames]).tolist(),
+            "samples": [row.nonzero()[:, 0].tolist() for row in samples],
+        }
+
+
 def study(
     data: Path, source: str | Path = "universal", only: str = "", conditions: Sequence[Condition] = CONDITIONS
 ) -> dict[str, Any]:
@@ -273,25 +306,25 @@ def study(
     pieces = CONDITIONS[0].pieces(sweeps)
     scales: dict[str, float] = {}
     if models.folds:
-        tried = [row for scale in GAIN_SCALES for row in interval_rows(models, pieces, scale)]
-        for fold, model in enumerate(models.models):
-            others = [row for row in tried if models.fold(row["data set"]) != fold]
-            network = model.recognition
-            if isinstance(network, FactorizedNetwork):
-                network.set_gain_scale(calibrate(others))
-                scales[f"fold {fold + 1}"] = network.gain_scale
+        tried: list[dict[str, Any]] = []
+        for scale in GAIN_SCALES:
+            for network in models.networks:
+                network.set_gain_scale(scale)
+            tried += interval_rows(models, pieces)
+        for fold, network in enumerate(models.networks):
+            network.set_gain_scale(calibrate([row for row in tried if models.fold(row["data set"]) != fold]))
+            scales[f"fold {fold + 1}"] = network.gain_scale
         scales["all"] = calibrate(tried)
         intervals = [r for r in tried if r["gain scale"] == scales[f"fold {models.fold(r['data set']) + 1}"]]
     else:
-        network = models.models[0].recognition
-        scale = network.gain_scale if isinstance(network, FactorizedNetwork) else 1.0
-        intervals = list(interval_rows(models, pieces, scale))
+        intervals = list(interval_rows(models, pieces))
     return {
         "model": "cross-validated: each data set by a model of other folds" if models.folds else str(source),
         "gain scales": scales,
         "accuracy": [row for condition in conditions for row in accuracy_rows(condition, models, sweeps)],
         "intervals": intervals,
         "timing": list(timing_rows(models, sweeps)),
+        "examples": list(example_rows(models, pieces)),
         "seconds": round(time.perf_counter() - began, 1),
         "versions": {name: importlib.metadata.version(name) for name in ("napari-calvae", "torch", "numpy")},
     }
@@ -341,7 +374,7 @@ def other_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def write_study(record: Mapping[str, Any], out: Path) -> None:
     """Write ``accuracy.json``, ``accuracy.md`` and its figures, of correlation and of intervals, into a folder."""
-    from napari_calvae.benchmark.figures import correlation_figure, reliability_figure
+    from napari_calvae.benchmark.figures import correlation_figure, example_figure, reliability_figure
     from napari_calvae.benchmark.paper.record import to_table
 
     out.mkdir(parents=True, exist_ok=True)
@@ -363,10 +396,11 @@ def write_study(record: Mapping[str, Any], out: Path) -> None:
             sets[r["data set"]][f"{r['method']}, best shift"] = r["at best shift"]
         parts += [f"## {condition}, σ = {1000 * sigma:g} ms", "", to_table(list(sets.values())), ""]
     parts += ["## Intervals of counts", "", to_table(record["intervals"]), ""]
-    parts += ["![correlation](accuracy.png)", "", "![intervals](reliability.png)", ""]
-    files = [out / name for name in ("accuracy.json", "accuracy.md", "accuracy.png", "reliability.png")]
-    with whole_files(*files) as (data, text, picture, reliability):
+    parts += ["![correlation](accuracy.png)", "", "![intervals](reliability.png)", "", "![examples](examples.png)", ""]
+    files = [out / name for name in ("accuracy.json", "accuracy.md", "accuracy.png", "reliability.png", "examples.png")]
+    with whole_files(*files) as (data, text, picture, reliability, examples):
         data.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         text.write_text("\n".join(parts), encoding="utf-8")
         correlation_figure(record["accuracy"], picture)
         reliability_figure(record["intervals"], reliability)
+        example_figure(record["examples"], examples)

@@ -73,6 +73,38 @@ def reliability_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
+def example_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Stretches of ΔF/F with samples of the posterior and true spikes below them (PNG).
+
+    Parameters
+    ----------
+    rows
+        As `benchmark.accuracy.example_rows` makes them.
+    """
+    figure = _figure(8.0, 1.0 * len(rows) + 0.5)
+    for axes, row in zip(np.atleast_1d(figure.subplots(len(rows), 1)), rows, strict=True):
+        rate, dff = row["frame rate"], np.array(row["dff"])
+        low, high = dff.min(), max(dff.max(), dff.min() + 1e-3)
+        axes.plot(np.arange(len(dff)) / rate, 1 + (dff - low) / (high - low), color="#555555", linewidth=0.8)
+        lines = [np.array(frames) / rate for frames in (*row["samples"], row["spikes"])]
+        n = len(row["samples"])
+        heights = [*(0.95 - 0.6 * np.arange(n) / n), 0.15]
+        axes.eventplot(
+            lines,
+            lineoffsets=heights,
+            linelengths=[0.6 / n] * n + [0.25],
+            colors=[COLOURS["calvae"]] * n + ["black"],
+            linewidths=1.0,
+        )
+        axes.set(xlim=(0, len(dff) / rate), ylim=(0, 2.05), yticks=[])
+        axes.set_ylabel(row["data set"].split("-")[0], rotation=0, ha="right", va="center")
+        axes.spines["left"].set_visible(False)
+        _open(axes)
+        axes.tick_params(labelbottom=row is rows[-1])
+    figure.axes[-1].set_xlabel("time (s); grey ΔF/F, blue 20 samples of the posterior, black true spikes")
+    figure.savefig(path, dpi=150, format="png")
+
+
 def _figure(width: float, height: float) -> Figure:
     """A figure (inches) that no window knows of."""
     try:
