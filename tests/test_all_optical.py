@@ -225,6 +225,12 @@ def test_an_activity_that_does_not_die_out_is_refused():
         AllOptical().simulate(make_theta(2, weights=[[0.0, 1.2], [1.2, 0.0]]), 30.0, dark(2, 10))
 
 
+@pytest.mark.parametrize("wrong", [{"share": 0.0}, {"share": 1.0}, {"spike": 0.3}, {"spike": -1.0}])
+def test_a_prior_of_weights_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match="SparseWeights: expected a share between 0 and 1"):
+        SparseWeights(**wrong)
+
+
 def test_priors_are_densities():
     prior = SparseWeights()
     w = torch.linspace(-3, 3, 60_001, dtype=torch.float64)
