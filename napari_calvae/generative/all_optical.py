@@ -96,7 +96,7 @@ class SparseWeights:
         if not 0 < self.share < 1 or not 0 < self.spike < self.slab:
             raise ValueError(
                 "SparseWeights: expected a share between 0 and 1 and a slab wider than the spike, both above 0, got "
-                f"share {self.share:g}, spike {self.spike:g}, slab {self.slab:g}. For no connections give a small share."
+                f"share {self.share:g}, spike {self.spike:g}, slab {self.slab:g}. For none, give a small share."
             )
 
     def log_prob(self, weights: Float[Tensor, "cell cell"]) -> Float[Tensor, ""]:
