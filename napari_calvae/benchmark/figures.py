@@ -30,7 +30,7 @@ def correlation_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     chosen = [r for r in rows if r["condition"] == first["condition"] and r["sigma"] == first["sigma"]]
     ours = {r["data set"]: r["correlation"] for r in chosen if r["method"] == "calvae"}
     order = sorted(ours, key=lambda name: ours[name])
-    figure = _figure(7.5, 0.8 + 0.28 * len(order))
+    figure = _figure(7.5, 1.4 + 0.28 * len(order))
     axes = figure.add_subplot()
     for name, colour in COLOURS.items():
         values = {r["data set"]: r["correlation"] for r in chosen if r["method"] == name}
@@ -46,7 +46,8 @@ def correlation_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel(f"correlation with true spikes (σ = {1000 * first['sigma']:g} ms), median over cells")
     axes.grid(axis="x", alpha=0.3)
     _open(axes)
-    axes.legend(frameon=False, loc="lower right", title="mean; open: at each set's best shift")
+    title = "mean in brackets; open circles: at each data set's best shift"
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(COLOURS), title=title)
     figure.savefig(path, dpi=150, format="png")
 
 
@@ -61,13 +62,14 @@ def reliability_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     windows = sorted({r["window"] for r in rows})
     levels = sorted(key for key in rows[0] if key.endswith("%"))
     nominal = [float(key[:-1]) / 100 for key in levels]
-    figure = _figure(3.2 * len(windows) + 0.6, 3.6)
+    figure = _figure(3.2 * len(windows) + 0.6, 3.9)
     for axes, window in zip(np.atleast_1d(figure.subplots(1, len(windows), sharey=True)), windows, strict=True):
         lines = np.array([[r[key] for key in levels] for r in rows if r["window"] == window])
         axes.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1, linestyle="--")
         axes.plot(nominal, lines.T, color=COLOURS["calvae"], alpha=0.25, linewidth=1)
         axes.plot(nominal, lines.mean(0), color=COLOURS["calvae"], linewidth=3, marker="o")
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=f"windows of {window:g} s", xlabel="interval")
+        axes.title.set_size("medium")
         _open(axes)
     figure.axes[0].set_ylabel("share of true counts inside")
     figure.savefig(path, dpi=150, format="png")
