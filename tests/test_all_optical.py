@@ -380,7 +380,7 @@ def small_experiment(seed: int, **changes) -> tuple[Traces, Stimulation, np.ndar
     return Traces(observed.numpy(), rate), stimulation, positions, theta, counts
 
 
-QUICK = {"n_start": 4, "n_settle": 12, "n_samples": 16}
+QUICK = {"n_start": 4, "n_settle": 24, "n_samples": 16}
 
 
 @pytest.fixture(scope="module")
