@@ -399,7 +399,7 @@ def write_study(record: Mapping[str, Any], out: Path) -> None:
     parts += ["![correlation](accuracy.png)", "", "![intervals](reliability.png)", "", "![examples](examples.png)", ""]
     files = [out / name for name in ("accuracy.json", "accuracy.md", "accuracy.png", "reliability.png", "examples.png")]
     with whole_files(*files) as (data, text, picture, reliability, examples):
-        data.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        data.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
         text.write_text("\n".join(parts), encoding="utf-8")
         correlation_figure(record["accuracy"], picture)
         reliability_figure(record["intervals"], reliability)
