@@ -212,14 +212,16 @@ def with_amplitude(
         (roi, time) ΔF/F, which frames are measured, and the frame rate (Hz).
     """
     observed, valid, frame_rate = recording
-    if not isinstance(posterior, GainCategorical) or "amplitude" not in {p.name for p in vae.generative.parameters}:
+    generative = vae.generative
+    named = not generative.coupled and "amplitude" in {p.name for p in generative.parameters}
+    if not isinstance(posterior, GainCategorical) or not named:
         raise RecordingError(
             f"amplitude: expected a model with a gain and an amplitude, got {vae.recognition.name} with "
-            f"{vae.generative.name}. Leave the amplitude out, or use the model universal."
+            f"{generative.name}. Leave the amplitude out, or use the model universal."
         )
     found = posterior
     for _ in range(3):
-        fitted = vae.generative.initial_theta(observed, found.mean, frame_rate, valid)["amplitude"]
+        fitted = generative.initial_theta(observed, found.mean, frame_rate, valid)["amplitude"]
         total = (found.mean.sum(-1) * fitted / amplitude).clamp_min(1e-3)
         gain, few, many = (posterior.gain_for(total * math.exp(d)) for d in (0.0, -_KNOWN, _KNOWN))
         found = posterior.given(gain, (many - few) / 2)

@@ -124,7 +124,7 @@ class GainCategorical(SpikePosterior):
     def widened(self, scale: float) -> GainCategorical:
         """The gain ``scale`` times as uncertain, about the same mean of the gain itself, not of its logarithm.
 
-        Otherwise more doubt would mean more spikes: on left-out data sets twice as many, at a scale of 1.5.
+        Otherwise more doubt would mean more spikes: on left-out data sets half as many again, at a scale of 1.5.
         """
         return self.given(self.gain_mean - 0.5 * (scale**2 - 1) * self.gain_std**2, scale * self.gain_std)
 
