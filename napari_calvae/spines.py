@@ -106,6 +106,8 @@ def infer_spines(
         If the model cannot be read, or is not one for dendrites.
     """
     config = InferConfig(**settings)
+    if n_rounds < 0:
+        raise RecordingError(f"n_rounds: expected 0 or more, got {n_rounds}. 0 is one pass of the network.")
     if int(shaft) not in traces.roi_ids:
         known = ", ".join(map(str, traces.roi_ids[:8])) + ("…" if traces.n_rois > 8 else "")
         raise RecordingError(f"shaft: expected the id of a ROI ({known}), got {shaft}. Give that of the shaft.")

@@ -328,6 +328,8 @@ def test_what_cannot_be_is_refused_in_words(dendrite):
         calvae.infer_spines(traces, shaft=8)
     with pytest.raises(RecordingError, match="at least one ROI beside the shaft"):
         calvae.infer_spines(traces.select([0]), shaft=1)
+    with pytest.raises(RecordingError, match="n_rounds: expected 0 or more, got -1"):
+        calvae.infer_spines(traces, shaft=1, n_rounds=-1)
     with pytest.raises(RecordingError, match="amplitude: expected a model with a gain and an amplitude"):
         calvae.infer_spines(traces, shaft=1, amplitude=0.3)
     with pytest.raises(RecordingError, match="expected 10 to 60 Hz"):

@@ -87,7 +87,8 @@ class Models:
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise RecordingError(f"folds: expected a model of every fold in {folder}, found no {', '.join(missing)}.")
-        self.models = [load_model(f) for f in files]
+        # Not `load_model`, which lends one model to all: the gain scale of these is changed.
+        self.models = [SpikeVAE.load(f) for f in files]
 
     @property
     def networks(self) -> list[FactorizedNetwork]:

