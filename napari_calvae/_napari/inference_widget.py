@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from napari.layers import Labels
@@ -23,24 +24,35 @@ from napari_calvae._napari.work import Worker
 
 #: Height (pixels) that the plots ask for when docked at the bottom.
 HEIGHT = 330
+#: The newest widget of each viewer that is not closed.
+_OPEN: WeakKeyDictionary[Viewer, InferenceWidget] = WeakKeyDictionary()
 
 
 class InferenceWidget(QWidget):
     """Spike inference on the ROIs of a movie.
 
     ``shown`` is emitted with the ROI's id when its posterior is on the screen, ``failed`` with the sentence that tells
-    why there is none.
+    why there is none, ``results_changed`` when posteriors were added or no longer hold.
     """
 
     shown = Signal(int)
     failed = Signal(str)
+    results_changed = Signal()
+
+    @classmethod
+    def of(cls, viewer: Viewer) -> InferenceWidget:
+        """The widget of this viewer; it is opened if it is not."""
+        if viewer not in _OPEN:
+            # Its constructor enters itself.
+            viewer.window.add_plugin_dock_widget("napari-calvae", "spike inference")
+        return _OPEN[viewer]
 
     def __init__(self, napari_viewer: Viewer):
         super().__init__()
         self._viewer = napari_viewer
         self._closed = self._attached = False
         self._requests, self._batches = answers.Requests(), answers.Requests()
-        self._results = answers.Results()
+        self.results = answers.Results()
         self._asked: tuple[int, tuple] | None = None
         self._batch_key: tuple = ()
         self._batch_began = 0.0
@@ -60,6 +72,7 @@ class InferenceWidget(QWidget):
         self.controls.say("Click a ROI to see its spikes.")
         self._on_layers()
         self._clicked.start(answers.iter_ready())
+        _OPEN[napari_viewer] = self
 
     def _connect(self) -> None:
         controls = self.controls
@@ -123,7 +136,7 @@ class InferenceWidget(QWidget):
         key, labels, masks = self.choices.rois()
         number = self._requests.new()
         self.picked_roi = roi
-        known = self._results.get(key, roi)
+        known = self.results.get(key, roi)
         if known is not None:
             self._clicked.stop()
             self._mark(roi, labels)
@@ -140,7 +153,7 @@ class InferenceWidget(QWidget):
         """Infer all ROIs that are not known yet."""
         try:
             key, _, masks = self.choices.rois()
-            wanted = tuple(roi for roi in masks.ids if roi not in self._results.known(key))
+            wanted = tuple(roi for roi in masks.ids if roi not in self.results.known(key))
             if not wanted:
                 self.controls.say(f"All {len(masks)} ROIs are inferred already: click any of them.")
                 return
@@ -156,7 +169,7 @@ class InferenceWidget(QWidget):
         self._batches.new()
         self._batch.stop()
         self.controls.set_running(False)
-        self.controls.say(f"Cancelled. {len(self._results.rows)} ROIs are inferred.")
+        self.controls.say(f"Cancelled. {len(self.results.rows)} ROIs are inferred.")
 
     def _on_message(self, message: answers.Message) -> None:
         if isinstance(message, answers.Ready):
@@ -167,7 +180,7 @@ class InferenceWidget(QWidget):
         elif self._asked is None or not self._requests.wants(message.number):
             return
         elif isinstance(message, answers.Answer):
-            self._results.add(self._asked[1], message.inference)
+            self._keep(self._asked[1], message.inference)
             self._show(answers.one_roi(message.inference, 0))
         elif isinstance(message, answers.Failure):
             self._fail(message.sentence)
@@ -184,9 +197,13 @@ class InferenceWidget(QWidget):
                 self.cancel()
                 self.controls.say("ROIs or settings changed while all were being inferred: stopped.", error=True)
                 return
-            self._results.add(self._batch_key, message.inference)
+            self._keep(self._batch_key, message.inference)
             took = time.monotonic() - self._batch_began
-            self.controls.say(f"{len(self._results.rows)} ROIs inferred in {took:.1f} s: click any of them.")
+            self.controls.say(f"{len(self.results.rows)} ROIs inferred in {took:.1f} s: click any of them.")
+
+    def _keep(self, key: tuple, inference: calvae.SpikeInference) -> None:
+        self.results.add(key, inference)
+        self.results_changed.emit()
 
     def _still_holds(self, key: tuple) -> bool:
         try:
@@ -290,6 +307,8 @@ class InferenceWidget(QWidget):
         if self._closed:
             return
         self._closed = True
+        if _OPEN.get(self._viewer) is self:
+            del _OPEN[self._viewer]
         get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
         self._outline.remove()

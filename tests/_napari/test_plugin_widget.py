@@ -128,7 +128,7 @@ def test_infer_all_can_be_cancelled_and_clicks_are_answered_meanwhile(qtbot, sho
     widget = open_widget()
     gate = network.hold(2)
     qtbot.mouseClick(widget.controls.infer_all, Qt.MouseButton.LeftButton)
-    qtbot.waitUntil(lambda: len(widget._results.rows) == 1)
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 1)
     assert widget.controls.cancel.isEnabled()
     assert 0 < widget.controls.progress.value() < 100
     canvas.click(*CENTRES[3])
@@ -136,7 +136,7 @@ def test_infer_all_can_be_cancelled_and_clicks_are_answered_meanwhile(qtbot, sho
     qtbot.mouseClick(widget.controls.cancel, Qt.MouseButton.LeftButton)
     gate.set()
     qtbot.waitUntil(lambda: not widget._batch.busy)
-    assert set(widget._results.rows) == {1, 3}
+    assert set(widget.results.rows) == {1, 3}
     assert widget.controls.infer_all.isEnabled()
     assert widget.controls.progress.value() == 0
 
