@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ import torch
 from scipy.io import savemat
 
 from napari_calvae import benchmark
-from napari_calvae.benchmark import accuracy, adaptation
+from napari_calvae.benchmark import ablation, accuracy, adaptation
 from napari_calvae.formats.ground_truth import Sweep, read_ground_truth
-from napari_calvae.pretrained.train import universal_model
-from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.pretrained.train import Recipe, universal_model
+from napari_calvae.recognition import AutoregressiveNetwork, FactorizedNetwork
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError
 
@@ -208,6 +209,28 @@ def test_adaptation_is_scored_before_and_after(monkeypatch):
     (row,) = adaptation.adaptation_rows(models, [sweep()])
     assert (row["data set"], row["cells"]) == ("D1", 1)
     assert row["gain"] == row["after"] - row["before"] != 0
+
+
+def test_variants_are_trained_without_a_fold_and_scored_on_it(tmp_path, monkeypatch):
+    trained = []
+    fill = ablation.RecordingSampler.fill
+
+    def noted(self, *args):
+        trained.append(len(self.datasets))
+        return fill(self, *args)
+
+    monkeypatch.setattr(ablation.RecordingSampler, "fill", noted)
+    sweeps = [replace(sweep(n=6000, seed=k), dataset=name) for k, name in enumerate(("DS10-a", "DS24-b"))]
+    small = [
+        ablation.Variant("small", lambda: FactorizedNetwork((4, 6))),
+        ablation.Variant("recurrent", lambda: AutoregressiveNetwork(4, 4, 2), simulated=0.5),
+    ]
+    rows = list(benchmark.ablation_rows(sweeps, tmp_path, Recipe(n_steps=2), 1, small))
+    assert [r["variant"] for r in rows] == ["small", "recurrent"]
+    assert set(trained) == {1}
+    assert all(0 <= r["90 % in 1 s"] <= 1 for r in rows)
+    assert rows[0]["parameters"] != rows[1]["parameters"]
+    assert json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))["rows"] == rows
 
 
 def test_folds_must_be_whole_and_know_the_data_set(tmp_path):

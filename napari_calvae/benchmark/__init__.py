@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from napari_calvae.benchmark.ablation import ablation_rows
 from napari_calvae.benchmark.accuracy import Models, other_rows, study, summary_rows, write_study
 from napari_calvae.benchmark.adaptation import adaptation_rows
 from napari_calvae.benchmark.ground_truth import (
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "Models",
     "Piece",
+    "ablation_rows",
     "adaptation_rows",
     "by_dataset",
     "calvae_method",

@@ -28,7 +28,7 @@ from napari_calvae.formats import whole_files
 from napari_calvae.formats.ground_truth import Sweep, read_ground_truth
 from napari_calvae.metrics import randomised_pit, score_bias, score_correlation, score_error, smooth_spikes
 from napari_calvae.pretrained.recordings import FOLDS
-from napari_calvae.recognition import CHUNK
+from napari_calvae.recognition import CHUNK, SpikePosterior
 from napari_calvae.recognition.factorized import FactorizedNetwork, GainCategorical
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.vae import SpikeVAE, load_model
@@ -74,13 +74,13 @@ class Models:
     Parameters
     ----------
     source
-        Name or file of a model, or a folder of ``fold1.safetensors`` … as ``pretrained.train --fold`` makes them.
+        A model, its name or file, or a folder of ``fold1.safetensors`` … as ``pretrained.train --fold`` makes them.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        folder = Path(source)
-        self.folds = folder.is_dir()
-        if not self.folds:
+    def __init__(self, source: str | Path | SpikeVAE) -> None:
+        folder = None if isinstance(source, SpikeVAE) else Path(source)
+        self.folds = folder is not None and folder.is_dir()
+        if folder is None or not self.folds:
             self.models = [load_model(source)]
             return
         files = [folder / f"fold{k + 1}.safetensors" for k in range(len(FOLDS))]
@@ -114,14 +114,11 @@ class Models:
 
 
 @torch.inference_mode()
-def posterior_of(model: SpikeVAE, piece: Piece) -> GainCategorical:
+def posterior_of(model: SpikeVAE, piece: Piece) -> SpikePosterior:
     """What the model's network makes of one trace."""
     dff = model.preprocessing.apply(Traces(piece.dff, frame_rate=piece.frame_rate))
     observed, valid = torch.from_numpy(dff.values.copy()), torch.from_numpy(dff.valid.copy())
-    found = model.recognition.eval()(observed, dff.frame_rate, valid, chunk=CHUNK)
-    if not isinstance(found, GainCategorical):
-        raise RecordingError(f"accuracy: expected a model whose posterior has a gain, got {model.recognition.name}.")
-    return found
+    return model.recognition.eval()(observed, dff.frame_rate, valid, chunk=CHUNK)
 
 
 def rates_of(models: Models, pieces: Sequence[Piece]) -> list[np.ndarray]:
@@ -187,8 +184,8 @@ def interval_rows(models: Models, pieces: Sequence[Piece], seed: int = 0) -> Ite
     """Of each data set and length of window: share of true counts within central intervals, and widths.
 
     By randomised PIT over windows with at least half an expected spike: chosen by the prediction, never by the truth.
-    The oracle's intervals are those of the same posterior with its gain set so that the expected number of spikes in
-    the sweep is the true one.
+    The oracle's intervals are those of the same posterior with its gain, where it has one, set so that the expected
+    number of spikes in the sweep is the true one.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     found: dict[tuple[str, float], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = defaultdict(list)
@@ -213,14 +210,16 @@ def interval_rows(models: Models, pieces: Sequence[Piece], seed: int = 0) -> Ite
                 found[piece.dataset, window].append((pit, *widths))
     for (dataset, window), parts in found.items():
         pit, width, least = (np.concatenate(x) for x in zip(*parts, strict=True))
-        scale = models.networks[models.fold(dataset)].gain_scale
+        scale = float(models[dataset].recognition.config.get("gain_scale", 1.0))
         row: dict[str, Any] = {"data set": dataset, "window": window, "windows": len(pit), "gain scale": scale}
         row |= {f"{level:.0%}": float((np.abs(pit - 0.5) <= level / 2).mean()) for level in LEVELS}
         yield row | {"width": float(width.mean()), "width of the oracle": float(least.mean())}
 
 
-def _oracle(posterior: GainCategorical, total: float) -> GainCategorical:
-    """The posterior at the gain at which the expected number of spikes is ``total``."""
+def _oracle(posterior: SpikePosterior, total: float) -> SpikePosterior:
+    """The posterior at the gain at which the expected number of spikes is ``total``; unchanged if it has none."""
+    if not isinstance(posterior, GainCategorical):
+        return posterior
     return posterior.given(posterior.gain_for(torch.tensor([total])), torch.zeros(1))
 
 

@@ -44,6 +44,22 @@ def adaptation(
     show(measure.adaptation_rows(measure.Models(model), sweeps), summary="mean")
 
 
+@benchmark.command()
+def ablation(
+    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the record (JSON)")],
+    steps: Annotated[int, typer.Option(min=1, help="Updates of each variant")] = 2500,
+    fold: Annotated[int, typer.Option(min=1, max=5, help="Fold to leave out")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number")] = 0,
+) -> None:
+    """Train the universal model's variants for a short time, and score them on the data sets of a fold left out."""
+    from napari_calvae import benchmark as measure
+    from napari_calvae.pretrained.train import Recipe
+
+    sweeps = list(measure.read_ground_truth(data, min_duration=2.0))
+    show(measure.ablation_rows(sweeps, out, Recipe(n_steps=steps, seed=seed), fold))
+
+
 @benchmark.command("movie")
 def movie_accuracy(
     movie: Annotated[Path, typer.Argument(help="Movie (.tif)")],

@@ -6,6 +6,8 @@ Resumes from its checkpoint when called again with the same settings.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,7 @@ from napari_calvae.metrics import describe
 from napari_calvae.pretrained.recordings import FOLDS, FRAME_RATES, RecordingSampler, Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
 from napari_calvae.recognition import FactorizedNetwork, RecognitionNetwork
-from napari_calvae.training import TrainConfig, iter_train
+from napari_calvae.training import TrainConfig, TrainRecord, iter_train
 from napari_calvae.vae import Preprocessing, SpikeVAE
 
 log = logging.getLogger("napari_calvae.train")
@@ -81,12 +83,53 @@ def universal_model(network: RecognitionNetwork, description: str) -> SpikeVAE:
     )
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How long to train on what: a share of the steps on simulations alone, then a share of the snippets."""
+
+    n_steps: int = 16000
+    simulation_steps: float = 0.12
+    simulated: float = SIMULATED
+    seed: int = 0
+
+
+def iter_pretrain(
+    network: RecognitionNetwork,
+    recordings: RecordingSampler,
+    simulations: SimulationSampler,
+    recipe: Recipe,
+    checkpoint: Path | None = None,
+) -> Iterator[TrainRecord]:
+    """Train a network on recordings with known spikes and on simulations, in place."""
+    config = TrainConfig(
+        n_steps=recipe.n_steps,
+        learning_rate=1.2e-3,
+        warmup=0.02,
+        ema=0.999,
+        clip=0.3,
+        seed=recipe.seed,
+        checkpoint_every=250,
+    )
+    step = 0
+
+    def loss(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        share = 1.0 if step < recipe.simulation_steps * recipe.n_steps else recipe.simulated
+        batch_seed = int(torch.randint(2**62, (), generator=generator))
+        return snippet_loss(network, draw_batch(recordings, simulations, share, batch_seed)), {}
+
+    if checkpoint is not None and checkpoint.is_file():
+        step = int(torch.load(checkpoint, weights_only=True)["step"])
+    for record in iter_train(network, loss, config, checkpoint):
+        step = record.step
+        yield record
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the ground-truth .npz files")],
     out: Annotated[Path, typer.Option(help="Model file to write (.safetensors)")],
     steps: Annotated[int, typer.Option(help="Updates")] = 16000,
     fold: Annotated[int, typer.Option(min=0, max=len(FOLDS), help="Fold to leave out, from 1; 0 is none")] = 0,
-    simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.2,
+    simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.12,
     models: Annotated[str, typer.Option(help="Models to simulate from, comma-separated")] = MODELS_SIMULATED,
     gain_scale: Annotated[float, typer.Option(help="Widening of the gain, calibrated on left-out data sets")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of every random number")] = 0,
@@ -98,26 +141,12 @@ def main(
     recordings, simulations = RecordingSampler(sweeps), SimulationSampler(models.split(","))
     torch.manual_seed(seed)
     network = FactorizedNetwork(min_frames=min(WINDOWS), local_gain=True)
-    config = TrainConfig(
-        n_steps=steps, learning_rate=1.2e-3, warmup=0.02, ema=0.999, clip=0.3, seed=seed, checkpoint_every=250
-    )
-    step = 0
-
-    def loss(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        share = 1.0 if step < simulation_steps * steps else SIMULATED
-        batch_seed = int(torch.randint(2**62, (), generator=generator))
-        batch = draw_batch(recordings, simulations, share, batch_seed)
-        return snippet_loss(network, batch), {}
-
-    checkpoint = out.with_suffix(".checkpoint")
-    if checkpoint.is_file():
-        step = int(torch.load(checkpoint, weights_only=True)["step"])
+    recipe = Recipe(n_steps=steps, simulation_steps=simulation_steps, seed=seed)
     recent = []
-    for record in iter_train(network, loss, config, checkpoint):
-        step = record.step
+    for record in iter_pretrain(network, recordings, simulations, recipe, out.with_suffix(".checkpoint")):
         recent.append(record.loss)
-        if step % 100 == 0:
-            log.info("step %d of %d, loss %.4f, %.0f s", step, steps, np.mean(recent[-500:]), record.seconds)
+        if record.step % 100 == 0:
+            log.info("step %d of %d, loss %.4f, %.0f s", record.step, steps, np.mean(recent[-500:]), record.seconds)
     network.set_gain_scale(gain_scale)
     rest = ", ".join(left_out) or "nothing"
     model = universal_model(network, f"universal; {steps} steps, seed {seed}, left out: {rest}")
