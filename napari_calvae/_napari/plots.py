@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pyqtgraph as pg
-from qtpy.QtCore import QRectF, QSize, Qt, QTimer, Signal
+from qtpy.QtCore import QEvent, QObject, QPointF, QRectF, QSize, Qt, QTimer, Signal
 from qtpy.QtGui import QColor
 from qtpy.QtWidgets import QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import drawing
+from napari_calvae._napari import drawing, readout
 from napari_calvae._napari.plot_items import BandItem, Palette, Row, on_background, shade
 
 SPREAD_ALPHA, BAND_ALPHA = 0.3, 0.4
@@ -21,6 +21,8 @@ HINT = "Click a ROI in the movie: its fluorescence and the spikes behind it appe
 
 class PosteriorPlots(QWidget):
     """The posterior of one ROI; the mouse wheel zooms in time, dragging moves, a click picks a moment.
+
+    While the pointer is over the plots the line above them tells the numbers of the moment under it.
 
     ``picked`` is emitted with the clicked time (s), ``painted`` after every redrawing of the curves.
     """
@@ -32,6 +34,9 @@ class PosteriorPlots(QWidget):
         super().__init__(parent)
         self.picture: calvae.SpikeInference | None = None
         self.band: drawing.Band | None = None
+        self.columns: drawing.Columns | None = None
+        self.log_likelihood = float("nan")
+        self._heading = HINT
         self._palette = Palette.on("#262930", "#f0f1f2")
         self.title = QLabel()
         self.title.setTextFormat(Qt.TextFormat.RichText)
@@ -50,6 +55,8 @@ class PosteriorPlots(QWidget):
         self.trace_row.view.sigXRangeChanged.connect(self._schedule)
         self.trace_row.view.sigResized.connect(self._schedule)
         self.graphics.scene().sigMouseClicked.connect(self._on_click)
+        self.graphics.scene().sigMouseMoved.connect(self._on_pointer)
+        self.graphics.viewport().installEventFilter(self)
         self.set_palette(self._palette)
         self.clear()
 
@@ -110,7 +117,7 @@ class PosteriorPlots(QWidget):
         """Show a result of one ROI; the stretch of time in view stays if the recording is as long as before."""
         before, self.picture = self.picture, picture
         self.graphics.ci.setOpacity(1)
-        self.title.setText(title)
+        self._set_heading(title)
         ends = self._ends(picture)
         self.trace_row.view.setLimits(
             xMin=ends[0], xMax=ends[1], minXRange=min(10 / picture.frame_rate, ends[1] - ends[0])
@@ -121,8 +128,8 @@ class PosteriorPlots(QWidget):
 
     def clear(self) -> None:
         """Show nothing."""
-        self.picture = self.band = None
-        self.title.setText(HINT)
+        self.picture = self.band = self.columns = None
+        self._set_heading(HINT)
         self.graphics.ci.setOpacity(0)
         empty = np.empty(0)
         for curve in (self.trace, self.reconstruction, self.rate):
@@ -147,7 +154,8 @@ class PosteriorPlots(QWidget):
             return
         picture, width = self.picture, max(int(self.trace_row.view.width()), 1)
         seconds = tuple(self.trace_row.view.viewRange()[0])
-        columns = drawing.columns(picture.traces, seconds, width)
+        columns = self.columns = drawing.columns(picture.traces, seconds, width)
+        self.log_likelihood = readout.log_likelihood(picture, columns)
         self._draw_fluorescence(picture, columns)
         self._draw_raster(picture, columns)
         window = drawing.band_window(seconds[1] - seconds[0], width, picture.frame_rate)
@@ -209,6 +217,7 @@ class PosteriorPlots(QWidget):
                     (palette.trace, "━", "ΔF/F"),
                     (palette.reconstruction, "━", "reconstruction"),
                     (on_background(palette.reconstruction, SPREAD_ALPHA, palette.background), "■", "± 2 sd"),
+                    (palette.background, "■", f"{self.log_likelihood:.2f} nats/frame"),
                 ),
                 words((palette.posterior, "■", "sampled spikes")),
                 words(
@@ -220,6 +229,26 @@ class PosteriorPlots(QWidget):
         for row, text in zip(self.rows, texts, strict=True):
             row.words.setHtml(text)
 
+    def _set_heading(self, words: str) -> None:
+        self._heading = words
+        self.title.setText(words)
+
+    def _on_pointer(self, place: QPointF) -> None:
+        """Tell the numbers of the moment under the pointer."""
+        moment = None
+        if self.picture is not None and self.columns is not None and self._over_a_row(place):
+            moment = readout.at(self.picture, self.columns, self.trace_row.view.mapSceneToView(place).x())
+        self.title.setText(self._heading if moment is None else moment.words)
+
+    def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:  # noqa: N802 - Qt's name
+        """Tell the heading again when the pointer has left (Qt)."""
+        if event is not None and event.type() == QEvent.Type.Leave:
+            self.title.setText(self._heading)
+        return False
+
+    def _over_a_row(self, place: QPointF) -> bool:
+        return any(row.view.sceneBoundingRect().contains(place) for row in self.rows)
+
     def _schedule(self, *_: object) -> None:
         self._later.start()
 
@@ -229,7 +258,7 @@ class PosteriorPlots(QWidget):
         view = self.trace_row.view
         if event.double():
             view.setXRange(*self._ends(self.picture), padding=0)
-        elif any(row.view.sceneBoundingRect().contains(event.scenePos()) for row in self.rows):
+        elif self._over_a_row(event.scenePos()):
             self.picked.emit(float(view.mapSceneToView(event.scenePos()).x()))
 
     @staticmethod
