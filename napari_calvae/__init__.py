@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "QC": "metrics",
     "RecordingError": "recording",
     "RoiMasks": "recording",
     "SpikeInference": "recording",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.formats import read, read_labels, read_movie, write
     from napari_calvae.inference import infer, iter_infer
+    from napari_calvae.metrics import QC
     from napari_calvae.preprocess import extract, iter_extract
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine

@@ -10,14 +10,14 @@ from qtpy.QtWidgets import QDockWidget, QMainWindow, QWidget
 
 
 class DockManners(QObject):
-    """Puts a wide widget at the bottom of napari's window, and tells it when its dock or the window is closed.
+    """Puts a wide widget at the bottom of napari's window, and tells one when its dock or the window is closed.
 
     Parameters
     ----------
     widget
         The widget, before it is docked.
     height
-        Height (pixels) that it asks for.
+        Height (pixels) that it asks for at the bottom; None for a widget that stays where it was put.
     leave, stay
         Called when the window is asked to close, and when it was decided to keep it open.
     gone
@@ -27,7 +27,7 @@ class DockManners(QObject):
     def __init__(
         self,
         widget: QWidget,
-        height: int,
+        height: int | None,
         *,
         leave: Callable[[], None],
         stay: Callable[[], None],
@@ -65,6 +65,8 @@ class DockManners(QObject):
 
     def _settle(self, dock: QDockWidget, window: QMainWindow) -> None:
         """Plots over time want width: the bottom, beside the layer list rather than below it."""
+        if self._height is None:
+            return
         window.setCorner(Qt.Corner.BottomLeftCorner, Qt.DockWidgetArea.LeftDockWidgetArea)
         if window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:
             window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)

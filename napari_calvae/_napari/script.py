@@ -1,0 +1,75 @@
+"""A result as the Python script that repeats it."""
+
+from __future__ import annotations
+
+import base64
+import textwrap
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import napari_calvae as calvae
+from napari_calvae._napari import answers
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where movie and ROIs come from: their files if they have any, and the label image (y, x) as it is now."""
+
+    movie: Path | None
+    rois: Path | None
+    labels: np.ndarray
+
+
+def script(source: Source, settings: answers.Settings, rejected: Sequence[int] = ()) -> str:
+    """Python that infers the same again; ROIs that are in no file are written into it."""
+    lines = [f'"""Spikes as they were inferred with napari-calvae {calvae.__version__}."""', ""]
+    rois, imports = _rois(source)
+    lines += [*imports, "import napari_calvae as calvae", ""]
+    if source.movie is None:
+        lines += [
+            "# The movie came from no file. Save it first, in napari's console, with the layer's name:",
+            '# import numpy as np; np.save("movie.npy", viewer.layers["…"].data)',
+        ]
+    lines += [
+        f"movie, _ = calvae.read_movie({str(source.movie or 'movie.npy')!r})",
+        *rois,
+        f"traces = calvae.extract(movie, labels, {_given(settings, 'frame_rate', 'neuropil_coefficient')})",
+        f"result = calvae.infer(traces, {_given(settings, 'model', 'n_samples', 'seed', 'device')})",
+        "",
+        "rate = result.rate  # (roi, time), spikes/s",
+        f"rejected = {sorted(rejected)}  # ids of the ROIs that were rejected",
+        "kept = [row for row, roi in enumerate(result.roi_ids) if roi not in rejected]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _given(settings: answers.Settings, *names: str) -> str:
+    return ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
+
+
+def _rois(source: Source) -> tuple[list[str], list[str]]:
+    """Lines that read the label image, and the imports that they need."""
+    if source.rois is not None and _holds(source.rois, source.labels):
+        return [f"labels = calvae.read_labels({str(source.rois)!r})"], []
+    packed = base64.b85encode(zlib.compress(np.ascontiguousarray(source.labels, "<i4").tobytes(), 9)).decode()
+    text = [f"    {part!r}" for part in textwrap.wrap(packed, 100)]
+    lines = [
+        "packed = (  # the ROIs as they were: a label image",
+        *text,
+        ")",
+        'labels = np.frombuffer(zlib.decompress(base64.b85decode(packed)), "<i4")',
+        f"labels = labels.reshape({tuple(int(n) for n in source.labels.shape)})",
+    ]
+    return lines, ["import base64", "import zlib", "", "import numpy as np", ""]
+
+
+def _holds(path: Path, labels: np.ndarray) -> bool:
+    """Whether the file still holds these ROIs."""
+    try:
+        return np.array_equal(calvae.read_labels(path), labels)
+    except (OSError, ValueError):
+        return False
