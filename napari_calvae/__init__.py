@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Expectation": "expectation",
+    "FitOptions": "fitting.options",
     "QC": "metrics",
     "RecordingError": "recording",
     "RoiMasks": "recording",
@@ -19,9 +21,12 @@ _HOME = {
     "SpikeVAE": "vae",
     "SpineInference": "spines",
     "Stimulation": "stimulation",
+    "bin_spikes": "preprocess",
     "diagnose": "refinement",
+    "expect": "expectation",
     "extract": "preprocess",
     "fit": "fitting",
+    "fit_options": "fitting.options",
     "infer": "inference",
     "infer_all_optical": "all_optical",
     "infer_spines": "spines",
@@ -34,6 +39,7 @@ _HOME = {
     "read": "formats",
     "read_labels": "formats",
     "read_movie": "formats",
+    "read_spikes": "formats",
     "refine": "refinement",
     "simulate": "simulation",
     "write": "formats",
@@ -43,11 +49,13 @@ __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
     from napari_calvae.all_optical import infer_all_optical, iter_all_optical
+    from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit
-    from napari_calvae.formats import read, read_labels, read_movie, write
+    from napari_calvae.fitting.options import FitOptions, fit_options
+    from napari_calvae.formats import read, read_labels, read_movie, read_spikes, write
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.metrics import QC
-    from napari_calvae.preprocess import extract, iter_extract
+    from napari_calvae.preprocess import bin_spikes, extract, iter_extract
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine
     from napari_calvae.simulation import simulate

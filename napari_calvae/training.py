@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from napari_calvae.formats import whole_files
 from napari_calvae.recording import RecordingError
+
+if TYPE_CHECKING:
+    from napari_calvae.vae import SpikeVAE
 
 
 class TrainConfig(BaseModel):
@@ -60,17 +63,25 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(
         200, ge=1, title="Checkpoint", description="Steps between checkpoints, if any are kept"
     )
+    snapshot_every: int = Field(
+        0, ge=0, title="Snapshots", description="Steps between copies of the model that a fit reports; 0 for none"
+    )
 
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """What one step of training did: the loss and its terms, and the seconds it has taken so far."""
+    """What one step of training did: the loss and its terms, and the seconds it has taken so far.
+
+    ``model`` is a copy of what is being fitted as it is after this step, at the first and every
+    ``TrainConfig.snapshot_every``-th step of a fit, to infer with while the fit goes on.
+    """
 
     step: int
     n_steps: int
     loss: float
     seconds: float
     terms: dict[str, float] = field(default_factory=dict)
+    model: SpikeVAE | None = None
 
 
 #: A loss for one step, drawn with the given generator, and terms to report.

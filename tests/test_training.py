@@ -15,6 +15,7 @@ from napari_calvae.fitting import _loss, fit, iter_fit
 from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, Snippets
 from napari_calvae.fitting.sleep import Dreams
 from napari_calvae.generative import MODELS, NOISES, SpikePrior
+from napari_calvae.inference import infer
 from napari_calvae.recognition import NETWORKS, ThetaEntry
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import TrainConfig, iter_train, read_history
@@ -357,6 +358,26 @@ def test_a_fit_resumes_bit_for_bit_and_keeps_its_history(recording, half_trained
     history = read_history(tmp_path / "c")
     assert [(r.step, r.terms) for r in history] == [(r.step, r.terms) for r in whole]
     assert {"bound", "log_prior", "effective_samples", "rate", "amplitude"} <= set(history[0].terms)
+
+
+def test_a_fit_reports_copies_of_the_model_on_its_way(recording, half_trained):
+    config = TrainConfig(n_steps=4, batch=2, window=64, snapshot_every=2)
+    plain = fit(recording[0], half_trained, "elbo", config=config.model_copy(update={"snapshot_every": 0}))
+    steps, records = iter_fit(recording[0], half_trained, "elbo", config=config), []
+    while True:
+        try:
+            records.append(next(steps))
+        except StopIteration as stop:
+            fitted = stop.value
+            break
+        if records[-1].model is not None:
+            records[-1].model.recognition.eval()
+            infer(recording[0], records[-1].model, n_samples=2)
+    assert [r.step for r in records if r.model is not None] == [1, 2, 4]
+    first, last = (next(records[k].model.recognition.parameters()) for k in (0, 3))
+    assert not torch.equal(first, last)
+    for a, b in zip(fitted.recognition.parameters(), plain.recognition.parameters(), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
 
 
 def test_a_checkpoint_of_another_fit_is_refused(recording, half_trained, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -125,9 +126,8 @@ def iter_fit(
     if objective not in get_args(Objective):
         raise RecordingError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}.")
     config = config or DEFAULTS[objective]
-    model = copy.copy(load_model(base, coupled=False))
-    # Inference may have left the network on a GPU; snippets are on the CPU.
-    model.recognition, model.generative = copy.deepcopy(model.recognition).cpu(), copy.deepcopy(model.generative)
+    model = _copy(load_model(base, coupled=False))
+    model.recognition.cpu()  # inference may have left it on a GPU; snippets are on the CPU
     torch.manual_seed(config.seed)
     if generative is not None or noise is not None:
         model.generative = _generative(model.generative, generative, noise)
@@ -155,7 +155,8 @@ def iter_fit(
     n_steps = config.n_steps
     for record in records:
         n_steps = record.step
-        yield record
+        every = config.snapshot_every
+        yield replace(record, model=_copy(model)) if every and (n_steps == 1 or n_steps % every == 0) else record
     outcome = f"fitted by {objective}, {n_steps} steps, seed {config.seed}"
     if judge is not None:
         verdict = judge.verdict(model)
@@ -169,6 +170,13 @@ def iter_fit(
     model.description = f"{model.description}; {outcome}"
     model.sha256 = ""
     return model
+
+
+def _copy(model: SpikeVAE) -> SpikeVAE:
+    """A model with parts of its own where they can be trained."""
+    own = copy.copy(model)
+    own.recognition, own.generative = copy.deepcopy(model.recognition), copy.deepcopy(model.generative)
+    return own
 
 
 def _loss(
@@ -201,7 +209,7 @@ def _loss(
 
 def _fingerprint(model: SpikeVAE, dff: Traces, config: TrainConfig) -> str:
     """Of the weights and the recording that a fit starts from, and of its settings."""
-    digest = hashlib.sha256(config.model_dump_json().encode())
+    digest = hashlib.sha256(config.model_dump_json(exclude={"snapshot_every"}).encode())
     for tensor in model.recognition.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     digest.update(dff.values.tobytes())
