@@ -36,6 +36,7 @@ _HOME = {
     "iter_infer": "inference",
     "load_model": "vae",
     "models": "vae",
+    "oasis": "benchmark.ground_truth",
     "read": "formats",
     "read_labels": "formats",
     "read_movie": "formats",
@@ -49,6 +50,7 @@ __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
     from napari_calvae.all_optical import infer_all_optical, iter_all_optical
+    from napari_calvae.benchmark.ground_truth import oasis
     from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.fitting.options import FitOptions, fit_options

@@ -71,7 +71,15 @@ class Ready:
     device: str
 
 
-Message = Progress | Answer | Failure | Ready
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """What OASIS makes of one trace, (time,) in no unit of its own."""
+
+    number: int
+    estimate: np.ndarray
+
+
+Message = Progress | Answer | Failure | Ready | Rival
 
 
 class Requests:
@@ -163,7 +171,7 @@ def iter_answers(request: Request) -> Iterator[Message]:
     number, settings = request.number, request.settings
     try:
         yield Progress(number, 0.0, "reading the traces")
-        traces = yield from _iter_traces(request)
+        traces = yield from iter_traces(request)
         yield Progress(number, 0.5, "inferring spikes")
         parts = calvae.iter_infer(
             traces,
@@ -182,7 +190,17 @@ def iter_answers(request: Request) -> Iterator[Message]:
         yield Failure(number, explain(error))
 
 
-def _iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
+def iter_rival(number: int, traces: calvae.Traces) -> Iterator[Message]:
+    """OASIS on the first of some traces. Errors, also of its absence, come as a ``Failure``."""
+    try:
+        yield Rival(number, calvae.oasis(traces)[0])
+    except Exception as error:
+        logger.info("OASIS failed", exc_info=True)
+        yield Failure(number, explain(error))
+
+
+def iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
+    """Read the raw traces of the wanted ROIs; yields how far that is, to one half."""
     settings = request.settings
     steps = calvae.iter_extract(
         request.movie,

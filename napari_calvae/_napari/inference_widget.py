@@ -19,6 +19,7 @@ from napari_calvae._napari import answers, picking, session
 from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import Controls
 from napari_calvae._napari.docking import DockManners
+from napari_calvae._napari.overlays import Overlays
 from napari_calvae._napari.plots import Palette, PosteriorPlots
 from napari_calvae._napari.work import Worker
 
@@ -66,6 +67,7 @@ class InferenceWidget(QWidget):
         self._clicked, self._batch = Worker(self), Worker(self)
         self.choices = Choices(self.controls)
         self._outline = picking.Outline(napari_viewer)
+        self.overlays = Overlays(self, napari_viewer, self.plots, self.choices, self.results)
         self._manners = DockManners(self, HEIGHT, leave=self.detach, stay=self.attach, gone=self.close_down)
         self._connect()
         self._on_theme()
@@ -82,6 +84,7 @@ class InferenceWidget(QWidget):
         controls.infer_all.clicked.connect(self.infer_all)
         controls.cancel.clicked.connect(self.cancel)
         self.plots.picked.connect(self._on_moment_picked)
+        self.overlays.failed.connect(lambda sentence: self.controls.say(sentence, error=True))
         self._clicked.message.connect(self._on_message)
         self._batch.message.connect(self._on_batch_message)
         self._batch.idle.connect(lambda: self.controls.set_running(False))
@@ -149,6 +152,13 @@ class InferenceWidget(QWidget):
         self._clicked.start(answers.iter_answers(request))
         self._mark(roi, labels)
 
+    def use_model(self, path: str) -> None:
+        """Infer with the model in this file from now on; what is shown is inferred again."""
+        self.controls.choose_file(path)
+        self.results.key, self.results.rows = (), {}  # the file may hold another model than when it was used last
+        self.results_changed.emit()
+        self._again()
+
     def infer_all(self) -> None:
         """Infer all ROIs that are not known yet."""
         try:
@@ -203,6 +213,7 @@ class InferenceWidget(QWidget):
 
     def _keep(self, key: tuple, inference: calvae.SpikeInference) -> None:
         self.results.add(key, inference)
+        self.overlays.on_results_changed()
         self.results_changed.emit()
 
     def _still_holds(self, key: tuple) -> bool:
@@ -232,6 +243,7 @@ class InferenceWidget(QWidget):
         if device:
             self.controls.device.setText(f"on {device}")
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
+        self.overlays.on_shown()
         self._on_slider()
         self.controls.say(
             f"ROI {roi}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
@@ -311,6 +323,7 @@ class InferenceWidget(QWidget):
             del _OPEN[self._viewer]
         get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
+        self.overlays.close()
         self._outline.remove()
         self.plots.dispose()
         self.deleteLater()

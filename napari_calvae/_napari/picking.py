@@ -135,7 +135,7 @@ class Outline:
 
 def movies(viewer: ViewerModel) -> list[Image]:
     """Image layers that may be movies, the one on top first."""
-    return [layer for layer in reversed(viewer.layers) if isinstance(layer, Image)]
+    return [layer for layer in reversed(viewer.layers) if isinstance(layer, Image) and OWN not in layer.metadata]
 
 
 def roi_layers(viewer: ViewerModel) -> list[Layer]:

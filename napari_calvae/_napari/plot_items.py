@@ -22,13 +22,14 @@ class Palette:
     trace: str
     reconstruction: str
     posterior: str
+    rival: str
 
     @classmethod
     def on(cls, background: str, text: str) -> Palette:
         """Palette that is legible on this background."""
         if QColor(background).lightnessF() < 0.5:
-            return cls(background, text, trace="#aeb6c2", reconstruction="#ffa23a", posterior="#35c9b5")
-        return cls(background, text, trace="#6b7280", reconstruction="#d55e00", posterior="#00796b")
+            return cls(background, text, "#aeb6c2", reconstruction="#ffa23a", posterior="#35c9b5", rival="#e58bd8")
+        return cls(background, text, "#6b7280", reconstruction="#d55e00", posterior="#00796b", rival="#a3308f")
 
 
 def shade(colour: str, alpha: float) -> QColor:

@@ -8,7 +8,7 @@ import numpy as np
 import pyqtgraph as pg
 from qtpy.QtCore import QEvent, QObject, QPointF, QRectF, QSize, Qt, QTimer, Signal
 from qtpy.QtGui import QColor
-from qtpy.QtWidgets import QLabel, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QHBoxLayout, QLabel, QToolButton, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, readout
@@ -42,10 +42,21 @@ class PosteriorPlots(QWidget):
         self.title.setTextFormat(Qt.TextFormat.RichText)
         self.graphics = pg.GraphicsLayoutWidget(self)
         self.graphics.setMinimumSize(QSize(240, 150))
+        self.truth: np.ndarray | None = None
+        self.rival: np.ndarray | None = None
+        self.truth_button = _switch("truth", "True spikes, where the ROI layer knows them (metadata “spike_times”, s)")
+        self.rival_button = _switch("OASIS", "What OASIS makes of the same trace, scaled to the same number of spikes")
+        self.activity_button = _switch("light up", "Show inferred cells in the movie as they fire; press play")
+        self.truth_button.setEnabled(False)
+        line = QHBoxLayout()
+        line.setSpacing(4)
+        line.addWidget(self.title, 1)
+        for button in (self.truth_button, self.rival_button, self.activity_button):
+            line.addWidget(button)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.setSpacing(2)
-        layout.addWidget(self.title)
+        layout.addLayout(line)
         layout.addWidget(self.graphics, 1)
         self._build()
         self._later = QTimer(self)
@@ -82,11 +93,12 @@ class PosteriorPlots(QWidget):
         self.spread, self.rate_band = BandItem(), BandItem()
         self.trace, self.reconstruction = pg.PlotCurveItem(antialias=True), pg.PlotCurveItem(antialias=True)
         self.rate = pg.PlotCurveItem()
+        self.true_spikes, self.rival_rate = pg.PlotCurveItem(), pg.PlotCurveItem()
         self.raster = pg.ImageItem(axisOrder="row-major")
         for row, items in (
             (self.trace_row, (self.spread, self.trace, self.reconstruction)),
-            (self.raster_row, (self.raster,)),
-            (self.rate_row, (self.rate_band, self.rate)),
+            (self.raster_row, (self.raster, self.true_spikes)),
+            (self.rate_row, (self.rate_band, self.rival_rate, self.rate)),
         ):
             for item in items:
                 row.view.addItem(item)
@@ -107,6 +119,8 @@ class PosteriorPlots(QWidget):
         self.spread.set_colour(shade(palette.reconstruction, SPREAD_ALPHA))
         self.rate.setPen(pg.mkPen(palette.posterior, width=1))
         self.rate_band.set_colour(shade(palette.posterior, BAND_ALPHA))
+        self.true_spikes.setPen(pg.mkPen(palette.text, width=1))
+        self.rival_rate.setPen(pg.mkPen(palette.rival, width=1))
         dot = QColor(palette.posterior)
         table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
         table[:, 3] = np.arange(256)
@@ -116,6 +130,7 @@ class PosteriorPlots(QWidget):
     def set_picture(self, picture: calvae.SpikeInference, title: str = "") -> None:
         """Show a result of one ROI; the stretch of time in view stays if the recording is as long as before."""
         before, self.picture = self.picture, picture
+        self.truth = self.rival = None
         self.graphics.ci.setOpacity(1)
         self._set_heading(title)
         ends = self._ends(picture)
@@ -128,11 +143,11 @@ class PosteriorPlots(QWidget):
 
     def clear(self) -> None:
         """Show nothing."""
-        self.picture = self.band = self.columns = None
+        self.picture = self.band = self.columns = self.truth = self.rival = None
         self._set_heading(HINT)
         self.graphics.ci.setOpacity(0)
         empty = np.empty(0)
-        for curve in (self.trace, self.reconstruction, self.rate):
+        for curve in (self.trace, self.reconstruction, self.rate, self.true_spikes, self.rival_rate):
             curve.setData(empty, empty)
         for item in (self.spread, self.rate_band, *(row.missing for row in self.rows)):
             item.set_data(empty, empty, empty)
@@ -140,6 +155,16 @@ class PosteriorPlots(QWidget):
         for row in self.rows:
             row.cursor.hide()
         self._write_legends()
+
+    def set_truth(self, times: np.ndarray | None) -> None:
+        """Mark true spikes (s) above the samples, or none."""
+        self.truth = times
+        self.redraw()
+
+    def set_rival(self, estimate: np.ndarray | None) -> None:
+        """Draw another method's (time,) estimate, scaled to as many spikes as ours, or none."""
+        self.rival = estimate
+        self.redraw()
 
     def set_cursor(self, seconds: float) -> None:
         """Move the vertical line of all plots to this time (s)."""
@@ -179,7 +204,12 @@ class PosteriorPlots(QWidget):
         start = columns.boundaries[0]
         per_column = (columns.edges[1] - columns.edges[0]) / columns.frame_rate
         self.raster.setRect(QRectF(start, 0.5, per_column * image.shape[1], picture.n_samples))
-        self.raster_row.view.setYRange(0.5, picture.n_samples + 0.5, padding=0.02)
+        top, tick = picture.n_samples + 0.5, 0.14 * picture.n_samples
+        truth = np.empty(0) if self.truth is None else self.truth
+        shown = truth[(truth >= columns.boundaries[0]) & (truth <= columns.boundaries[-1])]
+        ends = np.tile([top + 0.2 * tick, top + tick], len(shown))
+        self.true_spikes.setData(np.repeat(shown, 2), ends, connect="pairs")
+        self.raster_row.view.setYRange(0.5, top if self.truth is None else top + tick, padding=0.02)
 
     def _draw_rate(self, picture: calvae.SpikeInference, columns: drawing.Columns, window: float) -> None:
         self.band = drawing.band(picture, columns, window)
@@ -192,7 +222,23 @@ class PosteriorPlots(QWidget):
             self.rate.setData(x, mean)
             self.rate_band.set_data(x, np.repeat(self.band.low, 2), np.repeat(self.band.high, 2))
             top = self.band.high, self.band.mean
+        self._draw_rival(picture, columns)
         self.rate_row.view.setYRange(0, max(drawing.limits(top)[1], 0.5), padding=0.02)
+
+    def _draw_rival(self, picture: calvae.SpikeInference, columns: drawing.Columns) -> None:
+        """Averaged in the same windows as our rate, or frame by frame as that is."""
+        empty = np.empty(0)
+        if self.rival is None or not self.rival.sum() > 0:
+            self.rival_rate.setData(empty, empty)
+            return
+        rate = self.rival * (picture.rate[0].sum() / self.rival.sum())
+        if self.band is None:
+            self.rival_rate.setData(*drawing.curve(rate, columns))
+            return
+        frames = round(self.band.window * picture.frame_rate)
+        first = round((self.band.boundaries[0] - picture.traces.t0) * picture.frame_rate + 0.5)
+        mean = rate[first : first + frames * len(self.band.mean)].reshape(-1, frames).mean(1)
+        self.rival_rate.setData(*drawing.steps(self.band.boundaries, mean))
 
     def _draw_missing(self, picture: calvae.SpikeInference, columns: drawing.Columns) -> None:
         missing = drawing.extremes(~picture.traces.valid[0], columns)[1].astype(bool)
@@ -211,6 +257,8 @@ class PosteriorPlots(QWidget):
         if self.picture is None:
             texts = ["", "", ""]
         else:
+            truth = [(palette.text, "│", "true spikes")] if self.truth is not None else []
+            rival = [(palette.rival, "━", "OASIS")] if self.rival is not None else []
             window = f"in {self.band.window:.2g} s" if self.band is not None else "in a frame"
             texts = [
                 words(
@@ -219,11 +267,12 @@ class PosteriorPlots(QWidget):
                     (on_background(palette.reconstruction, SPREAD_ALPHA, palette.background), "■", "± 2 sd"),
                     (palette.background, "■", f"{self.log_likelihood:.2f} nats/frame"),
                 ),
-                words((palette.posterior, "■", "sampled spikes")),
+                words((palette.posterior, "■", "sampled spikes"), *truth),
                 words(
                     (palette.posterior, "━", "mean rate"),
                     (on_background(palette.posterior, BAND_ALPHA, palette.background), "■", "90 % credible"),
                     (palette.background, "■", window),
+                    *rival,
                 ),
             ]
         for row, text in zip(self.rows, texts, strict=True):
@@ -271,3 +320,11 @@ class PosteriorPlots(QWidget):
         self._later.stop()
         self.graphics.close()
         self.graphics.deleteLater()
+
+
+def _switch(words: str, tip: str) -> QToolButton:
+    button = QToolButton()
+    button.setText(words)
+    button.setToolTip(tip)
+    button.setCheckable(True)
+    return button

@@ -77,6 +77,12 @@ def oasis_method(order: int) -> Method:
     return run
 
 
+def oasis(traces: Traces) -> np.ndarray:
+    """(roi, time) estimate of OASIS AR1 with estimated parameters, in no unit of its own, to compare ours with."""
+    method = oasis_method(1)
+    return np.stack([method(dff, traces.frame_rate) for dff in traces.values])
+
+
 def suite2p_method(tau: float = 1.0) -> Method:
     """OASIS as suite2p runs it by default: fixed decay ``tau`` (s), no penalty, maximin baseline over 60 s."""
     deconvolve = _oasis("oasis_methods").oasisAR1
