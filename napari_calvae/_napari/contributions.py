@@ -30,9 +30,12 @@ def open_sample() -> list[LayerData]:
     """Simulated movie with its ROIs as layers (File ▸ Open Sample)."""
     folder = sample_folder()
     movie, frame_rate = calvae.read_movie(folder / _MOVIE)
-    return movie_layers(
+    layers = movie_layers(
         np.asarray(movie), calvae.read_labels(folder / _ROIS), session.typed_frame_rate(str(frame_rate))
     )
+    for (_, options, _), name in zip(layers, (_MOVIE, _ROIS), strict=True):
+        options.setdefault("metadata", {})["path"] = str(folder / name)  # for the script that repeats a result
+    return layers
 
 
 def movie_layers(movie: np.ndarray, labels: np.ndarray, frame_rate: float) -> list[LayerData]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ SIZE = (180.0, 105.0)
 #: Columns into which frames are gathered, as pixels on the screen: finer than print.
 COLUMNS = 1800
 TRACE, RECONSTRUCTION, POSTERIOR = "#6b7280", "#d55e00", "#00796b"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
@@ -54,7 +54,7 @@ def save_figure(picture: calvae.SpikeInference, seconds: tuple[float, float], pa
             "Figure: expected matplotlib, found none. Install it: pip install matplotlib"
         ) from error
     with rc_context(_STYLE):
-        figure = Figure(figsize=tuple(n / 25.4 for n in SIZE), layout="constrained")
+        figure = Figure(figsize=(SIZE[0] / 25.4, SIZE[1] / 25.4), layout="constrained")
         FigureCanvasAgg(figure)
         _draw(figure, picture, seconds)
         part = file.with_name(file.name + ".part")  # never half a file under the name that was asked for

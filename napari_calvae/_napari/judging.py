@@ -201,12 +201,11 @@ def _metric(name: str) -> Column:
     return Column(name, _TITLES.get(name, name.replace("_", " ")), words, _BEST.get(name, -math.inf))
 
 
-def written(name: str, value: float) -> str:
-    """Number as a cell shows it; empty if unknown."""
-    if not math.isfinite(value):
-        return ""
-    digits = 0 if name == ROI.name or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:.{digits}f}"
+def digits(values: np.ndarray) -> int:
+    """Decimals that all numbers of a column get, so that they stand below each other."""
+    finite = np.abs(values[np.isfinite(values)])
+    largest = float(finite.max()) if len(finite) else 0.0
+    return 0 if largest >= 100 else 1 if largest >= 10 else 2
 
 
 def conditions(text: str, table: Table) -> tuple[Condition, ...]:

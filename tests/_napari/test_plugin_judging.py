@@ -57,6 +57,11 @@ def test_spikes_are_counted_in_the_samples():
     np.testing.assert_allclose(table.values["spikes_uncertainty"], width / totals.mean(axis=0))
 
 
+def test_decimals_go_by_the_largest_number():
+    assert [judging.digits(np.array([np.nan, -n, 0.01])) for n in (0.5, 9.9, 10, 250)] == [2, 2, 1, 0]
+    assert judging.digits(np.array([np.nan])) == 2
+
+
 def test_a_silent_cell_has_no_relative_uncertainty():
     result = posterior_of(calvae.Traces(np.zeros((1, 50)) + np.linspace(0, 1, 50), frame_rate=FRAME_RATE), 5)
     assert not len(result.events)
