@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from napari.layers import Layer
@@ -71,7 +72,8 @@ class Controls(QWidget):
         self.samples.setValue(50)
         self.samples.setToolTip("Number of spike trains drawn from the posterior")
         self.model = QComboBox()
-        self.model.addItem("universal")
+        self.model.addItem("universal", "universal")
+        self._files: list[str] = []
         self.model.setToolTip("Trained network that infers the spikes")
         self.device = QLabel("starting …")
         self.device.setToolTip("Where inference is computed; the best device is chosen")
@@ -148,12 +150,23 @@ class Controls(QWidget):
                 self.rois.setCurrentIndex(index)
 
     def set_models(self, names: Sequence[str]) -> None:
-        """Offer these models; the first is the default."""
+        """Offer these models; the first is the default. Files that were added stay."""
         with _silent(self.model):
-            chosen = self.model.currentText()
+            chosen = self.model.currentData()
             self.model.clear()
-            self.model.addItems(names)
-            self.model.setCurrentIndex(max(self.model.findText(chosen), 0))
+            for name in names:
+                self.model.addItem(name, name)
+            for path in self._files:
+                self.model.addItem(Path(path).stem, path)
+            self.model.setCurrentIndex(max(self.model.findData(chosen), 0))
+
+    def choose_file(self, path: str) -> None:
+        """Offer the model in a file as well, and choose it; nothing is emitted."""
+        with _silent(self.model):
+            if path not in self._files:
+                self._files.append(path)
+                self.model.addItem(Path(path).stem, path)
+            self.model.setCurrentIndex(self.model.findData(path))
 
     def show_frame_rate(self, rate: session.FrameRate) -> None:
         """Show the frame rate and its source; an unknown one is asked for."""
@@ -172,7 +185,7 @@ class Controls(QWidget):
             frame_rate=hz,
             neuropil_coefficient=round(self.neuropil.value(), 4),
             n_samples=self.samples.value(),
-            model=self.model.currentText(),
+            model=self.model.currentData(),
         )
 
     def say(self, sentence: str, error: bool = False) -> None:

@@ -16,7 +16,13 @@ class _Work(QRunnable):
         super().__init__()
         self.messages = messages
         self.worker = worker
-        self.stop = threading.Event()
+        self.stop, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def end(self) -> None:
+        """Stop at the next message, paused or not."""
+        self.stop.set()
+        self.go.set()
 
     def run(self) -> None:
         """Called by Qt in a thread of the pool."""
@@ -28,6 +34,7 @@ class _Work(QRunnable):
                     break
                 if not self.stop.is_set():
                     self.worker.message.emit(message)
+                self.go.wait()
         finally:
             self.messages.close()  # type: ignore[attr-defined]
             self.worker.finished.emit(self)
@@ -61,14 +68,24 @@ class Worker(QObject):
         if self._current is None:
             self._run(messages)
         else:
-            self._current.stop.set()
+            self._current.end()
             self._next = messages
 
     def stop(self) -> None:
         """Stop at the next message; nothing waits any more."""
         self._next = None
         if self._current is not None:
-            self._current.stop.set()
+            self._current.end()
+
+    def pause(self) -> None:
+        """Hold the generator at its next message."""
+        if self._current is not None:
+            self._current.go.clear()
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        if self._current is not None:
+            self._current.go.set()
 
     def close(self) -> None:
         """Stop and wait until the thread is gone."""
