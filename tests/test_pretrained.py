@@ -8,7 +8,7 @@ import torch
 
 from napari_calvae.generative import MODELS, GCaMP6s, Physiological
 from napari_calvae.generative.sites import GCAMP6S_GREENBERG
-from napari_calvae.pretrained import fit_kinetics, simulations
+from napari_calvae.pretrained import fit_kinetics
 from napari_calvae.pretrained.gauss_newton import CellFit, Scored, fit_cells, improve_shared
 from napari_calvae.pretrained.recordings import Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
@@ -79,28 +79,3 @@ def test_every_third_cell_is_left_out():
     fitted, left = fit_kinetics.left_out(cells)
     assert [(c.dataset, c.name) for c in left] == [(d, i) for d in "ab" for i in "036"]
     assert len(fitted) + len(left) == len(cells)
-
-
-def test_fluorescence_that_rises_slowly_starts_late():
-    rise = torch.tensor([0.003, 0.08]).repeat_interleave(400)
-    onset = simulations._onset({"tau_rise": rise}, 800, 1000.0, np.random.default_rng(0))
-    fast, slow = onset[:400], onset[400:]
-    # 0 to 1.2 times the rise, 5 ms of time stamps in the mean, and part of a frame of 1 ms.
-    assert fast.mean() == pytest.approx(0.0018 + 0.005 + 0.00015, abs=0.001)
-    assert slow.mean() == pytest.approx(0.048 + 0.005 + 0.00015, abs=0.004)
-    assert onset.min() >= 0
-    assert onset.max() < 0.14
-
-
-def test_some_simulated_recordings_are_interpolated_from_slow_ones():
-    sampler, rng = SimulationSampler(["linear_ar"]), np.random.default_rng(1)
-    smooth = []
-    for _ in range(30):
-        out = Snippets(2, 400)
-        sampler.fill(out, range(2), rng)
-        assert out.scored[:, :395].all()
-        if out.frame_rate[0] == 30.0:
-            step = np.diff(out.fluorescence[0, :395])
-            smooth.append(float(np.nanmean(step[1:] * step[:-1]) / np.nanvar(step)))
-    # Successive differences of white noise go −0.5 together, those on one straight line go +1.
-    assert 0.2 < np.mean(np.array(smooth) > 0.1) < 0.8
