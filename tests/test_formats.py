@@ -231,6 +231,20 @@ def test_where_results_cannot_go(tmp_path):
         write(a_result(), tmp_path / "b.npz")
 
 
+def test_spikes_are_read_from_a_table_with_a_row_each(tmp_path):
+    (tmp_path / "s.csv").write_text("roi,time_s\n7,1.5\n2,0.25\n7,0.5\n")
+    assert {roi: t.tolist() for roi, t in read_spikes(tmp_path / "s.csv").items()} == {2: [0.25], 7: [0.5, 1.5]}
+    (tmp_path / "ms.csv").write_text("cell;time_ms\n1;1500\n")
+    assert read_spikes(tmp_path / "ms.csv")[1].tolist() == [1.5]
+    for text in ("roi,sample,frame,time_s,count\n1,0,5,0.5,1\n", "a,b\n1,2\n"):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(RecordingError, match="a row per true spike"):
+            read_spikes(tmp_path / "bad.csv")
+    (tmp_path / "half.csv").write_text("roi,time_s\n1.5,2\n")
+    with pytest.raises(RecordingError, match="whole ROI ids"):
+        read_spikes(tmp_path / "half.csv")
+
+
 def test_spikes_are_read_by_roi(tmp_path):
     write_arrays({"spike_times_3": np.array([0.5, 1.0]), "counts": np.zeros(3)}, tmp_path / "s.npz")
     assert {roi: times.tolist() for roi, times in read_spikes(tmp_path / "s.npz").items()} == {3: [0.5, 1.0]}

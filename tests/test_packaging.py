@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_npe2_discovers_the_installed_package():
     manifest = npe2.PluginManifest.from_distribution("napari-calvae")
     assert manifest.name == "napari-calvae"
-    assert [w.display_name for w in manifest.contributions.widgets] == ["spike inference", "quality table"]
+    assert [w.display_name for w in manifest.contributions.widgets] == ["spike inference", "quality table", "retrain"]
 
 
 def test_every_command_can_be_imported():

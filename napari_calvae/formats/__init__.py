@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from napari_calvae.formats import csv_table, hdf5, numpy_table
 from napari_calvae.formats._files import check_output, existing, whole_files
-from napari_calvae.formats.numpy_table import read_spikes, write_arrays
+from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
@@ -55,6 +57,15 @@ def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = 
         f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
         "Movies (.tif) need a label image with them, --rois on the command line."
     )
+
+
+def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
+    """Known spikes, per ROI id its spike times (s): an ``.npz`` as ``calvae simulate`` writes it, or a ``.csv``.
+
+    The table has a row per spike, with columns ``roi`` and ``time_s`` or alike.
+    """
+    file = existing(path)
+    return (csv_table if csv_table.matches(file) else numpy_table).read_spikes(file)
 
 
 def write(result: SpikeInference, path: str | Path, overwrite: bool = False) -> None:

@@ -21,6 +21,9 @@ _TIMES = {
     re.compile(r"(t|time)[ _]?[(\[]?(ms|milliseconds)[)\]]?|milliseconds"): 1e-3,
 }
 
+#: What a column of ROI ids may be called.
+_ROIS = ("roi", "roi_id", "cell", "neuron")
+
 
 def matches(path: Path) -> bool:
     """Tell whether this is a text table."""
@@ -54,6 +57,22 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     ids = tuple(int(n[-1]) for n in numbers if n)
     ids = ids if len(set(ids)) == len(columns) else ()
     return Traces(table[:, columns].T, frame_rate, unit or "dff", ids, t0, provenance={"source": path.name})  # type: ignore[arg-type]
+
+
+def read_spikes(path: Path) -> dict[int, np.ndarray]:
+    """Read known spikes, one per row: a column of ROI ids called ``roi`` or alike, and one of times (s, or ms)."""
+    names, table = _table(path)
+    rois = [i for i, name in enumerate(names) if name.lower() in _ROIS]
+    clocks = [(i, s) for i, name in enumerate(names) for p, s in _TIMES.items() if p.fullmatch(name.lower())]
+    if len(rois) != 1 or len(clocks) != 1 or "sample" in names:
+        raise RecordingError(
+            f"{path.name}: expected one column of ROI ids (roi) and one of spike times (time_s), a row per true spike, "
+            f"got the columns {', '.join(names)}. Rename or remove columns."
+        )
+    ids, (column, scale) = table[:, rois[0]], clocks[0]
+    if not np.array_equal(ids, np.round(ids)) or not np.isfinite(table[:, column]).all():
+        raise RecordingError(f"{path.name}: expected whole ROI ids and a time in every row, got others. Correct them.")
+    return {int(roi): np.sort(table[ids == roi, column]) * scale for roi in np.unique(ids)}
 
 
 def outputs(path: Path) -> tuple[Path, ...]:
