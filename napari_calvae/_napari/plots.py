@@ -40,6 +40,7 @@ class PosteriorPlots(QWidget):
         self._palette = Palette.on("#262930", "#f0f1f2")
         self.title = QLabel()
         self.title.setTextFormat(Qt.TextFormat.RichText)
+        self.title.setMinimumWidth(120)  # or the longest sentence would widen the window
         self.graphics = pg.GraphicsLayoutWidget(self)
         self.graphics.setMinimumSize(QSize(240, 150))
         self.truth: np.ndarray | None = None

@@ -64,7 +64,7 @@ def lines(expectation: calvae.Expectation) -> list[Line]:
             found.append(Line(label, "–", "nothing to count", meaning))
             continue
         mean, low, high = (form.format(v).replace("-", "−") for v in (known.mean(), known.min(), known.max()))
-        dash = " to " if "+" in form else "–"
+        dash = "…" if "+" in form else "–"
         found.append(Line(label, mean, f"{low.rstrip('% ms')}{dash}{high}", meaning))
     return found
 

@@ -27,7 +27,7 @@ class TrustPanel(QScrollArea):
         self.verdict, self.origin = _words(), _words("font-size: 8pt;")
         self.verdict.setText(_HINT)
         self.table = QGridLayout()
-        self.table.setHorizontalSpacing(6)
+        self.table.setHorizontalSpacing(4)
         self.table.setVerticalSpacing(1)
         self.table.setColumnStretch(0, 1)
         self._cells: list[QLabel] = []
@@ -39,7 +39,7 @@ class TrustPanel(QScrollArea):
             self.pictures.lanes[0].view.addItem(item)
         holder = QWidget()
         column = QVBoxLayout(holder)
-        column.setContentsMargins(2, 6, 6, 2)
+        column.setContentsMargins(2, 6, 3, 2)
         column.setSpacing(5)
         for widget in (self.ask, self.verdict):
             column.addWidget(widget)

@@ -167,7 +167,7 @@ def test_trust_in_plain_words():
     assert trust.sentence(good) == "When it fires can be told to about 50 ms. The number of spikes is about right."
     shown = {line.label: (line.mean, line.span) for line in trust.lines(good)}
     assert shown["Correlation, σ 50 ms"] == ("0.85", "0.80–0.90")
-    assert shown["Spike count error"] == ("+0%", "−10 to +10%")
+    assert shown["Spike count error"] == ("+0%", "−10…+10%")
     assert shown["Their timing error"] == ("25 ms", "20–30 ms")
     assert shown["90 % intervals hold"] == ("–", "nothing to count")
     assert "ROI 3: 2 recordings simulated" in trust.origin(good)
