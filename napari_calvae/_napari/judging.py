@@ -56,6 +56,11 @@ class Column:
     best: float = -math.inf
 
     @property
+    def words(self) -> str:
+        """Name to be read."""
+        return self.name.replace("_", " ")
+
+    @property
     def worst(self) -> str:
         """Which cells are the worst, in words."""
         if math.isinf(self.best):
@@ -234,6 +239,8 @@ def arrange(table: Table, judged: Judgements, view: View) -> tuple[int, ...]:
     wanted = SHOW[view.show]
     keep = np.array([wanted is None or judged.of(roi).verdict == wanted for roi in table.rois], bool)
     for condition in view.conditions:
+        if table.column(condition.name) is None:
+            continue  # the numbers of another model, which this one does not have
         keep &= _COMPARE[condition.sign](table.numbers(condition.name), condition.number)
     if view.sort in ("verdict", "note"):
         words = [getattr(judged.of(roi), view.sort) for roi in table.rois]
@@ -270,6 +277,12 @@ def worst(table: Table, order: Sequence[int], judged: Judgements, name: str) -> 
     known = [roi for roi in order if math.isfinite(badness[roi])]
     unjudged = [roi for roi in known if judged.of(roi).verdict == UNJUDGED]
     return max(unjudged or known, key=badness.__getitem__, default=None)
+
+
+def shown_column(table: Table, *names: str) -> Column | None:
+    """First of these columns that holds numbers, else the first of the table."""
+    found = (table.column(name) for name in (*names, *(column.name for column in table.columns)))
+    return next((column for column in found if column is not None and column is not ROI), None)
 
 
 def colour_range(values: np.ndarray) -> tuple[float, float] | None:

@@ -56,6 +56,7 @@ class CellTable(QTableView):
             rows.setMinimumSectionSize(_ROW)
         if heads is not None:
             heads.setHighlightSections(False)
+            heads.setResizeContentsPrecision(0)  # look at the rows in view alone: there may be thousands
             heads.setMinimumSectionSize(28)
             heads.setStretchLastSection(True)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from napari.layers import Labels, Layer
 from napari.qt import get_qapp
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
@@ -36,14 +33,12 @@ class QualityWidget(QWidget):
     def __init__(self, napari_viewer: Viewer):
         super().__init__()
         self._viewer = napari_viewer
-        self._closed = self._attached = self._placing = self._writing = False
+        self._closed = self._attached = self._placing = False
         self._inference: InferenceWidget | None = None
-        self._layer: Layer | None = None
-        self._listening: roi_layer.Listening | None = None
-        self._judged_of: WeakKeyDictionary[Layer, judging.Judgements] = WeakKeyDictionary()
         self._shown: judging.Column | None = None
-        self._counts, self._colours = judging.Counts(), roi_layer.Colours()
-        self.table, self.judged, self.view = judging.Table(), judging.Judgements(), judging.View()
+        self._counts = judging.Counts()
+        self.table, self.view = judging.Table(), judging.View()
+        self.rois = roi_layer.JudgedRois(self._later_refresh)
         self.current: int | None = None
         self.form = QualityForm()
         self.model = QualityModel(self._on_sort, self._on_cell_note)
@@ -90,6 +85,11 @@ class QualityWidget(QWidget):
         get_qapp().aboutToQuit.connect(self.close_down)
         self.attach()
 
+    @property
+    def judged(self) -> judging.Judgements:
+        """What was said about the ROIs of the present layer."""
+        return self.rois.judged
+
     # What is known
 
     def refresh(self, *_: object) -> None:
@@ -102,36 +102,16 @@ class QualityWidget(QWidget):
             key, _image, masks = choices.rois()
         except (calvae.RecordingError, ValueError) as error:
             self.table = judging.Table()
-            self._take_layer(None)
+            self.rois.take(None)
             self._arrange()
             self.form.say(session.explain(error), error=True)
             return
-        self._take_layer(choices.roi_layer)
+        self.rois.take(choices.roi_layer)
         known = self._inference.results.known(key)  # none if they belong to other ROIs or settings
         rows = {roi: self._inference.results.rows[roi] for roi in masks.ids if roi in known}
         self.table = judging.tabulate(masks.ids, rows, self._counts)
         self.current = self._inference.picked_roi if self._inference.picked_roi in masks.ids else None
         self._arrange()
-
-    def _take_layer(self, layer: Layer | None) -> None:
-        """Listen to the layer of the ROIs, and take over the verdicts that it holds."""
-        if layer is self._layer and self._listening is not None:
-            return
-        self._let_go()
-        if self._layer is not None:
-            self._judged_of[self._layer] = self.judged
-        self._layer = layer
-        self.judged = judging.Judgements() if layer is None else self._judged_of.get(layer, judging.Judgements())
-        if layer is not None:
-            self._listening = roi_layer.Listening(layer, self._later_refresh, self._on_features)
-            self._on_features()
-
-    def _let_go(self) -> None:
-        """Give the layer its colours back and listen to it no more."""
-        if self._listening is not None:
-            self._listening.close()
-        self._listening = None
-        self._colours.restore()
 
     def _arrange(self) -> None:
         order = judging.arrange(self.table, self.judged, self.view)
@@ -238,7 +218,7 @@ class QualityWidget(QWidget):
             self.form.say(f"No listed cell has a number for {column.title}: press “Infer all”.")
         else:
             self.go_to(roi)
-            self.form.say(f"ROI {roi} by {column.name.replace('_', ' ')}: {column.worst}, unjudged cells first.")
+            self.form.say(f"ROI {roi} by {column.words}: {column.worst}, unjudged cells first.")
 
     # Judging
 
@@ -278,23 +258,9 @@ class QualityWidget(QWidget):
         self._keep(self.judged.judge([roi], note=text))
 
     def _keep(self, judged: judging.Judgements) -> None:
-        if judged is self.judged:
-            return
-        self.judged = judged
-        if isinstance(self._layer, Labels):
-            self._writing = True
-            roi_layer.write_judgements(self._layer, self.table.rois, judged)
-            self._writing = False
-        self._arrange()
-
-    def _on_features(self, *_: object) -> None:
-        """Somebody else wrote the layer's features: the verdicts in it hold."""
-        if self._writing or not isinstance(self._layer, Labels):
-            return
-        found = roi_layer.read_judgements(self._layer)
-        if found != self.judged.by_roi:
-            self.judged = judging.Judgements(found)
-            self._later_refresh()
+        if judged is not self.judged:
+            self.rois.keep(judged, self.table.rois)
+            self._arrange()
 
     # Order, filter, colours
 
@@ -315,28 +281,17 @@ class QualityWidget(QWidget):
 
     def _paint(self) -> None:
         """Colours of the layer, and the distribution of the number that they show."""
-        name, form = self.form.colour.currentData(), self.form
-        column = self.table.column(name)
-        shown = column or self.table.column(self.view.sort)
-        if shown is None or shown is judging.ROI:
-            shown = self.table.columns[0] if self.table.columns else None
-        values = self.table.numbers(shown.name) if shown is not None else np.empty(0)
-        ends = judging.colour_range(values) or (0.0, 1.0)
-        bars = roi_layer.scale_colours((np.arange(BARS) + 0.5) / BARS) if column is not None else None
-        words = (
-            f"{shown.name.replace('_', ' ')} of all ROIs: {shown.help}. The line is the picked ROI." if shown else ""
-        )
-        form.distribution.show_values(values, ends, words, bars)
-        self._shown = shown
-        self._mark()
-        if not isinstance(self._layer, Labels) or name == "none":
-            self._colours.restore()
-        elif column is None:
-            verdicts = {roi: roi_layer.VERDICTS[self.judged.of(roi).verdict] for roi in self.table.rois}
-            self._colours.paint(self._layer, verdicts)
+        name = self.form.colour.currentData()
+        self.rois.paint(roi_layer.colours_of(self.table, self.judged, name))
+        self._shown = judging.shown_column(self.table, name, self.view.sort)
+        if self._shown is None:
+            self.form.distribution.show_values(np.empty(0), (0.0, 1.0), "", None)
         else:
-            colours = roi_layer.scale_colours(judging.shades(values, ends))
-            self._colours.paint(self._layer, dict(zip(self.table.rois, colours, strict=True)))
+            values = self.table.numbers(self._shown.name)
+            bars = roi_layer.scale_colours((np.arange(BARS) + 0.5) / BARS) if self._shown.name == name else None
+            words = f"{self._shown.words} of all ROIs: {self._shown.help}. The line is the picked ROI."
+            self.form.distribution.show_values(values, judging.colour_range(values) or (0.0, 1.0), words, bars)
+        self._mark()
 
     def _mark(self) -> None:
         value = np.nan
@@ -354,11 +309,8 @@ class QualityWidget(QWidget):
 
     def save_table(self, path: str | Path) -> None:
         """Write the listed ROIs as comma-separated values."""
-        file = Path(path)
-        part = file.with_name(file.name + ".part")
-        part.write_text(judging.csv_text(self.table, self.model.order, self.judged), encoding="utf-8")
-        os.replace(part, file)
-        self.form.say(f"{len(self.model.order)} of {len(self.table.rois)} ROIs written to {file.name}.")
+        script.write_whole(path, judging.csv_text(self.table, self.model.order, self.judged))
+        self.form.say(f"{len(self.model.order)} of {len(self.table.rois)} ROIs written to {Path(path).name}.")
 
     def save_figure(self, path: str | Path) -> None:
         """Write the picture of the picked ROI over the time in view, PNG or SVG."""
@@ -375,8 +327,7 @@ class QualityWidget(QWidget):
             raise calvae.RecordingError("Script: expected the inference widget, got none. Press “Infer all”.")
         choices = self._inference.choices
         key, labels, _ = choices.rois()
-        movie = _file_of(choices.chosen_movie(), choices.frames.shape)
-        source = script.Source(movie, _file_of(choices.roi_layer), labels)
+        source = script.source_of(choices.chosen_movie(), choices.frames, choices.roi_layer, labels)
         rejected = [roi for roi in self.table.rois if self.judged.of(roi).verdict == judging.REJECTED]
         return script.script(source, key[-1], rejected)
 
@@ -463,7 +414,7 @@ class QualityWidget(QWidget):
         self._attached = False
         self._later.stop()
         self._keys.close()
-        self._let_go()
+        self.rois.let_go()
         self._viewer.events.theme.disconnect(self._on_theme)
         if self._inference is not None:
             for signal, slot in self._inference_slots(self._inference):
@@ -484,17 +435,3 @@ class QualityWidget(QWidget):
 def _alone(action: Callable[[], None]) -> Callable[..., None]:
     """Slot that ignores what the signal carries."""
     return lambda *_: action()
-
-
-def _file_of(layer: Layer | None, shape: tuple[int, ...] | None = None) -> Path | None:
-    """File that a layer was read from, if it is one that we read and, for a movie, of this shape."""
-    path = None if layer is None else layer.metadata.get("path") or layer.source.path
-    if path is None or not Path(path).is_file():
-        return None
-    if shape is not None:
-        try:
-            if tuple(calvae.read_movie(path)[0].shape) != tuple(shape):
-                return None
-        except (OSError, ValueError):
-            return None
-    return Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,17 @@ def scale_colours(places: np.ndarray) -> np.ndarray:
     colours = np.array(ensure_colormap(SCALE).map(flat), float).reshape(*np.shape(places), 4)
     colours[~np.isfinite(places)] = UNKNOWN
     return colours
+
+
+def colours_of(table: judging.Table, judged: judging.Judgements, name: str) -> dict[int, Any] | None:
+    """Colour of each ROI by verdict or by a number; None if it is to be left as it is."""
+    if name == "verdict":
+        return {roi: VERDICTS[judged.of(roi).verdict] for roi in table.rois}
+    if table.column(name) is None:
+        return None
+    values = table.numbers(name)
+    colours = scale_colours(judging.shades(values, judging.colour_range(values) or (0.0, 1.0)))
+    return dict(zip(table.rois, colours.round(4).tolist(), strict=True))
 
 
 def read_judgements(layer: Labels) -> dict[int, judging.Judgement]:
@@ -77,6 +89,70 @@ class Listening:
             event.disconnect(slot)
 
 
+class JudgedRois:
+    """Judgements of the ROIs of one layer at a time, and the colours that they get.
+
+    Those of a Labels layer live in its features; those of other layers are remembered as long as the layer exists.
+
+    Parameters
+    ----------
+    on_change
+        Called when ROIs were edited, or when somebody else wrote verdicts into the layer.
+    """
+
+    def __init__(self, on_change: Callable[..., None]):
+        self.judged = judging.Judgements()
+        self._on_change = on_change
+        self._layer: Layer | None = None
+        self._listening: Listening | None = None
+        self._writing = False
+        self._remembered: WeakKeyDictionary[Layer, judging.Judgements] = WeakKeyDictionary()
+        self._colours = Colours()
+
+    def take(self, layer: Layer | None) -> None:
+        """Listen to this layer, and take over the verdicts that it holds."""
+        if layer is self._layer and self._listening is not None:
+            return
+        self.let_go()
+        if self._layer is not None:
+            self._remembered[self._layer] = self.judged
+        self._layer, self.judged = layer, judging.Judgements()
+        if layer is not None:
+            self.judged = self._remembered.get(layer, self.judged)
+            self._listening = Listening(layer, self._on_change, self._on_features)
+            self._on_features()
+
+    def let_go(self) -> None:
+        """Give the layer its own look back and listen to it no more."""
+        if self._listening is not None:
+            self._listening.close()
+        self._listening = None
+        self._colours.restore()
+
+    def keep(self, judged: judging.Judgements, rois: Sequence[int]) -> None:
+        """These judgements hold from now on."""
+        self.judged = judged
+        if isinstance(self._layer, Labels):
+            self._writing = True
+            write_judgements(self._layer, rois, judged)
+            self._writing = False
+
+    def paint(self, colours: Mapping[int, Any] | None) -> None:
+        """Colour ROIs by id; None gives the layer its own look back."""
+        if isinstance(self._layer, Labels) and colours is not None:
+            self._colours.paint(self._layer, colours)
+        else:
+            self._colours.restore()
+
+    def _on_features(self, *_: object) -> None:
+        if self._writing or not isinstance(self._layer, Labels):
+            return
+        found = read_judgements(self._layer)
+        if found != self.judged.by_roi:
+            self.judged = judging.Judgements(found)
+            self._on_change()
+
+
 class Colours:
     """Colours of the ROIs of a Labels layer; what it looked like before comes back."""
 
@@ -84,15 +160,20 @@ class Colours:
         self._layer: Labels | None = None
         self._before: dict[str, Any] = {}
         self._mine: object = None
+        self._colours: Mapping[int, Any] = {}
 
     def paint(self, layer: Labels, colours: Mapping[int, Any]) -> None:
         """Colour ROIs by id; all others are grey."""
-        if layer is not self._layer:
+        painted = layer is self._layer
+        if painted and colours == self._colours and layer.colormap is self._mine:
+            return  # drawing thousands of ROIs anew takes its time
+        if not painted:
             self.restore()
             self._layer = layer
             self._before = {name: getattr(layer, name) for name in ("colormap", "opacity", "contour")}
             layer.opacity = max(layer.opacity, OPACITY)
             layer.contour = 0
+        self._colours = colours
         by_label: dict[int | None, Any] = {None: UNKNOWN, 0: "transparent"}
         layer.colormap = DirectLabelColormap(color_dict=by_label | dict(colours))
         self._mine = layer.colormap

@@ -1,13 +1,15 @@
-"""A result as the Python script that repeats it."""
+"""A result as the Python script that repeats it; files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
 import base64
+import os
 import textwrap
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,39 @@ class Source:
     movie: Path | None
     rois: Path | None
     labels: np.ndarray
+
+
+def source_of(movie: Any, frames: Any, rois: Any, labels: np.ndarray) -> Source:
+    """Files that the layers ``movie`` and ``rois`` were read from, if the movie's still holds its ``frames``."""
+    path = _path_of(movie)
+    return Source(path if path is not None and _shows(path, frames) else None, _path_of(rois), labels)
+
+
+def _path_of(layer: Any) -> Path | None:
+    path = layer.metadata.get("path") or layer.source.path
+    return Path(path) if path is not None and Path(path).is_file() else None
+
+
+def _shows(path: Path, frames: Any) -> bool:
+    """Whether the file has as many frames of the same size, the same at both ends and in the middle."""
+    try:
+        stored = calvae.read_movie(path)[0]
+    except (OSError, ValueError):
+        return False
+    if tuple(stored.shape) != tuple(frames.shape):
+        return False
+    return all(np.array_equal(np.asarray(stored[k]), np.asarray(frames[k])) for k in (0, len(frames) // 2, -1))
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file under a passing name first, so that there is never half of it."""
+    file = Path(path)
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def script(source: Source, settings: answers.Settings, rejected: Sequence[int] = ()) -> str:

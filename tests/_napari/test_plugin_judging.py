@@ -109,6 +109,13 @@ def test_filters(table, text, rois):
     assert judging.arrange(table, judging.Judgements(), view) == rois
 
 
+def test_a_filter_on_numbers_that_are_gone_hides_nothing(table):
+    view = judging.View(conditions=(judging.Condition("old_metric", ">", 1.0),))
+    assert judging.arrange(table, judging.Judgements(), view) == table.rois
+    assert judging.shown_column(table, "none", "roi").name == "noise_level"
+    assert judging.shown_column(judging.Table(), "none", "roi") is None
+
+
 @pytest.mark.parametrize(
     "text", ["noise", "noise_level >", "nose_level > 1", "noise_level > 1-", "__import__('os') > 1", "roi > 1 and"]
 )
