@@ -294,7 +294,7 @@ def save(model: calvae.SpikeVAE, path: Path, overwrite: bool = False) -> Path:
 def keep(model: calvae.SpikeVAE, folder: Path, objective: str) -> Path:
     """Write a model under the next free name in a folder."""
     number = 1
-    while (path := folder / f"fitted {number} {objective}{SUFFIX}").exists():
+    while (path := folder / f"{objective} {number}{SUFFIX}").exists():
         number += 1
     return model.save(path)
 

@@ -26,7 +26,7 @@ from napari_calvae._napari import retraining
 
 #: Settings of `TrainConfig` that the form shows, in this order.
 SHOWN = ("n_steps", "learning_rate", "seed", "early_stopping")
-_AS_BASE = "as in the base model"
+_AS_BASE = "as in the base"
 _LARGEST = 2_000_000_000
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyqtgraph as pg
-from qtpy.QtCore import QRectF, QSize, Qt
-from qtpy.QtGui import QColor
+from qtpy.QtCore import QRectF, QSize, Qt, QTimer
+from qtpy.QtGui import QColor, QShowEvent
 from qtpy.QtWidgets import QComboBox, QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
@@ -70,6 +70,24 @@ class Pictures(QWidget):
         self.stack.setContentsMargins(0, 4, 0, 0)
         self.stack.setSpacing(3)
         self.stack.addWidget(self.graphics, 1)
+        # Steps may come faster than they can be drawn, and to a page that is not in view.
+        self._later = QTimer(self)
+        self._later.setSingleShot(True)
+        self._later.setInterval(30)
+        self._later.timeout.connect(self.redraw)
+
+    def redraw(self, *_: object) -> None:
+        """Draw what is known."""
+
+    def schedule(self, *_: object) -> None:
+        """Draw soon, and once for all changes until then."""
+        if self.isVisible() and not self._later.isActive():
+            self._later.start()
+
+    def showEvent(self, event: QShowEvent | None) -> None:  # noqa: N802 - Qt's name
+        """Draw what came while another page was in view (Qt)."""
+        super().showEvent(event)
+        self.redraw()
 
     def colour(self, palette: Palette) -> None:
         """Axes and background in these colours."""
@@ -80,6 +98,7 @@ class Pictures(QWidget):
 
     def dispose(self) -> None:
         """Give up all graphics; the widget is of no use afterwards."""
+        self._later.stop()
         self.graphics.close()
         self.graphics.deleteLater()
 
@@ -126,7 +145,7 @@ class CurvePlots(Pictures):
         for name, value in terms.items():
             label, unit = retraining.TERMS.get(name, words.get(name, (name, "")))
             self._add(name, Series(label, unit), step, value)
-        self.redraw()
+        self.schedule()
 
     def add_theta(self, step: int, inference: calvae.SpikeInference, parameters: tuple[Any, ...]) -> None:
         """Add the parameters and the rate of the chosen cell."""
@@ -139,7 +158,7 @@ class CurvePlots(Pictures):
                 self._add(f"cell {p.name}", Series(f"{p.label} of ROI {roi}", p.unit), step, value)
                 now.append(f"{p.label.lower()}\u00a0{value:.3g}\u00a0{p.unit}".strip().replace("-", "−"))
         self.now.setText(f"<b>ROI {roi}</b>: " + ", ".join(now))
-        self.redraw()
+        self.schedule()
 
     def _add(self, name: str, blank: Series, step: int, value: float) -> None:
         if name not in self.series:
@@ -158,7 +177,7 @@ class CurvePlots(Pictures):
         self.trend.setData(steps, trend(values), connect="finite")
         self.chosen.setData(np.array(other.steps, float), np.array(other.values, float), connect="finite")
         self.dots.setData(np.array(other.steps, float), np.array(other.values, float))
-        self.lanes[1].axis.setLabel(other.unit, **LABEL)
+        self.lanes[1].axis.setLabel(other.unit)
         last = max([2, *loss.steps[-1:], *other.steps[-1:]])
         self.lanes[0].view.setXRange(0, last, padding=0.02)
         for lane, shown in zip(self.lanes, (values, np.array(other.values, float)), strict=True):
@@ -190,7 +209,7 @@ class ComparisonPlots(Pictures):
             self.lanes[3].view.addItem(item)
         self._words = ("", "")
         self._colours = ("#ffa23a", "#35c9b5")
-        self.lanes[0].view.sigXRangeChanged.connect(self.redraw)
+        self.lanes[0].view.sigXRangeChanged.connect(self.schedule)
         self.clear()
 
     def set_palette(self, palette: Palette) -> None:
@@ -221,14 +240,14 @@ class ComparisonPlots(Pictures):
         self.graphics.ci.setOpacity(1)
         self.lanes[0].view.setXRange(traces.t0, traces.t0 + traces.duration, padding=0)
         self._write()
-        self.redraw()
+        self.schedule()
 
     def set_after(self, picture: calvae.SpikeInference, words: str) -> None:
         """Show the same cell by the new model beside it."""
         self.after = picture
         self._words = (self._words[0], words)
         self._write()
-        self.redraw()
+        self.schedule()
 
     def redraw(self, *_: object) -> None:
         """Draw the stretch of time in view."""

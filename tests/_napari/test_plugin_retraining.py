@@ -137,7 +137,7 @@ def test_the_verdict_in_numbers_and_words(outcome, verdict, words):
 def test_models_are_kept_under_free_names_and_never_over_another_unasked(tmp_path):
     model = SimpleNamespace(save=lambda path: path.write_bytes(b"new") and path)
     first, second = (retraining.keep(model, tmp_path, "sleep") for _ in range(2))
-    assert [first.name, second.name] == ["fitted 1 sleep.safetensors", "fitted 2 sleep.safetensors"]
+    assert [first.name, second.name] == ["sleep 1.safetensors", "sleep 2.safetensors"]
     assert retraining.save(model, tmp_path / "mine.v2").name == "mine.v2.safetensors"
     first.write_bytes(b"old")
     with pytest.raises(calvae.RecordingError, match="exists already"):

@@ -79,6 +79,8 @@ def test_a_fit_is_shown_and_kept_and_inference_follows(qtbot, open_retrain, monk
     before = inference.plots.picture
     assert shown(widget) == {"start", "load"}
     fit_to_labels(qtbot, widget, monkeypatch)
+    assert widget.tabs.currentWidget() is widget.comparison
+    widget.tabs.setCurrentWidget(widget.curves)
     x, y = widget.curves.loss.getData()
     np.testing.assert_array_equal(x, [1, 2, 3, 4])
     assert np.isfinite(y).all()
@@ -89,7 +91,7 @@ def test_a_fit_is_shown_and_kept_and_inference_follows(qtbot, open_retrain, monk
     assert widget.curves.lanes[1].axis.labelText == "s"
     assert "amplitude" in widget.curves.now.text()
     comparison = widget.comparison
-    assert widget.tabs.currentWidget() is comparison
+    widget.tabs.setCurrentWidget(comparison)
     np.testing.assert_allclose(comparison.before.rate, before.rate, rtol=1e-4, atol=1e-4)
     assert not np.array_equal(comparison.before.rate, comparison.after.rate)
     assert all(raster.image is not None for raster in comparison.rasters)
@@ -99,13 +101,13 @@ def test_a_fit_is_shown_and_kept_and_inference_follows(qtbot, open_retrain, monk
     assert shown(widget) == {"keep", "discard", "save"}
     assert inference.plots.picture is before
     press(qtbot, widget.bar.keep)
-    assert inference.controls.model.currentText() == "fitted 1 supervised"
+    assert inference.controls.model.currentText() == "supervised 1"
     assert shown(widget) == {"start", "save", "load"}
     qtbot.waitUntil(lambda: inference.plots.picture is not before, timeout=30_000)
     picture = inference.plots.picture
     assert picture.provenance["model_sha256"] == widget.fitted.model.sha256
     np.testing.assert_allclose(picture.rate, comparison.after.rate, rtol=1e-4, atol=1e-4)
-    assert "fitted 1 supervised" in [widget.form.base.itemText(i) for i in range(widget.form.base.count())]
+    assert "supervised 1" in [widget.form.base.itemText(i) for i in range(widget.form.base.count())]
 
 
 def test_pause_resume_cancel(qtbot, open_retrain):
