@@ -17,7 +17,7 @@ class DockManners(QObject):
     widget
         The widget, before it is docked.
     height
-        Height (pixels) that it asks for at the bottom; None for a widget that stays where it was put.
+        Height (pixels) that it asks for at the bottom; None for a widget that stays at its side of the window.
     leave, stay
         Called when the window is asked to close, and when it was decided to keep it open.
     gone
@@ -64,8 +64,14 @@ class DockManners(QObject):
             self._settle(dock, window)
 
     def _settle(self, dock: QDockWidget, window: QMainWindow) -> None:
-        """Plots over time want width: the bottom, beside the layer list rather than below it."""
+        """Plots over time want width: the bottom, beside the layer list. Others share a place, as tabs."""
         if self._height is None:
+            area = window.dockWidgetArea(dock)
+            for other in window.findChildren(QDockWidget):
+                if other is not dock and window.dockWidgetArea(other) == area and other.findChild(DockManners):
+                    window.tabifyDockWidget(other, dock)
+                    dock.raise_()
+                    break
             return
         window.setCorner(Qt.Corner.BottomLeftCorner, Qt.DockWidgetArea.LeftDockWidgetArea)
         if window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:

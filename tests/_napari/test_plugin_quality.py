@@ -437,6 +437,21 @@ def test_alone_it_opens_the_inference_widget(qtbot, show_movie, viewer):
     again.close_down()
 
 
+def test_docks_at_the_right_share_a_place(qtbot, show_movie, viewer, open_table):
+    from napari_calvae._napari.quality_widget import QualityWidget
+
+    show_movie()
+    _, widget = open_table()
+    other = QualityWidget(viewer)  # any other widget of ours would do
+    dock = viewer.window.add_dock_widget(other, name="another", area="right")
+    first = viewer.window._wrapped_dock_widgets["quality table"]
+    window = viewer.window._qt_window
+    qtbot.waitUntil(lambda: window.tabifiedDockWidgets(first) == [dock])
+    dock.destroyOnClose()
+    qtbot.waitUntil(lambda: other._closed)
+    assert widget._attached
+
+
 @pytest.mark.parametrize("how", ["dock", "window"])
 def test_closing_leaves_nothing(qtbot, show_movie, open_table, viewer, how):
     show_movie()
