@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import math
 import random
 import re
+import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -297,6 +300,14 @@ def keep(model: calvae.SpikeVAE, folder: Path, objective: str) -> Path:
     while (path := folder / f"{objective} {number}{SUFFIX}").exists():
         number += 1
     return model.save(path)
+
+
+@functools.cache
+def session_folder() -> Path:
+    """Folder of kept models, until Python ends."""
+    folder = tempfile.TemporaryDirectory(prefix="calvae-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def told(seconds: float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import tempfile
 from pathlib import Path
 
 from napari.qt import get_qapp
@@ -59,7 +57,6 @@ class TrainingWidget(QWidget):
         self._on_theme()
         self.bar.start.setEnabled(False)
         self.bar.say("Starting …")
-        self._fit.start(retraining.iter_offer())
 
     def _lay_out(self) -> None:
         self.setMinimumWidth(WIDTH)
@@ -145,7 +142,9 @@ class TrainingWidget(QWidget):
 
     def _on_keep(self) -> None:
         if self.fitted is not None:
-            self._use(lambda fitted: retraining.keep(fitted.model, _session_folder(), self._objective), "Kept as")
+            self._use(
+                lambda fitted: retraining.keep(fitted.model, retraining.session_folder(), self._objective), "Kept as"
+            )
 
     def _on_discard(self) -> None:
         self.fitted = None
@@ -301,6 +300,8 @@ class TrainingWidget(QWidget):
         if not self._attached:
             self._attached = True
             self._viewer.events.theme.connect(self._on_theme)
+            if self.form is None:
+                self._fit.start(retraining.iter_offer())
 
     def detach(self) -> None:
         """Stop all work and wait for its end, let go of the viewer."""
@@ -326,15 +327,3 @@ class TrainingWidget(QWidget):
         for pictures in (self.curves, self.comparison, self.trust):
             pictures.dispose()
         self.deleteLater()
-
-
-def _session_folder() -> Path:
-    """Folder of kept models, until Python ends."""
-    global _folder
-    if _folder is None:
-        _folder = tempfile.TemporaryDirectory(prefix="calvae-")
-        atexit.register(_folder.cleanup)
-    return Path(_folder.name)
-
-
-_folder: tempfile.TemporaryDirectory | None = None

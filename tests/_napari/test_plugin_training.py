@@ -308,6 +308,18 @@ def test_closing_in_the_middle_leaves_nothing(qtbot, open_retrain, viewer, how):
     assert len(viewer.events.theme.callbacks) < listeners
 
 
+def test_a_window_that_stays_open_after_all_can_fit_again(qtbot, open_retrain, outcome, viewer):
+    from qtpy.QtGui import QCloseEvent
+
+    _, widget = open_retrain()
+    choose(widget.form.objective, "elbo")
+    widget._manners.eventFilter(viewer.window._qt_window, QCloseEvent())  # asked to close, but it does not
+    assert not widget._attached
+    qtbot.waitUntil(lambda: widget._attached)
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        press(qtbot, widget.bar.start)
+
+
 def test_it_opens_the_spike_inference_where_there_is_none(qtbot, viewer):
     from napari_calvae._napari.inference_widget import InferenceWidget
 
