@@ -102,7 +102,12 @@ class Outline:
         """Draw around a (y, x) mask."""
         loops = [loop for loop in drawing.outlines(mask) if len(loop) > 3]
         if self._layer is not None and self._layer in self._viewer.layers:
-            self._layer.data = loops, "polygon"
+            if len(loops) == self._layer.nshapes:
+                self._layer.data = loops, "polygon"
+            else:  # a ROI in several parts: napari cannot set another number of shapes with their look
+                self._layer.data = []
+                look = {"edge_color": OUTLINE_COLOUR, "face_color": "transparent", "edge_width": _width(mask)}
+                self._layer.add(loops, shape_type="polygon", **look)
             for name in ("scale", "translate"):  # each makes napari draw again, even where it changes nothing
                 wanted = getattr(movie, name)[-2:]
                 if not np.array_equal(getattr(self._layer, name), wanted):
@@ -113,7 +118,7 @@ class Outline:
         self._layer = Shapes(
             loops,
             shape_type="polygon",
-            edge_width=max(0.45, 0.005 * min(mask.shape)),
+            edge_width=_width(mask),
             edge_color=OUTLINE_COLOUR,
             face_color="transparent",
             name=OUTLINE,
@@ -131,6 +136,11 @@ class Outline:
         if self._layer is not None and self._layer in self._viewer.layers:
             self._viewer.layers.remove(self._layer)
         self._layer = None
+
+
+def _width(mask: np.ndarray) -> float:
+    """Width (pixels) of the line around the picked ROI."""
+    return max(0.45, 0.005 * min(mask.shape))
 
 
 def movies(viewer: ViewerModel) -> list[Image]:

@@ -16,6 +16,7 @@ import napari_calvae as calvae
 from napari_calvae._napari import judging
 
 pytestmark = pytest.mark.usefixtures("network")
+BUTTON = Qt.MouseButton.LeftButton
 
 
 @pytest.fixture
@@ -518,3 +519,83 @@ def test_everything_says_what_it_is_and_fits(qtbot, show_movie, open_table, view
         for control in widget.form.findChildren(kind):
             inner = control.objectName().startswith("qt_") or isinstance(control.parent(), QLineEdit | QComboBox)
             assert inner or control.toolTip() or control is widget.form.table, control.text()
+
+
+def test_two_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewer):
+    """Whatever is pressed in whatever order: no error, and what is shown holds."""
+    show_movie()
+    inference, widget = open_table()
+    form, rng = widget.form, np.random.default_rng(5)
+    layer = viewer.layers["ROIs"]
+    keys = [*"NWKJU", "Down", "Up"]
+
+    def any_row():
+        if widget.model.order:
+            click_row(widget, int(rng.choice(widget.model.order)))
+
+    def any_filter():
+        form.filter.setText(str(rng.choice(["", "roi > 1", "noise_level < 9", "bad"])))
+        qtbot.keyClick(form.filter, Qt.Key.Key_Return)
+
+    def paint():
+        y, x = rng.integers(0, 40, 2)
+        layer.data_setitem((np.array([y]), np.array([x])), int(rng.integers(0, 6)))
+
+    def hide_and_seek():
+        viewer.layers.remove(layer)
+        QTest.qWait(150)
+        assert cells(widget, "roi") == []
+        viewer.add_layer(layer)
+
+    actions = [
+        any_row,
+        any_filter,
+        paint,
+        hide_and_seek,
+        inference.infer_all,
+        inference.cancel,
+        lambda: press(viewer, getattr(Qt.Key, f"Key_{rng.choice(keys)}")),
+        lambda: click_head(widget, str(rng.choice(widget.model.names))),
+        lambda: canvas.click(*CENTRES[int(rng.integers(1, 4))]),
+        lambda: form.colour.setCurrentIndex(int(rng.integers(form.colour.count()))),
+        lambda: form.listed.setCurrentIndex(int(rng.integers(form.listed.count()))),
+        lambda: inference.controls.samples.setValue(int(rng.choice([10, 20]))),
+        lambda: qtbot.mouseClick(rng.choice([form.accept, form.reject, form.clear, form.undo]), BUTTON),
+        lambda: QTest.qWait(int(rng.integers(0, 200))),
+    ]
+    for number in rng.integers(0, len(actions), 200):
+        actions[number]()
+    choose(form.listed, "all")
+    form.filter.clear()
+    choose(form.colour, "none")
+    qtbot.waitUntil(lambda: not inference._clicked.busy and not inference._batch.busy, timeout=20_000)
+    inference.infer_all()
+    rois = sorted(np.unique(layer.data[layer.data > 0]).tolist())
+    qtbot.waitUntil(lambda: sorted(widget.model.order) == rois and widget.table.inferred == len(rois), timeout=20_000)
+    key = inference.choices.rois()[0]
+    for roi, note in zip(widget.model.order, cells(widget, "noise_level"), strict=True):
+        assert float(note) == pytest.approx(inference.results.get(key, roi).quality["noise_level"][0], abs=0.06)
+    written = layer.features.set_index("index")["verdict"] if len(layer.features) else {}
+    assert all(written.get(roi, "") == widget.judged.of(roi).verdict for roi in rois)
+
+
+def test_a_roi_in_parts_is_outlined_in_parts(qtbot, show_movie, open_table, viewer):
+    show_movie()
+    inference, widget = open_table()
+    layer = viewer.layers["ROIs"]
+    click_row(widget, 1)
+    outline = viewer.layers["picked ROI"]
+    assert outline.nshapes == 1
+    layer.data_setitem((np.array([2, 2, 38]), np.array([37, 38, 2])), 1)
+    inference.ask(1)
+    assert outline.nshapes == 3
+    np.testing.assert_allclose(outline.edge_color, outline.edge_color[:1].repeat(3, axis=0))
+    layer.data_setitem((np.array([2, 2, 38]), np.array([37, 38, 2])), 0)
+    inference.ask(1)
+    assert outline.nshapes == 1
+    inference._outline.show(np.zeros((40, 40), bool), viewer.layers["movie"])
+    inference._outline.show(np.zeros((40, 40), bool), viewer.layers["movie"])
+    assert outline.nshapes == 0
+    inference.ask(2)
+    assert outline.nshapes == 1
+    qtbot.waitUntil(lambda: not inference._clicked.busy)
