@@ -7,8 +7,9 @@ import importlib.metadata
 import math
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from napari_calvae.vae import SpikeVAE, load_model
 
 #: Standard deviation of the logarithm of an amplitude that a user knows.
 _KNOWN = 0.15
+#: Samples that are drawn and rendered together.
+_PART = 10
 #: Trace-frames per block of ROIs: small enough to stop soon and to stay near the cache, large enough for a core.
 BLOCK_FRAMES = 65_536
 
@@ -134,17 +137,25 @@ def _infer_block(
     valid = torch.from_numpy(dff.valid.copy()).to(device)
     if n_threads == 1:
         posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
-    else:
-        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=pool.map)
-    return inference_of(dff, vae, config, posterior, provenance)
+        return inference_of(dff, vae, config, posterior, provenance)
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=pool.map)
+        return inference_of(dff, vae, config, posterior, provenance, apply=pool.map)
 
 
 @torch.inference_mode()
 def inference_of(
-    dff: Traces, vae: SpikeVAE, config: InferConfig, posterior: SpikePosterior, provenance: dict[str, Any]
+    dff: Traces,
+    vae: SpikeVAE,
+    config: InferConfig,
+    posterior: SpikePosterior,
+    provenance: dict[str, Any],
+    apply: Callable[..., Iterable[Any]] = map,
 ) -> SpikeInference:
-    """Rates, samples, reconstruction and quality that follow from a posterior over the spikes of ΔF/F traces."""
+    """Rates, samples, reconstruction and quality that follow from a posterior over the spikes of ΔF/F traces.
+
+    ``apply`` is how a function is applied to parts of the samples: ``map``, or that of a thread pool.
+    """
     device = next(vae.recognition.parameters()).device
     observed = torch.from_numpy(dff.values.copy()).to(device)
     valid = torch.from_numpy(dff.valid.copy()).to(device)
@@ -162,17 +173,22 @@ def inference_of(
     expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
     drift = vae.generative.drift(observed, mean, theta, dff.frame_rate, valid)
     noise = vae.generative.noise_std(theta, dff.frame_rate)
-    events, centre, spread = [], [], []
+    events, centre, spread = [np.empty(0, EVENT_DTYPE)], [], []
     # Compartments of one dendrite are rendered together, cells one by one: what that needs stays in the cache.
     step = dff.n_rois if vae.generative.coupled else 1
     for rows in (slice(start, start + step) for start in range(0, dff.n_rois, step)):
         ids = list(enumerate(dff.roi_ids))[rows]
-        drawn = [_sample(posterior.select(slice(row, row + 1)), config, roi) for row, roi in ids]
-        events += [to_events(samples, row) for (row, _), samples in zip(ids, drawn, strict=True)]
         if config.n_samples:
             own = {name: value[rows] for name, value in theta.items()}
-            traces = _render(torch.stack(drawn, 1), mean[rows].sum(-1), vae.generative, own, dff.frame_rate)
-            variance, average = torch.var_mean(traces, 0, correction=0)
+            drawn, average, variance = _samples(
+                partial(_draw, posterior.select(rows), config, [roi for _, roi in ids], device),
+                partial(
+                    _render, expected=mean[rows].sum(-1), generative=vae.generative, theta=own, rate=dff.frame_rate
+                ),
+                config.n_samples,
+                apply,
+            )
+            events += [to_events(drawn[:, k], row) for k, (row, _) in enumerate(ids)]
             centre += list(average + drift[rows])
             residual = observed[rows].nan_to_num() - average - drift[rows]
             spread += [_spread(*each) for each in zip(variance, residual, valid[rows], strict=True)]
@@ -228,12 +244,43 @@ def with_amplitude(
     return found
 
 
-def _sample(posterior: SpikePosterior, config: InferConfig, roi: int) -> Tensor:
-    """(sample, time) counts of one ROI, from a stream that depends on seed and ROI id alone."""
-    digest = hashlib.sha256(f"{config.seed}:{roi}".encode()).digest()
-    device = posterior.mean.device
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return posterior.sample(config.n_samples, generator)[:, 0]
+def _samples(
+    draw: Callable[[range], Tensor],
+    render: Callable[[Tensor], Tensor],
+    n_samples: int,
+    apply: Callable[..., Iterable[tuple[Tensor, Tensor, Tensor]]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sample, row, time) counts, and mean and variance of what they look like, (row, time).
+
+    A few samples at a time: they stay in the cache, cores share them, and they are the same on any number of cores.
+    """
+
+    def part(numbers: range) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode():
+            counts = draw(numbers)
+            variance, average = torch.var_mean(render(counts), 0, correction=0)
+            return counts, average, variance
+
+    parts = list(apply(part, [range(k, min(k + _PART, n_samples)) for k in range(0, n_samples, _PART)]))
+    share = [len(counts) / n_samples for counts, _, _ in parts]
+    weight = torch.tensor(share, device=parts[0][1].device)[:, None, None]
+    means, variances = (torch.stack([part[k] for part in parts]) for k in (1, 2))
+    average = (weight * means).sum(0)
+    variance = (weight * (variances + (means - average) ** 2)).sum(0)
+    return torch.cat([counts for counts, _, _ in parts]), average, variance
+
+
+def _draw(
+    posterior: SpikePosterior, config: InferConfig, rois: Sequence[int], device: torch.device, numbers: range
+) -> Tensor:
+    """(sample, row, time) counts, of each row from a stream that depends on seed, ROI id and part alone."""
+    drawn = []
+    for row, roi in enumerate(rois):
+        digest = hashlib.sha256(f"{config.seed}:{roi}:{numbers.start}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        one = posterior if len(rois) == 1 else posterior.select(slice(row, row + 1))
+        drawn.append(one.sample(len(numbers), generator)[:, 0])
+    return torch.stack(drawn, 1)
 
 
 def to_events(samples: Tensor, row: int) -> np.ndarray:
@@ -246,7 +293,7 @@ def to_events(samples: Tensor, row: int) -> np.ndarray:
     return events
 
 
-def _render(samples: Tensor, expected: Tensor, generative: GenerativeModel, theta: Theta, frame_rate: float) -> Tensor:
+def _render(samples: Tensor, expected: Tensor, generative: GenerativeModel, theta: Theta, rate: float) -> Tensor:
     """(sample, row, time) noise-free ΔF/F of sampled trains, each with the amplitude that goes with its spikes.
 
     A train of twice the spikes goes with half the response to each, and the data hardly tell the two apart. One
@@ -256,9 +303,9 @@ def _render(samples: Tensor, expected: Tensor, generative: GenerativeModel, thet
     scale = (expected[:, None] + 1) / (counts.sum(-1, keepdim=True) + 1)
     if generative.coupled:
         # A compartment adds up several trains, each of an amplitude of its own.
-        return generative.fluorescence(counts.mul_(scale), theta, frame_rate)
+        return generative.fluorescence(counts.mul_(scale), theta, rate)
     baseline = theta["baseline"][:, None]
-    return generative.fluorescence(counts, theta, frame_rate).sub_(baseline).mul_(scale).add_(baseline)
+    return generative.fluorescence(counts, theta, rate).sub_(baseline).mul_(scale).add_(baseline)
 
 
 def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:

@@ -214,3 +214,19 @@ def test_a_reconstruction_follows_the_drift_where_the_model_has_one(vae):
         # Two whole sweeps of ±0.3 leave, unexplained, a standard deviation of 0.2.
         missed = [float(np.std((drifting.values[0] - x)[100:-100])) for x in (plain, followed)]
         assert missed[1] < missed[0] - 0.05
+
+
+def test_any_number_of_cores_gives_the_same_samples(vae):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(calvae.infer(simulated(1)[0], vae, n_samples=23))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = results
+    np.testing.assert_array_equal(one.events, two.events)
+    np.testing.assert_array_equal(one.reconstruction, two.reconstruction)
+    np.testing.assert_array_equal(one.reconstruction_std, two.reconstruction_std)
+    assert set(one.events["sample"]) == set(range(23))

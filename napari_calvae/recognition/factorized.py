@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -53,14 +54,14 @@ class GainCategorical(SpikePosterior):
     @property
     def mean(self) -> Float[Tensor, "roi time"]:
         """Expected spike count of each frame."""
-        weights = self._weights()
+        weights = self._weights
         gains, probability = self._nodes()
         tilts = ((g[:, None] * self.response).exp() for g in gains)
         return sum(p * _moments(weights, tilt) for p, tilt in zip(probability, tilts, strict=True))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
         """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
-        weights = self._weights()
+        weights = self._weights
         shape = (n, weights.shape[0], weights.shape[2])
         device, dtype = weights.device, weights.dtype
         if n == 0:
@@ -131,7 +132,7 @@ class GainCategorical(SpikePosterior):
     def gain_for(self, total: Float[Tensor, " roi"]) -> Float[Tensor, " roi"]:
         """The log-gain at which each cell is expected to have ``total`` spikes, by bisection."""
         low, high = torch.full_like(total, -8.0), torch.full_like(total, 8.0)
-        weights = self._weights()
+        weights = self._weights
         for _ in range(16):
             middle = (low + high) / 2
             few = _moments(weights, (middle[:, None] * self.response).exp()).sum(-1) < total
@@ -158,6 +159,7 @@ class GainCategorical(SpikePosterior):
     def _counts(self) -> Float[Tensor, " count"]:
         return torch.arange(self.logits.shape[1], device=self.logits.device, dtype=self.logits.dtype)
 
+    @cached_property
     def _weights(self) -> Float[Tensor, "roi count time"]:
         return torch.softmax(self.logits, 1)
 
