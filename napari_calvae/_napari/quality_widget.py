@@ -11,7 +11,8 @@ from napari.qt import get_qapp
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
 from qtpy.QtCore import QItemSelectionModel, QModelIndex, QTimer
-from qtpy.QtWidgets import QFileDialog, QVBoxLayout, QWidget
+from qtpy.QtGui import QCursor
+from qtpy.QtWidgets import QFileDialog, QToolTip, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import figure, judging, roi_layer, script, session
@@ -77,6 +78,7 @@ class QualityWidget(QWidget):
             form.infer_all: self.infer_all,
             form.csv: lambda: self._save_as("Table of cells", "cells.csv", "Table (*.csv)", self.save_table),
             form.python: self.copy_script,
+            form.keys: lambda: QToolTip.showText(QCursor.pos(), form.keys.toolTip(), form.keys),
             form.figure: lambda: self._save_as(
                 "Figure", f"roi_{self.current}.svg", "Figure (*.svg *.png)", self.save_figure
             ),

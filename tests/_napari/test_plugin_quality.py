@@ -599,3 +599,14 @@ def test_a_roi_in_parts_is_outlined_in_parts(qtbot, show_movie, open_table, view
     inference.ask(2)
     assert outline.nshapes == 1
     qtbot.waitUntil(lambda: not inference._clicked.busy)
+
+
+def test_the_question_mark_lists_the_keys(qtbot, show_movie, open_table):
+    from qtpy.QtWidgets import QToolTip
+
+    show_movie()
+    _, widget = open_table()
+    qtbot.mouseClick(widget.form.keys, BUTTON)
+    assert "W: worst cell by the sorted column" in QToolTip.text()
+    QToolTip.hideText()
+    qtbot.waitUntil(lambda: not QToolTip.isVisible())
