@@ -41,6 +41,7 @@ _HOME = {
     "read_labels": "formats",
     "read_movie": "formats",
     "read_spikes": "formats",
+    "read_stimulation": "formats",
     "refine": "refinement",
     "simulate": "simulation",
     "write": "formats",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.fitting.options import FitOptions, fit_options
-    from napari_calvae.formats import read, read_labels, read_movie, read_spikes, write
+    from napari_calvae.formats import read, read_labels, read_movie, read_spikes, read_stimulation, write
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.metrics import QC
     from napari_calvae.preprocess import bin_spikes, extract, iter_extract

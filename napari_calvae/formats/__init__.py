@@ -14,6 +14,7 @@ import numpy as np
 from napari_calvae.formats import csv_table, hdf5, numpy_table
 from napari_calvae.formats._files import check_output, existing, whole_files
 from napari_calvae.formats.numpy_table import write_arrays
+from napari_calvae.formats.pulses import read_stimulation
 from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
@@ -26,6 +27,7 @@ __all__ = [
     "read_labels",
     "read_movie",
     "read_spikes",
+    "read_stimulation",
     "whole_files",
     "write",
     "write_arrays",

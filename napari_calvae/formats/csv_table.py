@@ -36,7 +36,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     A column called ``time`` or alike (s, or ms if it says so) gives the frame rate. Numbers in the other columns' names
     are ROI ids if they differ.
     """
-    names, table = _table(path)
+    names, table = read_table(path)
     if {"roi", "frame", "rate"} <= set(names):
         raise RecordingError(
             f"{path.name}: expected traces, one column per ROI, got a table of results with one row per ROI and frame. "
@@ -61,7 +61,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
 
 def read_spikes(path: Path) -> dict[int, np.ndarray]:
     """Read known spikes, one per row: a column of ROI ids called ``roi`` or alike, and one of times (s, or ms)."""
-    names, table = _table(path)
+    names, table = read_table(path)
     rois = [i for i, name in enumerate(names) if name.lower() in _ROIS]
     clocks = [(i, s) for i, name in enumerate(names) for p, s in _TIMES.items() if p.fullmatch(name.lower())]
     if len(rois) != 1 or len(clocks) != 1 or "sample" in names:
@@ -116,7 +116,7 @@ def write(result: SpikeInference, path: Path) -> None:
         provenance.write_text(provenance_json(result), encoding="utf-8")
 
 
-def _table(path: Path) -> tuple[list[str], np.ndarray]:
+def read_table(path: Path) -> tuple[list[str], np.ndarray]:
     """Column names and the (frame, column) numbers of a text table."""
     try:
         text = path.read_text(encoding="utf-8-sig")
