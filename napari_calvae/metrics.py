@@ -137,7 +137,8 @@ def _describe(trace: np.ndarray, frame_rate: float) -> tuple[float, ...]:
     nu = max(float(noise_level(trace, frame_rate)), 1e-6)
     noise = max(nu / 100 * np.sqrt(frame_rate) / 0.954, 1e-9)
     middle, peak = np.quantile(kept, [0.5, 0.995])
-    skewness = float(np.mean(((kept - kept.mean()) / kept.std()) ** 3))
+    z = (kept - kept.mean()) / kept.std()
+    skewness = float(np.mean(z * z * z))
     smooth = float(score_correlation(step[1:][pairs], step[:-1][pairs]))
     over = max((peak - middle) / noise, 1e-3)
     return float(np.log(frame_rate)), float(np.log(nu)), float(np.log(over)), float(np.arcsinh(skewness)), smooth

@@ -11,7 +11,7 @@ from napari.qt import get_qapp
 from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
-from qtpy.QtCore import Signal
+from qtpy.QtCore import QTimer, Signal
 from qtpy.QtWidgets import QHBoxLayout, QWidget
 
 import napari_calvae as calvae
@@ -25,6 +25,8 @@ from napari_calvae._napari.work import Worker
 
 #: Height (pixels) that the plots ask for when docked at the bottom.
 HEIGHT = 330
+#: Wait (ms) for a posterior before the picked ROI is outlined all the same.
+OUTLINE_AFTER = 300
 #: The newest widget of each viewer that is not closed.
 _OPEN: WeakKeyDictionary[Viewer, InferenceWidget] = WeakKeyDictionary()
 
@@ -67,6 +69,9 @@ class InferenceWidget(QWidget):
         self._clicked, self._batch = Worker(self), Worker(self)
         self.choices = Choices(self.controls)
         self._outline = picking.Outline(napari_viewer)
+        self._outline_timer = QTimer(self)
+        self._outline_timer.setSingleShot(True)
+        self._outline_timer.timeout.connect(self._draw_outline)
         self.overlays = Overlays(self, napari_viewer, self.plots, self.choices, self.results)
         self._manners = DockManners(self, HEIGHT, leave=self.detach, stay=self.attach, gone=self.close_down)
         self._connect()
@@ -232,10 +237,14 @@ class InferenceWidget(QWidget):
     # What is shown
 
     def _mark(self, roi: int, labels: np.ndarray) -> None:
-        """Highlight the picked ROI on the canvas."""
+        """Highlight the picked ROI, its outline when the posterior is there: a canvas without GPU takes all cores."""
         if isinstance(self.choices.roi_layer, Labels):
             self.choices.roi_layer.selected_label = roi
-        self._outline.show(labels == roi, self.choices.chosen_movie())
+        self._outlined = labels == roi, self.choices.chosen_movie()
+        self._outline_timer.start(OUTLINE_AFTER)
+
+    def _draw_outline(self) -> None:
+        self._outline.show(*self._outlined)
 
     def _show(self, picture: calvae.SpikeInference) -> None:
         roi = picture.roi_ids[0]
@@ -249,6 +258,8 @@ class InferenceWidget(QWidget):
             f"ROI {roi}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
         )
         self.shown.emit(roi)
+        if self._outline_timer.isActive():
+            self._outline_timer.start(0)
 
     def _fail(self, sentence: str) -> None:
         self.controls.say(sentence, error=True)
@@ -323,6 +334,7 @@ class InferenceWidget(QWidget):
             del _OPEN[self._viewer]
         get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
+        self._outline_timer.stop()
         self.overlays.close()
         self._outline.remove()
         self.plots.dispose()

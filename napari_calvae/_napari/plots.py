@@ -159,13 +159,15 @@ class PosteriorPlots(QWidget):
 
     def set_truth(self, times: np.ndarray | None) -> None:
         """Mark true spikes (s) above the samples, or none."""
-        self.truth = times
-        self.redraw()
+        if times is not None or self.truth is not None:
+            self.truth = times
+            self.redraw()
 
     def set_rival(self, estimate: np.ndarray | None) -> None:
         """Draw another method's (time,) estimate, scaled to as many spikes as ours, or none."""
-        self.rival = estimate
-        self.redraw()
+        if estimate is not None or self.rival is not None:
+            self.rival = estimate
+            self.redraw()
 
     def set_cursor(self, seconds: float) -> None:
         """Move the vertical line of all plots to this time (s)."""
@@ -266,7 +268,7 @@ class PosteriorPlots(QWidget):
                     (palette.trace, "━", "ΔF/F"),
                     (palette.reconstruction, "━", "reconstruction"),
                     (on_background(palette.reconstruction, SPREAD_ALPHA, palette.background), "■", "± 2 sd"),
-                    (palette.background, "■", f"{self.log_likelihood:.2f} nats/frame"),
+                    (palette.background, "■", f"log-lik. {self.log_likelihood:.2f}"),
                 ),
                 words((palette.posterior, "■", "sampled spikes"), *truth),
                 words(

@@ -167,11 +167,13 @@ class RecognitionNetwork(nn.Module, abc.ABC):
             summary, local = self.summary_and_local(features, log_rate)
             local = local[..., :n_frames]
         elif chunk is None or chunk >= n_frames:
-            summary = self._summary(features, log_rate, apply)
+            summary = self._summary(features, log_rate)
             local = self.local(features, log_rate, summary)[..., :n_frames]
         else:
-            summary = self._summary(features, log_rate, apply)
-            step = max(self.stride, chunk // self.stride * self.stride)
+            summary = self._summary(features, log_rate)
+            # Pieces of equal length, or the cores wait for the one with the longest.
+            length = -(-n_frames // (-(-n_frames // chunk)))
+            step = -(-length // self.stride) * self.stride
             margin = -(-self.halo // self.stride) * self.stride
 
             def piece(start: int) -> Tensor:
@@ -187,23 +189,17 @@ class RecognitionNetwork(nn.Module, abc.ABC):
         return posterior
 
     def _summary(
-        self,
-        features: Float[Tensor, "roi channel time"],
-        log_rate: Float[Tensor, " roi"],
-        apply: Callable[..., Iterable[Tensor]],
+        self, features: Float[Tensor, "roi channel time"], log_rate: Float[Tensor, " roi"]
     ) -> Float[Tensor, "roi summary"]:
+        """That of the whole trace if it is short, else the mean over pieces spread evenly over it."""
         n_frames = features.shape[-1]
-        inference = torch.is_inference_mode_enabled()
         if n_frames <= self.summary_frames:
             return self.summarise(features, log_rate)
         n_pieces, length = 8, self.summary_frames // 8
         starts = torch.linspace(0, n_frames - length, n_pieces).long().tolist()
-
-        def piece(start: int) -> Tensor:
-            with torch.inference_mode(inference):
-                return self.summarise(features[..., start : start + length], log_rate)
-
-        return torch.stack(list(apply(piece, starts))).mean(0)
+        pieces = torch.stack([features[..., start : start + length] for start in starts], 1)
+        found = self.summarise(pieces.flatten(0, 1), log_rate.repeat_interleave(n_pieces))
+        return found.unflatten(0, (-1, n_pieces)).mean(1)
 
 
 def trace_scale(fluorescence: Float[Tensor, "roi time"], valid: Bool[Tensor, "roi time"] | None = None) -> TraceScale:

@@ -584,11 +584,12 @@ def test_a_roi_in_parts_is_outlined_in_parts(qtbot, show_movie, open_table, view
     inference, widget = open_table()
     layer = viewer.layers["ROIs"]
     click_row(widget, 1)
+    qtbot.waitUntil(lambda: "picked ROI" in viewer.layers)
     outline = viewer.layers["picked ROI"]
     assert outline.nshapes == 1
     layer.data_setitem((np.array([2, 2, 38]), np.array([37, 38, 2])), 1)
     inference.ask(1)
-    assert outline.nshapes == 3
+    qtbot.waitUntil(lambda: outline.nshapes == 3)
     np.testing.assert_allclose(outline.edge_color, outline.edge_color[:1].repeat(3, axis=0))
     layer.data_setitem((np.array([2, 2, 38]), np.array([37, 38, 2])), 0)
     inference.ask(1)
