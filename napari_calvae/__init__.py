@@ -22,6 +22,8 @@ _HOME = {
     "SpineInference": "spines",
     "Stimulation": "stimulation",
     "bin_spikes": "preprocess",
+    "correlation_peak": "preprocess",
+    "delta_f_over_f": "preprocess",
     "diagnose": "refinement",
     "expect": "expectation",
     "extract": "preprocess",
@@ -43,6 +45,7 @@ _HOME = {
     "read_spikes": "formats",
     "read_stimulation": "formats",
     "refine": "refinement",
+    "roi_marks": "preprocess",
     "simulate": "simulation",
     "write": "formats",
 }
@@ -58,7 +61,14 @@ if TYPE_CHECKING:
     from napari_calvae.formats import read, read_labels, read_movie, read_spikes, read_stimulation, write
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.metrics import QC
-    from napari_calvae.preprocess import bin_spikes, extract, iter_extract
+    from napari_calvae.preprocess import (
+        bin_spikes,
+        correlation_peak,
+        delta_f_over_f,
+        extract,
+        iter_extract,
+        roi_marks,
+    )
     from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine
     from napari_calvae.simulation import simulate

@@ -149,6 +149,11 @@ def _select(masks: RoiMasks, wanted: Sequence[int]) -> RoiMasks:
     )
 
 
+def ring_reach(n_pixels: ArrayLike) -> np.ndarray:
+    """Distance (pixels) from a ROI of ``n_pixels`` that its ring may reach, and no further: four diameters or 20."""
+    return np.maximum(4 * np.sqrt(4 / np.pi * np.asarray(n_pixels)), 20)
+
+
 def _rings(masks: RoiMasks, every: RoiMasks) -> tuple[np.ndarray, ...]:
     """Per ROI the flat pixels of its neuropil ring: the nearest ones beyond a gap that none of all ROIs covers.
 
@@ -162,7 +167,7 @@ def _rings(masks: RoiMasks, every: RoiMasks) -> tuple[np.ndarray, ...]:
     rings = []
     for pixels in masks.pixels:
         y, x = np.divmod(pixels, width)
-        reach = max(4 * np.sqrt(4 / np.pi * len(pixels)), 20)
+        reach = float(ring_reach(len(pixels)))
         margin = int(reach) + 1
         top, left = max(y.min() - margin, 0), max(x.min() - margin, 0)
         bottom, right = min(y.max() + margin + 1, height), min(x.max() + margin + 1, width)

@@ -1,7 +1,8 @@
 """From raw fluorescence to what a recognition network sees: ΔF/F, noise level, frame rate; and spikes per frame.
 
 Time stamps: frame k is centred on t0 + k / frame_rate and covers half a frame to either side, so that n frames span
-n / frame_rate seconds. Traces are read from movies by ``napari_calvae._extraction``, offered here too.
+n / frame_rate seconds. Traces are read from movies by ``napari_calvae._extraction``, ROIs compared and cells found
+by ``napari_calvae._regions``; both are offered here too.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from napari_calvae._extraction import check_movie, extract, iter_extract
+from napari_calvae._regions import correlation_peak, local_correlation, roi_marks
 from napari_calvae.recording import RecordingError, Traces, check_frame_rate
 
 __all__ = [
     "bin_spikes",
     "check_movie",
     "check_traces",
+    "correlation_peak",
     "delta_f_over_f",
     "extract",
     "iter_extract",
+    "local_correlation",
     "noise_level",
     "resample",
+    "roi_marks",
 ]
 
 

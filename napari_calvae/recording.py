@@ -5,6 +5,7 @@ They are frozen, carry their units and know nothing of torch, files or windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -219,14 +220,14 @@ class RoiMasks:
             raise RecordingError(
                 f"label image: expected two dimensions (y, x), got shape {image.shape}. Give one plane of labels."
             )
-        flat = image.ravel().astype(np.int64)
-        order = np.argsort(flat, kind="stable")
-        ids, first = np.unique(flat[order], return_index=True)
-        groups = np.split(order, first[1:])
-        kept = [(int(i), g) for i, g in zip(ids, groups, strict=True) if i > 0]
-        if not kept:
+        flat = image.ravel()
+        inside = np.flatnonzero(flat > 0)
+        if not len(inside):
             raise RecordingError("label image: expected at least one label above 0, got only background.")
-        return cls(image.shape, tuple(g for _, g in kept), tuple(i for i, _ in kept))
+        labels = flat[inside]
+        order = np.argsort(labels, kind="stable")
+        ids, first = np.unique(labels[order], return_index=True)
+        return cls(image.shape, tuple(np.split(inside[order], first[1:])), tuple(ids.tolist()))
 
     @classmethod
     def from_discs(
@@ -235,9 +236,14 @@ class RoiMasks:
         """Discs of one ``diameter`` (pixels) around ``centres`` (y, x), cut at the border of the image."""
         if not diameter > 0:
             raise RecordingError(f"diameter: expected a positive number of pixels, got {diameter}.")
-        y, x = np.ogrid[: shape[0], : shape[1]]
-        discs = [((y - cy) ** 2 + (x - cx) ** 2 <= (diameter / 2) ** 2) for cy, cx in centres]
-        return cls(shape, tuple(np.flatnonzero(d) for d in discs), tuple(ids))
+        height, width = shape
+        discs = []
+        for cy, cx in centres:
+            y = np.arange(max(math.floor(cy - diameter / 2), 0), min(math.ceil(cy + diameter / 2) + 1, height))
+            x = np.arange(max(math.floor(cx - diameter / 2), 0), min(math.ceil(cx + diameter / 2) + 1, width))
+            inside = (y[:, None] - cy) ** 2 + (x - cx) ** 2 <= (diameter / 2) ** 2
+            discs.append((y[:, None] * width + x)[inside])
+        return cls(shape, tuple(discs), tuple(ids))
 
     @property
     def centroids(self) -> np.ndarray:
