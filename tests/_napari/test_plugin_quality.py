@@ -593,12 +593,12 @@ def test_a_roi_in_parts_is_outlined_in_parts(qtbot, show_movie, open_table, view
     np.testing.assert_allclose(outline.edge_color, outline.edge_color[:1].repeat(3, axis=0))
     layer.data_setitem((np.array([2, 2, 38]), np.array([37, 38, 2])), 0)
     inference.ask(1)
-    assert outline.nshapes == 1
+    qtbot.waitUntil(lambda: outline.nshapes == 1)
     inference._outline.show(np.zeros((40, 40), bool), viewer.layers["movie"])
     inference._outline.show(np.zeros((40, 40), bool), viewer.layers["movie"])
     assert outline.nshapes == 0
     inference.ask(2)
-    assert outline.nshapes == 1
+    qtbot.waitUntil(lambda: outline.nshapes == 1)
     qtbot.waitUntil(lambda: not inference._clicked.busy)
 
 

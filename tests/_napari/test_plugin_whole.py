@@ -63,8 +63,8 @@ def test_the_demo_says_how_to_get_a_display(monkeypatch):
         demo.run()
 
 
-def test_clicks_are_measured_in_a_window_of_their_own():
-    code = "from napari_calvae._napari.latency import iter_latency; print([r['ROI'] for r in iter_latency(600, 2)])"
+def test_waiting_is_measured_in_a_window_of_its_own():
+    code = "from napari_calvae._napari.latency import iter_latency; print([r['times'] for r in iter_latency(600, 2)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("['1', '2']")
+    assert done.stdout.strip().endswith("[1, 2, 2, 30, 30, 1, 1]")
