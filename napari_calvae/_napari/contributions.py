@@ -13,7 +13,7 @@ from napari_calvae._napari import session
 LayerData = tuple[Any, dict[str, Any], str]
 
 _PACKAGE = Path(calvae.__file__).parent
-_MOVIE, _ROIS = "movie.tif", "rois.tif"
+_MOVIE, _ROIS, _SPIKES = "movie.tif", "rois.tif", "spikes.npz"
 
 
 def sample_folder() -> Path:
@@ -35,6 +35,7 @@ def open_sample() -> list[LayerData]:
     )
     for (_, options, _), name in zip(layers, (_MOVIE, _ROIS), strict=True):
         options.setdefault("metadata", {})["path"] = str(folder / name)  # for the script that repeats a result
+    layers[1][1]["metadata"]["spike_times"] = dict(calvae.read_spikes(folder / _SPIKES))
     return layers
 
 

@@ -47,17 +47,33 @@ def run(screenshot: Path | None = None, roi: int | None = None) -> Path | None:
     if has_display():
         return _run(screenshot, roi)
     path = Path(screenshot or PICTURE).absolute()
-    arguments = [str(path), *([str(roi)] if roi else [])]
+    _elsewhere(__name__, [str(path), *([str(roi)] if roi else [])])
+    if not path.is_file():
+        raise calvae.RecordingError(f"demo: expected a picture at {path.name}, got none. Try again.")
+    return path
+
+
+def run_tour(folder: Path) -> list[Path]:
+    """Take the whole tour, with a picture of every step in ``folder``; without a display in one in memory."""
+    folder = folder.absolute()
+    if has_display():
+        from napari_calvae._napari.tour import iter_tour
+
+        return list(iter_tour(folder))
+    _elsewhere("napari_calvae._napari.tour", [str(folder)])
+    return sorted(folder.glob("[0-9][0-9]-*.png"))
+
+
+def _elsewhere(module: str, arguments: list[str]) -> None:
+    """Run a module on a display in memory, in a process of its own: Qt must be gone before its display is."""
     with virtual_display():
-        # In a process of its own: Qt must be gone before its display is.
         child = subprocess.run(
-            [sys.executable, "-m", __name__, *arguments], stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", module, *arguments], stderr=subprocess.PIPE, text=True, check=False
         )
-    if child.returncode or not path.is_file():
-        logger.info("demo failed: %s", child.stderr)
+    if child.returncode:
+        logger.info("%s failed: %s", module, child.stderr)
         lines = child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"]
         raise calvae.RecordingError(lines[-1].removeprefix("napari_calvae.recording.RecordingError: "))
-    return path
 
 
 def has_display() -> bool:
@@ -86,7 +102,7 @@ def _run(screenshot: Path | None, roi: int | None) -> Path | None:
 
     viewer = napari.Viewer(show=False)
     try:
-        widget = _open(viewer)
+        widget = open_widget(viewer)
         viewer.show()
         sentence = _click(viewer, widget, roi)
         if screenshot is None:
@@ -100,7 +116,8 @@ def _run(screenshot: Path | None, roi: int | None) -> Path | None:
             viewer.close()
 
 
-def _open(viewer: Any) -> Any:
+def open_widget(viewer: Any) -> Any:
+    """Put the sample into a viewer that is not shown yet, and the inference widget below it."""
     from napari_calvae._napari.contributions import open_sample
     from napari_calvae._napari.inference_widget import InferenceWidget
 
@@ -118,7 +135,7 @@ def _click(viewer: Any, widget: Any, roi: int | None) -> str:
     import numpy as np
     from qtpy.QtCore import QEventLoop, QTimer
 
-    _settle(viewer)
+    settle(viewer)
     movie, labels = viewer.layers[0], viewer.layers["ROIs"]
     roi = roi or _liveliest(movie.data, labels.data)
     y, x = np.argwhere(labels.data == roi).mean(axis=0)
@@ -135,7 +152,7 @@ def _click(viewer: Any, widget: Any, roi: int | None) -> str:
     return failed[0] if failed else ""
 
 
-def _settle(viewer: Any) -> None:
+def settle(viewer: Any) -> None:
     """Arrange the window: the movie fills the canvas, ROIs are outlined."""
     from qtpy.QtWidgets import QApplication
 

@@ -62,9 +62,22 @@ class Overlays(QObject):
         self._worker.start(answers.iter_rival(number, picture.traces))
 
     def on_results_changed(self) -> None:
-        """Paint the cells again, soon."""
+        """Renew the pinned cells, and paint all again, soon."""
+        self._renew_pinned()
         if self._plots.activity_button.isChecked() and not self._later.isActive():
             self._later.start()
+
+    def _renew_pinned(self) -> None:
+        try:
+            key = self._choices.rois()[0]
+        except (calvae.RecordingError, ValueError):
+            return
+        for roi, cell in self._plots.pinned.cells.items():
+            known = self._results.get(key, roi)
+            if known is None:
+                cell.set_outdated()
+            elif known.rate is not cell.picture.rate:
+                cell.set_picture(known)
 
     def close(self) -> None:
         """Take the layer away and stop all work."""
@@ -101,8 +114,14 @@ class Overlays(QObject):
             return
         movie = self._choices.chosen_movie()
         data, top = activity.paint(rows, labels), activity.brightest(rows)
+        translate = np.array(movie.translate, float)
+        if movie.ndim == 4:  # lies on the plane of its cells, and is not seen on others
+            data, translate[1] = data[:, None], translate[1] + key.plane * movie.scale[1]
+        if self._layer is not None and self._layer in self._viewer.layers and self._layer.ndim != movie.ndim:
+            self._remove()
         if self._layer is not None and self._layer in self._viewer.layers:
             self._layer.data = data
+            self._layer.translate = translate
             self._layer.contrast_limits = (0.0, top)
             return
         active = self._viewer.layers.selection.active
@@ -111,7 +130,7 @@ class Overlays(QObject):
             name=LAYER,
             metadata={picking.OWN: True},
             scale=movie.scale,
-            translate=movie.translate,
+            translate=translate,
             units=movie.units,
             axis_labels=movie.axis_labels,
             blending="additive",

@@ -45,6 +45,14 @@ def on_background(colour: str, alpha: float, background: str) -> str:
     return QColor(*(round(alpha * c + (1 - alpha) * b) for c, b in pairs)).name()
 
 
+def raster_colours(palette: Palette) -> np.ndarray:
+    """(256, 4) lookup table of the posterior raster: the brighter a cell of it, the less transparent."""
+    dot = QColor(palette.posterior)
+    table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
+    table[:, 3] = np.arange(256)
+    return table
+
+
 class BandItem(pg.GraphicsObject):
     """A filled band between two curves of at most a few thousand points."""
 
@@ -107,3 +115,11 @@ class Row:
         layout.addItem(self.axis, row, 0)
         layout.addItem(self.view, row, 1)
         layout.addItem(self.legend, row, 2)
+
+    def paint(self, palette: Palette) -> None:
+        """Colour axis, cursor, missing frames and legend."""
+        self.axis.setPen(shade(palette.text, 0.45))
+        self.axis.setTextPen(shade(palette.text, 0.9))
+        self.cursor.setPen(pg.mkPen(shade(palette.text, 0.8), width=1))
+        self.missing.set_colour(shade(palette.text, 0.12))
+        self.words.setDefaultTextColor(QColor(palette.text))

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyqtgraph as pg
 from qtpy.QtCore import QEvent, QObject, QPointF, QRectF, QSize, Qt, QTimer, Signal
-from qtpy.QtGui import QColor
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QToolButton, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, readout
-from napari_calvae._napari.plot_items import BandItem, Palette, Row, on_background, shade
+from napari_calvae._napari.pinned import PinnedCells
+from napari_calvae._napari.plot_items import BandItem, Palette, Row, on_background, raster_colours, shade
 
 SPREAD_ALPHA, BAND_ALPHA = 0.3, 0.4
 
@@ -48,11 +48,12 @@ class PosteriorPlots(QWidget):
         self.truth_button = _switch("truth", "True spikes, where the ROI layer knows them (metadata “spike_times”, s)")
         self.rival_button = _switch("OASIS", "What OASIS makes of the same trace, scaled to the same number of spikes")
         self.activity_button = _switch("light up", "Show inferred cells in the movie as they fire; press play")
+        self.pin_button = _switch("pin", "Keep this cell in view, below the picked one", checkable=False)
         self.truth_button.setEnabled(False)
         line = QHBoxLayout()
         line.setSpacing(4)
         line.addWidget(self.title, 1)
-        for button in (self.truth_button, self.rival_button, self.activity_button):
+        for button in (self.pin_button, self.truth_button, self.rival_button, self.activity_button):
             line.addWidget(button)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
@@ -60,6 +61,9 @@ class PosteriorPlots(QWidget):
         layout.addLayout(line)
         layout.addWidget(self.graphics, 1)
         self._build()
+        self.pinned = PinnedCells(self.trace_row.view, self._palette, self)
+        layout.addWidget(self.pinned)
+        self.pin_button.clicked.connect(self._on_pin)
         self._later = QTimer(self)
         self._later.setSingleShot(True)
         self._later.setInterval(0)
@@ -108,13 +112,10 @@ class PosteriorPlots(QWidget):
         """Draw in these colours."""
         self._palette = palette
         self.graphics.setBackground(palette.background)
-        for axis in (self.time_axis, *(row.axis for row in self.rows)):
-            axis.setPen(shade(palette.text, 0.45))
-            axis.setTextPen(shade(palette.text, 0.9))
+        self.time_axis.setPen(shade(palette.text, 0.45))
+        self.time_axis.setTextPen(shade(palette.text, 0.9))
         for row in self.rows:
-            row.cursor.setPen(pg.mkPen(shade(palette.text, 0.8), width=1))
-            row.missing.set_colour(shade(palette.text, 0.12))
-            row.words.setDefaultTextColor(QColor(palette.text))
+            row.paint(palette)
         self.trace.setPen(pg.mkPen(palette.trace, width=1))
         self.reconstruction.setPen(pg.mkPen(palette.reconstruction, width=1))
         self.spread.set_colour(shade(palette.reconstruction, SPREAD_ALPHA))
@@ -122,10 +123,8 @@ class PosteriorPlots(QWidget):
         self.rate_band.set_colour(shade(palette.posterior, BAND_ALPHA))
         self.true_spikes.setPen(pg.mkPen(palette.text, width=1))
         self.rival_rate.setPen(pg.mkPen(palette.rival, width=1))
-        dot = QColor(palette.posterior)
-        table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
-        table[:, 3] = np.arange(256)
-        self.raster.setLookupTable(table)
+        self.raster.setLookupTable(raster_colours(palette))
+        self.pinned.set_palette(palette)
         self._write_legends()
 
     def set_picture(self, picture: calvae.SpikeInference, title: str = "") -> None:
@@ -174,6 +173,7 @@ class PosteriorPlots(QWidget):
         for row in self.rows:
             row.cursor.setValue(seconds)
             row.cursor.setVisible(self.picture is not None)
+        self.pinned.set_cursor(seconds)
 
     def redraw(self) -> None:
         """Draw the stretch of time in view."""
@@ -281,6 +281,10 @@ class PosteriorPlots(QWidget):
         for row, text in zip(self.rows, texts, strict=True):
             row.words.setHtml(text)
 
+    def _on_pin(self) -> None:
+        if self.picture is not None:
+            self.pinned.pin(self.picture)
+
     def _set_heading(self, words: str) -> None:
         self._heading = words
         self.title.setText(words)
@@ -321,13 +325,14 @@ class PosteriorPlots(QWidget):
     def dispose(self) -> None:
         """Give up all graphics; the widget is of no use afterwards."""
         self._later.stop()
+        self.pinned.dispose()
         self.graphics.close()
         self.graphics.deleteLater()
 
 
-def _switch(words: str, tip: str) -> QToolButton:
+def _switch(words: str, tip: str, checkable: bool = True) -> QToolButton:
     button = QToolButton()
     button.setText(words)
     button.setToolTip(tip)
-    button.setCheckable(True)
+    button.setCheckable(checkable)
     return button

@@ -237,6 +237,9 @@ def demo(
     screenshot: Annotated[
         Path | None, typer.Option(help="Write a picture and exit, without a display if there is none")
     ] = None,
+    tour: Annotated[
+        Path | None, typer.Option(help="Take the whole tour instead, with a picture of every step in this folder")
+    ] = None,
 ) -> None:
     """Open the sample movie in napari, click a cell and show its spikes."""
     if screenshot is not None:
@@ -247,6 +250,10 @@ def demo(
         from napari_calvae._napari import demo as window
     except ImportError as error:
         fail(f"demo: expected napari to be installed, got {error}. Run: pip install 'napari-calvae[all]'")
+    if tour is not None:
+        for step in window.run_tour(tour):
+            typer.echo(str(step))
+        return
     picture = window.run(screenshot)
     if picture is not None:
         typer.echo(str(picture))

@@ -119,3 +119,39 @@ def test_without_oasis_a_sentence_says_how_to_get_it(qtbot, show_movie, open_wid
     qtbot.waitUntil(lambda: "napari-calvae[bench]" in widget.controls.status.text(), timeout=5000)
     assert not widget.plots.rival_button.isChecked()
     assert widget.plots.picture is not None
+
+
+@pytest.mark.usefixtures("network")
+def test_pinned_cells_stay_in_view_on_the_same_time(qtbot, show_movie, open_widget, canvas, viewer):
+    show_movie()
+    widget = open_widget()
+    pinned = widget.plots.pinned
+    assert not pinned.isVisible()
+    for roi in (1, 2):
+        canvas.click(*CENTRES[roi])
+        qtbot.waitUntil(lambda roi=roi: widget.plots.picture is not None and widget.plots.picture.roi_ids == (roi,))
+        qtbot.mouseClick(widget.plots.pin_button, Qt.MouseButton.LeftButton)
+    qtbot.mouseClick(widget.plots.pin_button, Qt.MouseButton.LeftButton)
+    canvas.click(*CENTRES[3])
+    qtbot.waitUntil(lambda: widget.plots.picture.roi_ids == (3,))
+    assert list(pinned.cells) == [1, 2]
+    assert pinned.isVisible()
+    widget.plots.trace_row.view.setXRange(3, 9, padding=0)
+    for roi, cell in pinned.cells.items():
+        qtbot.waitUntil(lambda cell=cell: cell.trace.getData()[0][-1] < 10)
+        x, y = cell.trace.getData()
+        np.testing.assert_allclose(cell.rows[0].view.viewRange()[0], (3, 9), atol=0.3)
+        np.testing.assert_allclose(y, cell.picture.traces.values[0][np.round(x * FRAME_RATE).astype(int)])
+        assert f"ROI {roi}" in cell.title.text()
+        assert cell.raster.image.shape[0] == cell.picture.n_samples
+    viewer.dims.set_point(0, 5.0)
+    assert pinned.cells[1].rows[0].cursor.value() == pytest.approx(5.0, abs=0.1)
+    widget.controls.samples.setValue(20)
+    qtbot.waitUntil(lambda: "before the last change" in pinned.cells[1].title.text(), timeout=10_000)
+    widget.infer_all()
+    qtbot.waitUntil(lambda: pinned.cells[1].picture.n_samples == 20, timeout=10_000)
+    assert "before the last change" not in pinned.cells[1].title.text()
+    qtbot.mouseClick(pinned.cells[1].close_button, Qt.MouseButton.LeftButton)
+    assert list(pinned.cells) == [2]
+    qtbot.mouseClick(pinned.cells[2].close_button, Qt.MouseButton.LeftButton)
+    assert not pinned.isVisible()
