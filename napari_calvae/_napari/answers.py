@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a result besides movie and ROIs; equal settings give equal results."""
+    """All that decides a result besides movie and ROIs; equal settings give equal results.
+
+    Baseline percentile and window (s) are those that the model was trained with where they are None; the amplitude
+    (ΔF/F per spike) is unknown where it is None.
+    """
 
     frame_rate: float
     neuropil_coefficient: float = 0.7
@@ -25,6 +29,27 @@ class Settings:
     model: str = "universal"
     device: str = "auto"
     seed: int = 0
+    baseline_percentile: float | None = None
+    baseline_window: float | None = None
+    amplitude: float | None = None
+
+    @property
+    def own_baseline(self) -> bool:
+        """Whether the user wants another baseline than the model's."""
+        return self.baseline_percentile is not None or self.baseline_window is not None
+
+
+class Key(NamedTuple):
+    """What results depend on: a mark per ROI of the plane, the plane, the movie's number, and the settings."""
+
+    marks: Mapping[int, int]
+    plane: int
+    movie: int
+    settings: Settings
+
+    def of(self, roi: int) -> tuple:
+        """What the result of one ROI depends on."""
+        return self.marks.get(roi), self.plane, self.movie, self.settings, roi
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +104,15 @@ class Rival:
     estimate: np.ndarray
 
 
-Message = Progress | Answer | Failure | Ready | Rival
+@dataclass(frozen=True)
+class Peak:
+    """Middle (y, x) of the cell next to a click, in pixels."""
+
+    number: int
+    place: tuple[float, float]
+
+
+Message = Progress | Answer | Failure | Ready | Rival | Peak
 
 
 class Requests:
@@ -102,27 +135,48 @@ class Requests:
 class Results:
     """What has been inferred already, so that a second click is instant.
 
-    Results are kept for one ``key`` (movie, ROIs, settings); with another key they are dropped.
+    ``rows`` holds what is known under ``key``, the one that was asked for last. Results are kept by plane and ROI; one
+    that was inferred from other pixels is none. Another movie or other settings drop them all.
     """
 
-    key: tuple = ()
+    key: Key | None = None
     rows: dict[int, tuple[calvae.SpikeInference, int]] = field(default_factory=dict)
+    _kept: dict[tuple[int, int], tuple[int, calvae.SpikeInference, int]] = field(default_factory=dict)
+    _base: tuple[int, Settings] | None = None
 
-    def get(self, key: tuple, roi: int) -> calvae.SpikeInference | None:
+    def get(self, key: Key, roi: int) -> calvae.SpikeInference | None:
         """Return the posterior of this ROI alone, or None."""
-        if key != self.key or roi not in self.rows:
-            return None
-        return one_roi(*self.rows[roi])
+        self._turn(key)
+        return one_roi(*self.rows[roi]) if roi in self.rows else None
 
-    def add(self, key: tuple, inference: calvae.SpikeInference) -> None:
-        """Keep the posteriors of all ROIs of ``inference``."""
-        if key != self.key:
-            self.key, self.rows = key, {}
-        self.rows.update({roi: (inference, row) for row, roi in enumerate(inference.roi_ids)})
+    def add(self, key: Key, inference: calvae.SpikeInference) -> None:
+        """Keep the posteriors of all ROIs of ``inference``, which were asked for under ``key``."""
+        if self._base != key[2:]:
+            self._kept, self._base = {}, key[2:]
+        for row, roi in enumerate(inference.roi_ids):
+            self._kept[key.plane, roi] = key.marks[roi], inference, row
+        self._look(self.key if self.key is not None and self.key[2:] == key[2:] else key)
 
-    def known(self, key: tuple) -> set[int]:
+    def known(self, key: Key) -> set[int]:
         """Ids of the ROIs whose posteriors are kept under this key."""
-        return set(self.rows) if key == self.key else set()
+        self._turn(key)
+        return set(self.rows)
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._kept, self._base, self.key, self.rows = {}, None, None, {}
+
+    def _turn(self, key: Key) -> None:
+        if key != self.key:
+            self._look(key)
+
+    def _look(self, key: Key) -> None:
+        self.key, self.rows = key, {}
+        if self._base == key[2:]:
+            for roi, mark in key.marks.items():
+                kept = self._kept.get((key.plane, roi))
+                if kept is not None and kept[0] == mark:
+                    self.rows[roi] = kept[1:]
 
 
 def one_roi(inference: calvae.SpikeInference, row: int) -> calvae.SpikeInference:
@@ -173,12 +227,16 @@ def iter_answers(request: Request) -> Iterator[Message]:
         yield Progress(number, 0.0, "reading the traces")
         traces = yield from iter_traces(request)
         yield Progress(number, 0.5, "inferring spikes")
+        if settings.own_baseline:
+            traces = with_baseline(traces, settings)
+        given = {} if settings.amplitude is None else {"amplitude": settings.amplitude}
         parts = calvae.iter_infer(
             traces,
             model=settings.model,
             n_samples=settings.n_samples,
             seed=settings.seed,
             device=settings.device,
+            **given,
         )
         done = 0
         for part in parts:
@@ -187,6 +245,26 @@ def iter_answers(request: Request) -> Iterator[Message]:
             yield Progress(number, 0.5 + 0.5 * done / len(request.wanted), "inferring spikes")
     except Exception as error:
         logger.info("request %d failed", number, exc_info=True)
+        yield Failure(number, explain(error))
+
+
+def with_baseline(traces: calvae.Traces, settings: Settings) -> calvae.Traces:
+    """ΔF/F over the baseline that the user wants; what was left open is as the model was trained."""
+    assumed = calvae.load_model(settings.model).preprocessing
+    window, percentile = settings.baseline_window, settings.baseline_percentile
+    return calvae.delta_f_over_f(
+        traces,
+        assumed.baseline_window if window is None else window,
+        assumed.baseline_percentile if percentile is None else percentile,
+    )
+
+
+def iter_peak(number: int, movie: Any, click: tuple[float, float], diameter: float) -> Iterator[Message]:
+    """Find the middle of the cell next to a click (y, x). Errors come as a ``Failure``."""
+    try:
+        yield Peak(number, calvae.correlation_peak(movie, click, diameter))
+    except Exception as error:
+        logger.info("looking for a cell failed", exc_info=True)
         yield Failure(number, explain(error))
 
 

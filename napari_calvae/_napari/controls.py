@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,31 +30,44 @@ from napari_calvae._napari import answers, session
 WIDTH = 262
 _ERROR = "color: #ff6b6b;"
 _ASK = "border: 1px solid #ff6b6b;"
+_AUTO = "“auto”: as the model was trained"
 
 
 class Controls(QWidget):
     """Choices of the user.
 
     ``changed`` is emitted when a choice changes the result, ``layers_chosen`` when another movie or other ROIs were
-    chosen, ``frame_rate_typed`` when the user has typed a frame rate.
+    chosen, ``frame_rate_typed`` when the user has typed a frame rate, ``resized`` when discs have another diameter, and
+    ``left_at`` with a name and a value when a setting was changed that is worth remembering.
     """
 
     changed = Signal()
     layers_chosen = Signal()
     frame_rate_typed = Signal(str)
+    resized = Signal()
+    left_at = Signal(str, object)
 
     def __init__(self, parent: QWidget | None = None):
         super().__init__(parent)
         self.setFixedWidth(WIDTH)
-        self.movie = _layer_box("Image layer (time, y, x) to infer from")
-        self.rois = _layer_box("Labels or Shapes layer whose ROIs a click picks")
-        self.place = QCheckBox("click adds a disc of")
-        self.place.setToolTip("A click beside all ROIs adds a disc to the Labels layer and infers its spikes")
+        self.movie = _layer_box(
+            "Image layer (time, y, x), or (time, z, y, x), to infer from; the plane that is shown counts"
+        )
+        self.rois = _layer_box(
+            "Labels, Shapes or Points layer whose ROIs a click picks; points are discs of the diameter below"
+        )
+        self.place = QCheckBox("click adds a disc")
+        self.place.setToolTip("A click beside all ROIs adds a disc to the ROIs and infers its spikes")
+        self.snap = QCheckBox("snap")
+        self.snap.setChecked(True)
+        self.snap.setToolTip(
+            "Put the disc on the middle of the cell next to the click: where neighbours change together"
+        )
         self.diameter = QSpinBox()
         self.diameter.setRange(1, 500)
         self.diameter.setValue(10)
         self.diameter.setSuffix(" px")
-        self.diameter.setToolTip("Diameter of a placed disc, in pixels of the movie")
+        self.diameter.setToolTip("Diameter of placed discs and of the discs around points, in pixels of the movie")
         self.frame_rate = QLineEdit()
         self.frame_rate.setPlaceholderText("Hz")
         self.frame_rate.setFixedWidth(58)
@@ -67,16 +80,30 @@ class Controls(QWidget):
         self.neuropil.setSingleStep(0.05)
         self.neuropil.setValue(0.7)
         self.neuropil.setToolTip("Share of the surrounding signal that is subtracted from each ROI; 0 turns it off")
+        self.baseline_percentile = _number((0, 100), "auto", " %")
+        self.baseline_percentile.setToolTip("Percentile of the fluorescence that is the baseline of ΔF/F (%)\n" + _AUTO)
+        self.baseline_window = _number((0, 3600), "auto", " s")
+        self.baseline_window.setSingleStep(10)
+        self.baseline_window.setToolTip("Length of the running window of the baseline (s)\n" + _AUTO)
+        self.amplitude = _number((0, 10), "unknown", " ΔF/F")
+        self.amplitude.setDecimals(3)
+        self.amplitude.setSingleStep(0.05)
+        self.amplitude.setToolTip(
+            "Peak of the response to a single spike (ΔF/F), where it is known to about 15 %; leave it unknown otherwise"
+        )
         self.samples = QSpinBox()
         self.samples.setRange(2, 1000)
         self.samples.setValue(50)
+        self.samples.setSuffix(" samples")
         self.samples.setToolTip("Number of spike trains drawn from the posterior")
         self.model = QComboBox()
         self.model.addItem("universal", "universal")
         self._files: list[str] = []
         self.model.setToolTip("Trained network that infers the spikes")
-        self.device = QLabel("starting …")
-        self.device.setToolTip("Where inference is computed; the best device is chosen")
+        self.device = QComboBox()
+        for name in ("auto", "cpu", "cuda", "mps"):
+            self.device.addItem(name, name)
+        self.device.setToolTip("Where inference is computed; “auto” takes the best device there is")
         self.infer_all = QPushButton("Infer all ROIs")
         self.infer_all.setToolTip("Infer every ROI of the layer, so that later clicks answer at once")
         self.cancel = QPushButton("Cancel")
@@ -101,10 +128,11 @@ class Controls(QWidget):
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
         form.addRow("Movie", self.movie)
         form.addRow("ROIs", self.rois)
-        form.addRow(_beside(self.place, self.diameter, stretch=1))
+        form.addRow(_beside(self.place, self.diameter, self.snap, stretch=1))
         form.addRow("Frame rate", _beside(self.frame_rate, self.rate_source, stretch=1))
-        form.addRow("Neuropil", self.neuropil)
-        form.addRow("Samples", self.samples)
+        form.addRow("Neuropil", _beside(self.neuropil, self.samples, stretch=1))
+        form.addRow("Baseline", _beside(self.baseline_percentile, QLabel("of"), self.baseline_window, stretch=2))
+        form.addRow("Spike", self.amplitude)
         form.addRow("Model", _beside(self.model, self.device, stretch=0))
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 6, 0)
@@ -118,10 +146,32 @@ class Controls(QWidget):
         self.movie.currentIndexChanged.connect(self.layers_chosen)
         self.rois.currentIndexChanged.connect(self.layers_chosen)
         self.frame_rate.editingFinished.connect(self._on_frame_rate)
-        for box in (self.neuropil, self.samples):
+        for box in (self.neuropil, self.samples, self.baseline_percentile, self.baseline_window, self.amplitude):
             box.setKeyboardTracking(False)
             box.valueChanged.connect(self.changed)
-        self.model.currentIndexChanged.connect(self.changed)
+        self.diameter.setKeyboardTracking(False)
+        self.diameter.valueChanged.connect(self.resized)
+        for choice in (self.model, self.device):
+            choice.currentIndexChanged.connect(self.changed)
+        self.samples.valueChanged.connect(lambda value: self.left_at.emit("samples", value))
+        self.neuropil.valueChanged.connect(lambda value: self.left_at.emit("neuropil_coefficient", round(value, 4)))
+        self.diameter.valueChanged.connect(lambda value: self.left_at.emit("diameter", value))
+        self.snap.toggled.connect(lambda on: self.left_at.emit("snap", on))
+        self.device.currentIndexChanged.connect(lambda _: self.left_at.emit("device", self.device.currentData()))
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Set what was remembered; nothing is emitted."""
+        with _silent(self):
+            self.samples.setValue(int(values["samples"]))
+            self.neuropil.setValue(float(values["neuropil_coefficient"]))
+            self.diameter.setValue(int(values["diameter"]))
+            self.snap.setChecked(bool(values["snap"]))
+            self.device.setCurrentIndex(max(self.device.findData(values["device"]), 0))
+
+    def show_device(self, name: str) -> None:
+        """Say which device “auto” has come to mean."""
+        if name and self.device.currentData() == "auto":
+            self.device.setItemText(0, f"auto ({name})")
 
     def _on_frame_rate(self) -> None:
         if self.frame_rate.isModified():
@@ -186,6 +236,10 @@ class Controls(QWidget):
             neuropil_coefficient=round(self.neuropil.value(), 4),
             n_samples=self.samples.value(),
             model=self.model.currentData(),
+            device=self.device.currentData(),
+            baseline_percentile=_given(self.baseline_percentile),
+            baseline_window=_given(self.baseline_window),
+            amplitude=_given(self.amplitude),
         )
 
     def say(self, sentence: str, error: bool = False) -> None:
@@ -199,6 +253,20 @@ class Controls(QWidget):
         self.infer_all.setEnabled(not running)
         self.cancel.setEnabled(running)
         self.progress.setValue(round(100 * fraction) if running else 0)
+
+
+def _number(limits: tuple[float, float], lowest: str, suffix: str) -> QDoubleSpinBox:
+    """Box for a number; its lowest value stands for none, in a word of its own."""
+    box = QDoubleSpinBox()
+    box.setRange(*limits)
+    box.setDecimals(0)
+    box.setSpecialValueText(lowest)
+    box.setSuffix(suffix)
+    return box
+
+
+def _given(box: QDoubleSpinBox) -> float | None:
+    return round(box.value(), 4) if box.value() > box.minimum() else None
 
 
 def _layer_box(tip: str) -> QComboBox:

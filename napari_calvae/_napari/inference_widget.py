@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from napari.layers import Labels
+from napari.layers import Labels, Points
 from napari.qt import get_qapp
 from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
@@ -15,10 +15,12 @@ from qtpy.QtCore import QTimer, Signal
 from qtpy.QtWidgets import QHBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, picking, session
+from napari_calvae._napari import answers, picking, remembering, session
+from napari_calvae._napari.batch import Batch
 from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import Controls
 from napari_calvae._napari.docking import DockManners
+from napari_calvae._napari.following import Follower
 from napari_calvae._napari.overlays import Overlays
 from napari_calvae._napari.plots import Palette, PosteriorPlots
 from napari_calvae._napari.work import Worker
@@ -54,20 +56,22 @@ class InferenceWidget(QWidget):
         super().__init__()
         self._viewer = napari_viewer
         self._closed = self._attached = False
-        self._requests, self._batches = answers.Requests(), answers.Requests()
+        self._requests = answers.Requests()
         self.results = answers.Results()
-        self._asked: tuple[int, tuple] | None = None
-        self._batch_key: tuple = ()
-        self._batch_began = 0.0
+        self._asked: answers.Key | None = None
+        self._plane = 0
+        self._click = (0.0, 0.0)
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
+        self.controls.restore(remembering.read())
         layout = QHBoxLayout(self)
         layout.setContentsMargins(6, 4, 4, 2)
         layout.addWidget(self.controls)
         layout.addWidget(self.plots, 1)
         self.setMinimumHeight(HEIGHT)
-        self._clicked, self._batch = Worker(self), Worker(self)
-        self.choices = Choices(self.controls)
+        self._clicked, self._batch = Worker(self), Batch(self, self.controls)
+        self._follower = Follower(self)
+        self.choices = Choices(self.controls, napari_viewer)
         self._outline = picking.Outline(napari_viewer)
         self._outline_timer = QTimer(self)
         self._outline_timer.setSingleShot(True)
@@ -91,8 +95,11 @@ class InferenceWidget(QWidget):
         self.plots.picked.connect(self._on_moment_picked)
         self.overlays.failed.connect(lambda sentence: self.controls.say(sentence, error=True))
         self._clicked.message.connect(self._on_message)
-        self._batch.message.connect(self._on_batch_message)
-        self._batch.idle.connect(lambda: self.controls.set_running(False))
+        self._batch.answered.connect(self._on_many)
+        self._batch.failed.connect(self._fail)
+        self._follower.edited.connect(self._on_edited)
+        controls.resized.connect(self._on_resized)
+        controls.left_at.connect(remembering.write)
         get_qapp().aboutToQuit.connect(self.close_down)
         self.attach()
 
@@ -117,115 +124,125 @@ class InferenceWidget(QWidget):
             inside = all(-0.5 <= p < n - 0.5 for p, n in zip(place, self.choices.frames.shape[-2:], strict=True))
             if not inside:
                 return
-            roi = self._roi_at(place)
-            if roi is None and self.controls.place.isChecked():
-                layer = self.choices.roi_layer
-                layer = layer if isinstance(layer, Labels) else None
-                layer = picking.add_disc(self._viewer, layer, movie, place, self.controls.diameter.value())
-                self.controls.choose_rois(layer)
-                roi = layer.selected_label
-            if roi is None:
+            click = float(place[0]), float(place[1])
+            labels = self.choices.labels()
+            roi = session.roi_at(labels, click)
+            if roi is not None:
+                self.ask(roi)
+            elif not self.controls.place.isChecked():
+                if not labels.any():
+                    self.choices.rois()  # says what is missing
                 self.controls.say("No ROI here. Click one, or tick “click adds a disc”.")
-                return
-            self.ask(roi)
+            elif self.controls.snap.isChecked():
+                self._click, number = click, self._requests.new()
+                self._clicked.start(
+                    answers.iter_peak(number, self.choices.frames, click, self.controls.diameter.value())
+                )
+            else:
+                self._add_disc(click)
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
 
-    def _roi_at(self, place: np.ndarray) -> int | None:
-        layer = self.choices.roi_layer
-        if layer is None or (isinstance(layer, Labels) and not np.any(layer.data)):
-            if self.controls.place.isChecked():
-                return None
-            self.choices.rois()
-        return session.roi_at(self.choices.reader.read(layer, self.choices.chosen_movie())[1], place)
+    def _add_disc(self, place: Sequence[float]) -> None:
+        movie, layer = self.choices.chosen_movie(), self.choices.roi_layer
+        if isinstance(layer, Points):
+            roi = picking.add_point(self._viewer, layer, movie, place)
+        else:
+            old = layer if isinstance(layer, Labels) else None
+            layer = picking.add_disc(
+                self._viewer, old, movie, place, self.controls.diameter.value(), self.choices.plane
+            )
+            roi = layer.selected_label
+        self.controls.choose_rois(layer)
+        self.ask(roi)
 
     def ask(self, roi: int) -> None:
         """Show the posterior of a ROI: at once if it is known, else as soon as it has been inferred."""
         key, labels, masks = self.choices.rois()
+        if roi not in key.marks:
+            raise session.NoRois(session.gone(roi, self.choices.n_planes, key.plane))
         number = self._requests.new()
-        self.picked_roi = roi
+        self.picked_roi, self._asked = roi, key
         known = self.results.get(key, roi)
         if known is not None:
             self._clicked.stop()
             self._mark(roi, labels)
             self._show(known)
             return
-        settings: answers.Settings = key[-1]
-        self._asked = number, key
         self.controls.say(f"ROI {roi}: reading and inferring …")
-        request = answers.Request(number, self.choices.frames, masks, (roi,), settings)
+        request = answers.Request(number, self.choices.frames, masks, (roi,), key.settings)
         self._clicked.start(answers.iter_answers(request))
         self._mark(roi, labels)
 
     def use_model(self, path: str) -> None:
         """Infer with the model in this file from now on; what is shown is inferred again."""
         self.controls.choose_file(path)
-        self.results.key, self.results.rows = (), {}  # the file may hold another model than when it was used last
+        self.results.forget()  # the file may hold another model than when it was used last
         self.results_changed.emit()
         self._again()
 
     def infer_all(self) -> None:
-        """Infer all ROIs that are not known yet."""
+        """Infer all ROIs of the plane that are not known yet."""
         try:
             key, _, masks = self.choices.rois()
-            wanted = tuple(roi for roi in masks.ids if roi not in self.results.known(key))
+            known = self.results.known(key)
+            wanted = tuple(roi for roi in masks.ids if roi not in known)
             if not wanted:
                 self.controls.say(f"All {len(masks)} ROIs are inferred already: click any of them.")
                 return
-            self._batch_key, self._batch_began = key, time.monotonic()
-            request = answers.Request(self._batches.new(), self.choices.frames, masks, wanted, key[-1])
-            self.controls.set_running(True)
-            self._batch.start(answers.iter_answers(request))
+            self._batch.start(key, self.choices.frames, masks, wanted)
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
 
     def cancel(self) -> None:
         """Stop inferring all ROIs; what was inferred stays."""
-        self._batches.new()
         self._batch.stop()
-        self.controls.set_running(False)
         self.controls.say(f"Cancelled. {len(self.results.rows)} ROIs are inferred.")
 
     def _on_message(self, message: answers.Message) -> None:
         if isinstance(message, answers.Ready):
             self.controls.set_models(message.models)
-            self.controls.device.setText(f"on {message.device}" if message.device else "starting …")
+            self.controls.show_device(message.device)
         elif isinstance(message, answers.Failure) and message.number == 0:
             self._fail(message.sentence)
-        elif self._asked is None or not self._requests.wants(message.number):
+        elif not self._requests.wants(message.number):
             return
-        elif isinstance(message, answers.Answer):
-            self._keep(self._asked[1], message.inference)
+        elif isinstance(message, answers.Peak):
+            self._on_peak(message.place)
+        elif isinstance(message, answers.Answer) and self._asked is not None:
+            self._keep(self._asked, message.inference)
             self._show(answers.one_roi(message.inference, 0))
         elif isinstance(message, answers.Failure):
             self._fail(message.sentence)
 
-    def _on_batch_message(self, message: answers.Message) -> None:
-        if isinstance(message, answers.Ready) or not self._batches.wants(message.number):
-            return
-        if isinstance(message, answers.Progress):
-            self.controls.set_running(True, message.fraction)
-        elif isinstance(message, answers.Failure):
-            self._fail(message.sentence)
-        elif isinstance(message, answers.Answer):
-            if not self._still_holds(self._batch_key):
-                self.cancel()
-                self.controls.say("ROIs or settings changed while all were being inferred: stopped.", error=True)
-                return
-            self._keep(self._batch_key, message.inference)
-            took = time.monotonic() - self._batch_began
-            self.controls.say(f"{len(self.results.rows)} ROIs inferred in {took:.1f} s: click any of them.")
+    def _on_peak(self, peak: tuple[float, float]) -> None:
+        try:
+            self._add_disc(session.landing(self.choices.labels(), self._click, peak))
+        except (calvae.RecordingError, ValueError) as error:
+            self._fail(session.explain(error))
 
-    def _keep(self, key: tuple, inference: calvae.SpikeInference) -> None:
+    def _on_many(self, key: answers.Key, inference: calvae.SpikeInference) -> None:
+        """Keep a part of the answer for all ROIs; those edited meanwhile are told apart by their marks."""
+        if not self._still_holds(key):
+            self.cancel()
+            self.controls.say("Movie or settings changed while all ROIs were being inferred: stopped.", error=True)
+            return
+        self._keep(key, inference)
+        self.controls.say(f"{len(self.results.rows)} ROIs inferred in {self._batch.seconds:.1f} s: click any of them.")
+
+    def _keep(self, key: answers.Key, inference: calvae.SpikeInference) -> None:
         self.results.add(key, inference)
         self.overlays.on_results_changed()
         self.results_changed.emit()
 
-    def _still_holds(self, key: tuple) -> bool:
+    def _still_holds(self, key: answers.Key) -> bool:
         try:
-            return self.choices.rois()[0] == key
+            now = self.choices.rois()[0]
+        except session.NoRois:
+            return True
         except (calvae.RecordingError, ValueError):
             return False
+        return (now.movie, now.settings) == (key.movie, key.settings)
 
     def _again(self) -> None:
         if self.picked_roi is not None:
@@ -233,6 +250,41 @@ class InferenceWidget(QWidget):
                 self.ask(self.picked_roi)
             except (calvae.RecordingError, ValueError) as error:
                 self._fail(session.explain(error))
+
+    def _on_edited(self) -> None:
+        """ROIs, movie or plane are not what they were: what was picked is inferred again if that concerns it."""
+        try:
+            key = self.choices.rois()[0]
+        except session.NoRois as error:
+            if self.picked_roi is not None:
+                self._let_go(str(error))
+            self.results_changed.emit()
+            return
+        except (calvae.RecordingError, ValueError) as error:
+            self.controls.say(session.explain(error), error=True)
+            return
+        self.results.known(key)
+        self.overlays.on_results_changed()
+        self.results_changed.emit()
+        roi = self.picked_roi
+        if roi is not None and roi not in key.marks:
+            self._let_go(session.gone(roi, self.choices.n_planes, key.plane))
+        elif roi is not None and (self._asked is None or self._asked.of(roi) != key.of(roi)):
+            self._again()
+
+    def _let_go(self, sentence: str) -> None:
+        """The picked ROI is no longer there: show nothing, and say why."""
+        self._requests.new()
+        self._clicked.stop()
+        self.picked_roi = self._asked = None
+        self._outline.remove()
+        self.plots.clear()
+        self.overlays.on_shown()
+        self.controls.say(sentence, error=True)
+
+    def _on_resized(self) -> None:
+        if isinstance(self.choices.roi_layer, Points):
+            self._follower.touch()
 
     # What is shown
 
@@ -248,9 +300,7 @@ class InferenceWidget(QWidget):
 
     def _show(self, picture: calvae.SpikeInference) -> None:
         roi = picture.roi_ids[0]
-        device = answers.device_of(picture)
-        if device:
-            self.controls.device.setText(f"on {device}")
+        self.controls.show_device(answers.device_of(picture))
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self.overlays.on_shown()
         self._on_slider()
@@ -270,10 +320,13 @@ class InferenceWidget(QWidget):
         self.controls.set_layers(picking.movies(self._viewer), picking.roi_layers(self._viewer))
 
     def _on_layers_chosen(self) -> None:
+        self._follower.follow((self.choices.movie, self.choices.roi_layer))
         rate = self.choices.frame_rate()
         self.controls.show_frame_rate(rate)
         if self.choices.movie is not None and rate.hz is None:
             self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
+        elif self.picked_roi is not None:
+            self._follower.touch()
 
     def _on_frame_rate_typed(self, text: str) -> None:
         try:
@@ -289,14 +342,17 @@ class InferenceWidget(QWidget):
             self._again()
 
     def _on_slider(self, *_: object) -> None:
-        clock = self.choices.clock
-        if clock is not None and self._viewer.dims.ndim >= 3:
-            self.plots.set_cursor(clock.seconds(self._viewer.dims.point[self._viewer.dims.ndim - 3]))
+        clock, axis = self.choices.clock, self.choices.time_axis
+        if clock is not None and axis >= 0:
+            self.plots.set_cursor(clock.seconds(self._viewer.dims.point[axis]))
+        if self.choices.plane != self._plane:
+            self._plane = self.choices.plane
+            self._follower.touch()
 
     def _on_moment_picked(self, seconds: float) -> None:
         clock = self.choices.clock
         if clock is not None:
-            self._viewer.dims.set_point(self._viewer.dims.ndim - 3, clock.point(seconds))
+            self._viewer.dims.set_point(self.choices.time_axis, clock.point(seconds))
 
     def _on_theme(self, *_: object) -> None:
         theme = get_theme(self._viewer.theme)
@@ -308,6 +364,7 @@ class InferenceWidget(QWidget):
             return
         self._attached = True
         self._clicks = picking.Clicks(self._viewer, self.pick)
+        self._follower.follow((self.choices.movie, self.choices.roi_layer))
         for event, slot in self._viewer_slots():
             event.connect(slot)
 
@@ -317,13 +374,12 @@ class InferenceWidget(QWidget):
             return
         self._attached = False
         self._clicks.close()
+        self._follower.let_go()
         for event, slot in self._viewer_slots():
             event.disconnect(slot)
         self._requests.new()
-        self._batches.new()
         self._clicked.close()
         self._batch.close()
-        self.controls.set_running(False)
 
     def close_down(self) -> None:
         """Leave nothing behind; the widget is of no use afterwards."""

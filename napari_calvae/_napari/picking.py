@@ -1,14 +1,15 @@
-"""Between napari's layers and the session: clicks on the canvas, ROIs of a layer, an outline around the picked ROI."""
+"""Between napari's layers and the session: clicks on the canvas, new ROIs, an outline around the picked ROI."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import dask.array as da
 import numpy as np
 from napari.components import ViewerModel
-from napari.layers import Image, Labels, Layer, Shapes
+from napari.layers import Image, Labels, Layer, Points, Shapes
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, session
@@ -50,45 +51,6 @@ class Clicks:
             yield
         if moved <= CLICK_PIXELS:
             self._on_click(np.array(event.position, float))
-
-
-class RoiReader:
-    """The ROIs of a Labels or Shapes layer on a movie's plane; read again only when they changed."""
-
-    def __init__(self) -> None:
-        self._key: tuple = ()
-        self._read: tuple[np.ndarray, calvae.RoiMasks] | None = None
-
-    def labels(self, layer: Layer, movie: Image) -> np.ndarray:
-        """(y, x) label image on the movie's plane; label n is shape n − 1 of a Shapes layer."""
-        plane = tuple(movie.data.shape[-2:])
-        if isinstance(layer, Labels):
-            return session.plane_of(layer.data, plane)
-        if layer.nshapes == 0:
-            raise calvae.RecordingError("ROIs: expected at least one shape, got an empty Shapes layer. Draw one.")
-        scale, shift = layer.scale[-2:] / movie.scale[-2:], (layer.translate - movie.translate[-layer.ndim :])[-2:]
-        flat = [np.asarray(points)[:, -2:] * scale + shift / movie.scale[-2:] for points in layer.data]
-        masks = Shapes(flat, shape_type=list(layer.shape_type)).to_masks(mask_shape=plane)
-        image = np.zeros(plane, np.int32)
-        for index, mask in enumerate(masks):
-            image[mask] = index + 1
-        return image
-
-    def read(self, layer: Layer, movie: Image) -> tuple[str, np.ndarray, calvae.RoiMasks]:
-        """Fingerprint of the ROIs, their (y, x) label image and their masks."""
-        mark = session.fingerprint(id(layer), *self._parts(layer), movie.data.shape, movie.scale[-2:].tolist())
-        if self._key != (mark,) or self._read is None:
-            image = self.labels(layer, movie)
-            self._read = image, calvae.RoiMasks.from_labels(image)
-            self._key = (mark,)
-        return mark, *self._read
-
-    @staticmethod
-    def _parts(layer: Layer) -> list[Any]:
-        placed = [layer.scale.tolist(), layer.translate.tolist()]
-        if isinstance(layer, Labels):
-            return [np.asarray(layer.data), *placed]
-        return [*(np.asarray(points) for points in layer.data), *layer.shape_type, *placed]
 
 
 class Outline:
@@ -151,29 +113,53 @@ def movies(viewer: ViewerModel) -> list[Image]:
 def roi_layers(viewer: ViewerModel) -> list[Layer]:
     """Layers that may hold ROIs, the one on top first."""
     return [
-        layer for layer in reversed(viewer.layers) if isinstance(layer, Labels | Shapes) and OWN not in layer.metadata
+        layer
+        for layer in reversed(viewer.layers)
+        if isinstance(layer, Labels | Points | Shapes) and OWN not in layer.metadata
     ]
 
 
-def add_disc(viewer: ViewerModel, layer: Labels | None, movie: Image, position: np.ndarray, diameter: float) -> Labels:
-    """Add a disc ROI around a (y, x) position (pixels) to ``layer``, or to a new one; it becomes the selected label."""
+def add_disc(
+    viewer: ViewerModel, layer: Labels | None, movie: Image, place: Sequence[float], diameter: float, plane: int = 0
+) -> Labels:
+    """Add a disc ROI around a (y, x) position (pixels) to ``layer``, or to a new one; it becomes the selected label.
+
+    Its id is new to all planes.
+    """
+    n_planes = movie.data.shape[1] if movie.ndim == 4 else 1
+    new = layer is None
     if layer is None:
+        shape = movie.data.shape[-2:] if n_planes == 1 else movie.data.shape[-3:]
         layer = Labels(
-            np.zeros(movie.data.shape[-2:], np.int32),
+            np.zeros(shape, np.int32),
             name=session.ROI_LAYER,
-            scale=movie.scale[-2:],
-            translate=movie.translate[-2:],
+            scale=movie.scale[-len(shape) :],
+            translate=movie.translate[-len(shape) :],
         )
-        roi, pixels = session.disc_at(layer.data, position, diameter)
+    elif not hasattr(layer.data, "__setitem__") or isinstance(layer.data, da.Array):
+        raise calvae.RecordingError(
+            "ROIs: expected a Labels layer in memory to add a disc to, got one that cannot be edited. "
+            "Choose or add another one."
+        )
+    image = session.plane_of(layer.data, movie.data.shape[-2:], n_planes, plane)
+    pixels = session.disc_at(image, place, diameter)
+    lead = [0] * (layer.data.ndim - 2)
+    if lead and layer.data.shape[-3] == n_planes:
+        lead[-1] = plane
+    roi = int(np.max(layer.data)) + 1
+    if new:
         viewer.add_layer(layer)
-    else:
-        plane = session.plane_of(layer.data, movie.data.shape[-2:])
-        roi, pixels = session.disc_at(plane, position, diameter)
-        lead = (np.zeros(len(pixels[0]), int),) * (layer.data.ndim - 2)
-        pixels = (*lead, *pixels)
-    layer.data_setitem(pixels, roi)
+    layer.data_setitem((*(np.full(len(pixels[0]), k) for k in lead), *pixels), roi)
     layer.selected_label = roi
     return layer
+
+
+def add_point(viewer: ViewerModel, layer: Points, movie: Image, place: Sequence[float]) -> int:
+    """Add a point at a (y, x) position (pixels) of the shown plane; returns its id as a ROI."""
+    world = np.array(viewer.dims.point, float)
+    world[-2:] = np.asarray(place) * movie.scale[-2:] + movie.translate[-2:]
+    layer.add(layer.world_to_data(world[-layer.ndim :]))
+    return len(layer.data)
 
 
 class FrameRates:

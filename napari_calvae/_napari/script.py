@@ -16,6 +16,8 @@ import numpy as np
 import napari_calvae as calvae
 from napari_calvae._napari import answers
 
+_INFERRED = ("model", "n_samples", "seed", "device", "amplitude")
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -73,13 +75,27 @@ def script(source: Source, settings: answers.Settings, rejected: Sequence[int] =
         f"movie, _ = calvae.read_movie({str(source.movie or 'movie.npy')!r})",
         *rois,
         f"traces = calvae.extract(movie, labels, {_given(settings, 'frame_rate', 'neuropil_coefficient')})",
-        f"result = calvae.infer(traces, {_given(settings, 'model', 'n_samples', 'seed', 'device')})",
+        *_baseline(settings),
+        f"result = calvae.infer(traces, {_given(settings, *_INFERRED[: 4 if settings.amplitude is None else 5])})",
         "",
         "rate = result.rate  # (roi, time), spikes/s",
         f"rejected = {sorted(rejected)}  # ids of the ROIs that were rejected",
         "kept = [row for row, roi in enumerate(result.roi_ids) if roi not in rejected]",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _baseline(settings: answers.Settings) -> list[str]:
+    """The line that takes another baseline than the model's, if one is wanted."""
+    if not settings.own_baseline:
+        return []
+    window, percentile = settings.baseline_window, settings.baseline_percentile
+    assumed = f"calvae.load_model({settings.model!r}).preprocessing"
+    given = (
+        f"window={window!r}" if window is not None else f"window={assumed}.baseline_window",
+        f"percentile={percentile!r}" if percentile is not None else f"percentile={assumed}.baseline_percentile",
+    )
+    return [f"traces = calvae.delta_f_over_f(traces, {', '.join(given)})"]
 
 
 def _given(settings: answers.Settings, *names: str) -> str:

@@ -103,27 +103,119 @@ def find_frame_rate(metadata: Mapping[str, Any], scale: float, unit: str, in_fil
 
 
 def check_movie(shape: Sequence[int], rgb: bool = False) -> None:
-    """Raise unless ``shape`` is that of a movie (time, y, x)."""
+    """Raise unless ``shape`` is that of a movie (time, y, x) or of a stack of planes over time (time, z, y, x)."""
     shape = tuple(int(n) for n in shape)
-    if len(shape) != 3 or rgb or shape[0] < 2:
+    if len(shape) not in (3, 4) or rgb or shape[0] < 2:
         kind = "a colour image" if rgb else f"{len(shape)} dimensions {shape}"
         raise calvae.RecordingError(
-            f"Movie: expected three dimensions (time, y, x) with at least two frames, got {kind}. "
-            "Choose a layer with one plane and one channel over time, or split the layer."
+            "Movie: expected three dimensions (time, y, x), or four (time, z, y, x), with at least two frames, "
+            f"got {kind}. Choose a layer with one channel over time, or split the layer."
         )
 
 
-def plane_of(labels: np.ndarray, plane: tuple[int, int]) -> np.ndarray:
-    """(y, x) label image of the same size as the movie's ``plane``, leading axes of length one dropped."""
-    image = np.asarray(labels)
+class NoRois(calvae.RecordingError):
+    """There are no ROIs where they were looked for."""
+
+
+def no_rois(kind: str, n_planes: int = 1, plane: int = 0) -> NoRois:
+    """The sentence that asks for ROIs; ``kind`` is that of their layer."""
+    where = f"on plane {plane} of the {kind} layer" if n_planes > 1 else f"in the {kind} layer"
+    return NoRois(f"ROIs: expected at least one, got none {where}. Draw one, or tick “click adds a disc”.")
+
+
+def gone(roi: int, n_planes: int = 1, plane: int = 0) -> str:
+    """What to say of a picked ROI that is no longer there."""
+    place = f"is not on plane {plane}" if n_planes > 1 else "is gone"
+    return f"ROI {roi} {place}. Click another one to see its spikes."
+
+
+@dataclass(frozen=True, eq=False)
+class MoviePlane:
+    """One plane of a (time, z, y, x) array as a (time, y, x) array; nothing is read before it is asked for."""
+
+    data: Any
+    plane: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(time, y, x)."""
+        n_frames, _, height, width = self.data.shape
+        return int(n_frames), int(height), int(width)
+
+    @property
+    def ndim(self) -> int:
+        """Three."""
+        return 3
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pixels."""
+        return np.dtype(self.data.dtype)
+
+    @property
+    def chunks(self) -> Any:
+        """Chunks along time, y and x, if the array has any; in the array's own notation."""
+        chunks = getattr(self.data, "chunks", None)
+        return None if chunks is None else (chunks[0], *chunks[2:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Any:
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        return self.data[(first, self.plane, *rest)]
+
+
+def plane_of(labels: Any, size: tuple[int, int], n_planes: int = 1, plane: int = 0) -> np.ndarray:
+    """(y, x) label image of one plane of a movie.
+
+    Parameters
+    ----------
+    labels
+        Label image (y, x) for all planes, or (z, y, x); leading axes of length one are dropped.
+    size
+        (y, x) of the movie's planes.
+    n_planes, plane
+        Number of the movie's planes, and the one that is wanted.
+    """
+    image, shape = labels, tuple(int(n) for n in labels.shape)
+    if n_planes > 1 and len(shape) >= 3 and shape[-3] == n_planes:
+        image = image[(..., plane, slice(None), slice(None))]
+    image = np.asarray(image)
     while image.ndim > 2 and image.shape[0] == 1:
         image = image[0]
-    if image.shape != tuple(plane):
+    if image.shape != tuple(size):
+        each = f", or {n_planes} of them for as many planes" if n_planes > 1 else ""
         raise calvae.RecordingError(
-            f"ROIs: expected one label image of the movie's {plane[0]} × {plane[1]} pixels, got shape {image.shape}. "
+            f"ROIs: expected one label image of the movie's {size[0]} × {size[1]} pixels{each}, got shape {shape}. "
             "Choose labels that were drawn on this movie, or resize them."
         )
     return image
+
+
+def discs(centres: Mapping[int, Sequence[float]], diameter: float, size: tuple[int, int]) -> np.ndarray:
+    """(y, x) label image of discs around those centres that are inside; where they overlap the last is on top.
+
+    Parameters
+    ----------
+    centres
+        By ROI id (y, x) in pixels.
+    diameter
+        Of the discs (pixels); one pixel is the smallest disc.
+    size
+        (y, x) of the image.
+    """
+    inside = {roi: c for roi, c in centres.items() if all(-0.5 <= p < n - 0.5 for p, n in zip(c, size, strict=True))}
+    if not inside:
+        return np.zeros(size, np.int32)
+    places = [(float(y), float(x)) for y, x in inside.values()]
+    # Between pixels a disc of less than √2 would cover none.
+    return calvae.RoiMasks.from_discs(places, max(diameter, 1.5), size, tuple(inside)).to_labels()
+
+
+def landing(labels: np.ndarray, click: Sequence[float], peak: Sequence[float]) -> Sequence[float]:
+    """Where to put a disc: the peak next to the click, unless that cell has a ROI already."""
+    return click if roi_at(labels, peak) is not None else peak
 
 
 def roi_at(labels: np.ndarray, position: Sequence[float] | np.ndarray) -> int | None:
@@ -134,18 +226,16 @@ def roi_at(labels: np.ndarray, position: Sequence[float] | np.ndarray) -> int | 
     return int(labels[y, x]) or None
 
 
-def disc_at(
-    labels: np.ndarray, position: Sequence[float] | np.ndarray, diameter: float
-) -> tuple[int, tuple[np.ndarray, ...]]:
-    """Return the next free id and the (y, x) pixels of a disc around ``position`` that leaves other ROIs untouched."""
-    disc = calvae.RoiMasks.from_discs([(float(position[-2]), float(position[-1]))], diameter, labels.shape)
+def disc_at(labels: np.ndarray, position: Sequence[float] | np.ndarray, diameter: float) -> tuple[np.ndarray, ...]:
+    """Return the (y, x) pixels of a disc around ``position`` that leaves other ROIs untouched."""
+    disc = calvae.RoiMasks.from_discs([(float(position[-2]), float(position[-1]))], max(diameter, 1.5), labels.shape)
     pixels = disc.pixels[0]
     free = pixels[labels.ravel()[pixels] == 0]
     if not len(free):
         raise calvae.RecordingError(
             "ROI: expected free pixels around the click, got only other ROIs. Click beside them."
         )
-    return int(labels.max()) + 1, np.unravel_index(free, labels.shape)
+    return np.unravel_index(free, labels.shape)
 
 
 def fingerprint(*parts: Any) -> str:

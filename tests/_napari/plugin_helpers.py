@@ -43,6 +43,7 @@ class Network:
     """Stand-in for inference that a test can hold up: ``gate`` per ROI, ``calls`` in their order."""
 
     calls: list[tuple[int, ...]] = field(default_factory=list)
+    asked: list[dict] = field(default_factory=list)
     gates: dict[int, threading.Event] = field(default_factory=dict)
 
     def hold(self, roi: int) -> threading.Event:
@@ -50,8 +51,9 @@ class Network:
         self.gates[roi] = threading.Event()
         return self.gates[roi]
 
-    def iter_infer(self, traces, model="universal", n_samples=50, seed=0, device="auto"):
+    def iter_infer(self, traces, model="universal", n_samples=50, seed=0, device="auto", amplitude=None):
         self.calls.append(traces.roi_ids)
+        self.asked.append({"traces": traces, "device": device, "amplitude": amplitude})
         for row, roi in enumerate(traces.roi_ids):
             if roi in self.gates:
                 self.gates[roi].wait(20)

@@ -50,8 +50,8 @@ def test_a_bad_frame_rate_gets_a_sentence(text):
         session.typed_frame_rate(text)
 
 
-@pytest.mark.parametrize(("shape", "rgb"), [((40, 40), False), ((9, 3, 40, 40), False), ((9, 40, 40), True)])
-def test_only_time_y_x_is_a_movie(shape, rgb):
+@pytest.mark.parametrize(("shape", "rgb"), [((40, 40), False), ((9, 2, 3, 40, 40), False), ((9, 40, 40), True)])
+def test_only_planes_over_time_are_a_movie(shape, rgb):
     with pytest.raises(calvae.RecordingError, match=r"expected three dimensions \(time, y, x\)"):
         session.check_movie(shape, rgb)
 
@@ -75,8 +75,7 @@ def test_the_roi_under_a_position_is_that_of_the_nearest_pixel():
 def test_a_disc_leaves_other_rois_alone():
     labels = np.zeros((20, 20), int)
     labels[:, 10:] = 4
-    roi, (y, x) = session.disc_at(labels, (10, 9), 6)
-    assert roi == 5
+    y, x = session.disc_at(labels, (10, 9), 6)
     assert x.max() == 9
     assert ((y - 10) ** 2 + (x - 9) ** 2).max() <= 9
     with pytest.raises(calvae.RecordingError, match="free pixels"):
@@ -100,19 +99,45 @@ def test_newest_request_wins():
     assert requests.wants(second)
 
 
-def test_results_hold_for_one_key():
+def a_key(marks, plane=0, movie=1, **settings) -> answers.Key:
+    return answers.Key(marks, plane, movie, answers.Settings(30.0, **settings))
+
+
+def test_results_hold_for_the_rois_that_were_not_edited():
     traces = calvae.Traces(np.random.default_rng(0).normal(size=(3, 90)), 30.0, roi_ids=(4, 8, 2))
     result = posterior_of(traces, 5)
     kept = answers.Results()
-    kept.add(("a",), result)
-    one = kept.get(("a",), 8)
+    marks = {2: 20, 4: 40, 8: 80}
+    kept.add(a_key(marks), result)
+    one = kept.get(a_key(marks), 8)
     assert one.roi_ids == (8,)
     np.testing.assert_array_equal(one.samples()[:, 0], result.samples()[:, 1])
     np.testing.assert_array_equal(one.rate[0], result.rate[1])
-    assert kept.get(("b",), 8) is None
-    assert kept.get(("a",), 99) is None
-    kept.add(("b",), result)
-    assert kept.known(("a",)) == set()
+    assert kept.get(a_key(marks), 99) is None
+    assert kept.known(a_key({**marks, 8: 81})) == {2, 4} == set(kept.rows)
+    assert kept.get(a_key({**marks, 8: 81}), 8) is None
+    assert kept.known(a_key({4: 40})) == {4}
+    assert kept.known(a_key(marks)) == {2, 4, 8}  # the edit was undone
+    assert kept.known(a_key(marks, plane=3)) == set()
+    kept.add(a_key({8: 1}, plane=3), posterior_of(traces.select([1]), 5))
+    assert kept.known(a_key(marks)) == {2, 4, 8}
+    for other in (a_key(marks, movie=2), a_key(marks, n_samples=7), a_key(marks, amplitude=0.2)):
+        assert kept.known(other) == set()
+    kept.add(a_key(marks, movie=2), result)
+    assert kept.known(a_key(marks)) == set()
+    assert kept.known(a_key(marks, movie=2)) == {2, 4, 8}
+    kept.forget()
+    assert kept.known(a_key(marks, movie=2)) == set()
+
+
+def test_an_answer_to_an_older_question_is_no_result_for_edited_rois():
+    result = posterior_of(calvae.Traces(np.random.default_rng(0).normal(size=(2, 90)), 30.0), 5)
+    kept = answers.Results()
+    now = a_key({1: 11, 2: 12})
+    assert kept.known(now) == set()
+    kept.add(a_key({1: 11, 2: 22}), result)
+    assert kept.key == now
+    assert set(kept.rows) == {1}
 
 
 def test_any_edit_changes_the_fingerprint():

@@ -1,0 +1,95 @@
+"""Inferring all ROIs: from the button to the last result, with its progress in napari's activity dock."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from napari.utils import progress
+from qtpy.QtCore import QObject, Signal
+
+import napari_calvae as calvae
+from napari_calvae._napari import answers
+from napari_calvae._napari.controls import Controls
+from napari_calvae._napari.work import Worker
+
+#: Steps of the bar in the activity dock.
+_STEPS = 100
+
+
+class Batch(QObject):
+    """One request for many ROIs at a time; ``answered`` is emitted with each part, ``failed`` with a sentence.
+
+    Parameters
+    ----------
+    parent
+        Lives and dies with it.
+    controls
+        Show that it runs.
+    """
+
+    answered = Signal(object, object)
+    failed = Signal(str)
+
+    def __init__(self, parent: QObject, controls: Controls):
+        super().__init__(parent)
+        self._controls = controls
+        self._requests = answers.Requests()
+        self._key: answers.Key | None = None
+        self._began = 0.0
+        self._bar: progress | None = None
+        self.worker = Worker(self)
+        self.worker.message.connect(self._on_message)
+        self.worker.idle.connect(self._on_idle)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being inferred."""
+        return self.worker.busy
+
+    @property
+    def seconds(self) -> float:
+        """Time since it began (s)."""
+        return time.monotonic() - self._began
+
+    def start(self, key: answers.Key, movie: Any, masks: calvae.RoiMasks, wanted: tuple[int, ...]) -> None:
+        """Infer the ROIs ``wanted`` of a movie."""
+        self._end_bar()
+        self._key, self._began = key, time.monotonic()
+        self._bar = progress(total=_STEPS, desc=f"Spikes of {len(wanted)} ROIs")
+        self._controls.set_running(True)
+        request = answers.Request(self._requests.new(), movie, masks, wanted, key.settings)
+        self.worker.start(answers.iter_answers(request))
+
+    def stop(self) -> None:
+        """Stop; what was inferred stays."""
+        self._requests.new()
+        self.worker.stop()
+        self._on_idle()
+
+    def close(self) -> None:
+        """Stop and wait for the end of the thread."""
+        self._requests.new()
+        self.worker.close()
+        self._on_idle()
+
+    def _on_message(self, message: answers.Message) -> None:
+        if isinstance(message, answers.Ready) or not self._requests.wants(message.number):
+            return
+        if isinstance(message, answers.Progress):
+            self._controls.set_running(True, message.fraction)
+            if self._bar is not None:
+                self._bar.update(round(_STEPS * message.fraction) - self._bar.n)
+        elif isinstance(message, answers.Failure):
+            self.failed.emit(message.sentence)
+        elif isinstance(message, answers.Answer):
+            self.answered.emit(self._key, message.inference)
+
+    def _on_idle(self) -> None:
+        self._controls.set_running(False)
+        self._end_bar()
+
+    def _end_bar(self) -> None:
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()

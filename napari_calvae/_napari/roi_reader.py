@@ -1,0 +1,124 @@
+"""The ROIs of a layer on the plane of a movie that is shown: Labels, Shapes or Points as a label image and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from napari.layers import Image, Labels, Layer, Points, Shapes
+
+import napari_calvae as calvae
+from napari_calvae._napari import session
+
+#: Shapes that have an inside.
+_AREAS = ("ellipse", "polygon", "rectangle")
+
+
+@dataclass(frozen=True)
+class View:
+    """What is looked at: one plane of a movie, and the diameter (pixels) of discs around points."""
+
+    movie: Image
+    plane: int = 0
+    diameter: float = 10.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(y, x) of the plane."""
+        height, width = self.movie.data.shape[-2:]
+        return int(height), int(width)
+
+    @property
+    def n_planes(self) -> int:
+        """Number of planes of the movie."""
+        return int(self.movie.data.shape[1]) if self.movie.ndim == 4 else 1
+
+    def pixels(self, layer: Layer, points: np.ndarray) -> np.ndarray:
+        """(point, …) positions in the layer's data as positions in the movie's pixels, as far as both have axes."""
+        n = min(layer.ndim, self.movie.ndim, 3)
+        world = np.asarray(points, float)[:, -n:] * layer.scale[-n:] + layer.translate[-n:]
+        return (world - self.movie.translate[-n:]) / self.movie.scale[-n:]
+
+    def shown(self, pixels: np.ndarray) -> bool:
+        """Whether some positions (…, y, x), taken together, are on this plane; those without z are on all planes."""
+        return self.n_planes == 1 or pixels.shape[1] < 3 or round(float(pixels[:, -3].mean())) == self.plane
+
+
+class RoiReader:
+    """The ROIs of a layer on one plane; read again only when they changed."""
+
+    def __init__(self) -> None:
+        self._mark = ""
+        self._read: tuple[np.ndarray, calvae.RoiMasks] | None = None
+        self._marks: dict[bool, dict[int, int]] = {}
+        self._drawn: dict[tuple, np.ndarray] = {}
+
+    def labels(self, layer: Layer, view: View) -> np.ndarray:
+        """(y, x) label image of the plane; shapes and points are numbered from 1 in their order in the layer."""
+        if isinstance(layer, Labels):
+            data = layer.data[0] if layer.multiscale else layer.data
+            return session.plane_of(data, view.size, view.n_planes, view.plane)
+        if isinstance(layer, Points):
+            every = view.pixels(layer, layer.data)
+            here = {k + 1: point[-2:] for k, point in enumerate(every) if view.shown(point[None])}
+            return session.discs(here, view.diameter, view.size)
+        return self._shapes(layer, view)
+
+    def image(self, layer: Layer, view: View) -> np.ndarray:
+        """The same, and the last one again if nothing has changed; it may be empty."""
+        mark = session.fingerprint(id(layer), view.size, view.n_planes, *self._parts(layer, view))
+        if mark != self._mark or self._read is None:
+            image = self.labels(layer, view)
+            self._mark, self._read, self._marks = mark, None, {}
+            if not image.any():
+                self._mark = ""
+                return image
+            self._read = image, calvae.RoiMasks.from_labels(image)
+        return self._read[0]
+
+    def read(self, layer: Layer, view: View, neuropil: bool) -> tuple[dict[int, int], np.ndarray, calvae.RoiMasks]:
+        """Marks of the ROIs, which change with their traces, their (y, x) label image and their masks."""
+        image = self.image(layer, view)
+        if self._read is None or self._read[0] is not image:
+            raise session.no_rois(type(layer).__name__, view.n_planes, view.plane)
+        if neuropil not in self._marks:
+            self._marks[neuropil] = calvae.roi_marks(self._read[1], neuropil)
+        return self._marks[neuropil], *self._read
+
+    def _shapes(self, layer: Shapes, view: View) -> np.ndarray:
+        """Shapes are drawn one by one: of a thousand, only the one that was edited has to be drawn again."""
+        drawn: dict[tuple, np.ndarray] = {}
+        outlines: list[tuple[int, tuple, np.ndarray]] = []
+        for index, (points, kind) in enumerate(zip(layer.data, layer.shape_type, strict=True)):
+            if kind not in _AREAS:
+                raise calvae.RecordingError(
+                    f"ROIs: expected ellipses, polygons and rectangles, got a {kind} (shape {index + 1} of the layer). "
+                    "Delete it, or draw a polygon."
+                )
+            place = view.pixels(layer, points)
+            if view.shown(place):
+                outlines.append((index + 1, (kind, view.size, place[:, -2:].tobytes()), place[:, -2:]))
+        missing = [(key, place) for _, key, place in outlines if key not in self._drawn]
+        if missing:
+            kinds = [key[0] for key, _ in missing]
+            masks = Shapes([place for _, place in missing], shape_type=kinds).to_masks(mask_shape=view.size)
+            self._drawn |= {key: np.flatnonzero(mask) for (key, _), mask in zip(missing, masks, strict=True)}
+        image = np.zeros(view.size, np.int32)
+        for roi, key, _ in outlines:
+            drawn[key] = self._drawn[key]
+            image.ravel()[drawn[key]] = roi
+        self._drawn = drawn
+        return image
+
+    @staticmethod
+    def _parts(layer: Layer, view: View) -> list[Any]:
+        if isinstance(layer, Labels):
+            data = layer.data[0] if layer.multiscale else layer.data
+            return [session.plane_of(data, view.size, view.n_planes, view.plane)]
+        placed = [layer.scale.tolist(), layer.translate.tolist(), view.plane]
+        movie = view.movie
+        placed += [movie.scale.tolist(), movie.translate.tolist()]
+        if isinstance(layer, Points):
+            return [np.asarray(layer.data), view.diameter, *placed]
+        return [*(np.asarray(points) for points in layer.data), *layer.shape_type, *placed]
