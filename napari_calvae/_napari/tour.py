@@ -16,7 +16,7 @@ import napari_calvae as calvae
 from napari_calvae._napari import demo
 
 #: Seconds to wait for what a step brings about, and seconds of retraining to watch.
-PATIENCE, TRAINING = 120, 6.0
+PATIENCE, TRAINING = 120, 1.5
 #: Cells that are clicked.
 N_CLICKS = 5
 
@@ -132,6 +132,7 @@ class _Tour:
         _wait(lambda: training.form is not None)
         yield "retrain"
         training.bar.buttons["start"].click()
+        _wait(lambda: "loss" in training.curves.series)  # fits are prepared for seconds before their first step
         _settle(TRAINING)
         yield "retraining"
         _wait(lambda: training.fitted is not None)

@@ -14,6 +14,7 @@ import torch
 
 from napari_calvae.benchmark.accuracy import CONDITIONS, Models, interval_rows, rates_of, score_cells
 from napari_calvae.benchmark.ground_truth import SHIFTS
+from napari_calvae.benchmark.paper.record import to_table
 from napari_calvae.formats import whole_files
 from napari_calvae.formats.ground_truth import Sweep
 from napari_calvae.pretrained.recordings import FOLDS, RecordingSampler
@@ -90,10 +91,26 @@ def ablation_rows(
         row = {"variant": variant.name, **_score(Models(universal_model(network, variant.name)), unseen)}
         row["parameters"] = sum(p.numel() for p in network.parameters())
         rows.append(row | {"seconds of training": round(seconds)})
-        with whole_files(out / "ablation.json") as (file,):
+        with whole_files(out / "ablation.json", out / "ablation.md") as (data, text):
             content = {"steps": recipe.n_steps, "seed": recipe.seed, "left out": left_out, "rows": rows}
-            file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            data.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            text.write_text(_to_markdown(content), encoding="utf-8")
         yield rows[-1]
+
+
+def _to_markdown(content: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "# Ablation",
+            "",
+            f"Each variant was trained for {content['steps']} steps (seed {content['seed']}) without "
+            f"{', '.join(content['left out'])}, and scored on these at 30 Hz: means over data sets. "
+            "Made by `calvae benchmark ablation`; do not edit by hand.",
+            "",
+            to_table(content["rows"]),
+            "",
+        ]
+    )
 
 
 def _score(models: Models, sweeps: Sequence[Sweep]) -> dict[str, float]:

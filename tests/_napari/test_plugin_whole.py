@@ -68,3 +68,19 @@ def test_waiting_is_measured_in_a_window_of_its_own():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("[1, 2, 2, 30, 30, 1, 1]")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a display can be made on Linux alone")
+def test_the_tour_comes_to_its_end_with_a_picture_of_every_step(tmp_path):
+    from napari_calvae._napari import demo
+
+    pictures = demo.run_tour(tmp_path)
+    names = [path.stem.split("-", 1)[1] for path in pictures]
+    assert names[0] == "opened"
+    assert {"clicked-5", "edited", "all-inferred", "sorted", "rejected", "exported", "retraining", "lit-up"} <= set(
+        names
+    )
+    assert all(path.stat().st_size > 50_000 for path in pictures)
+    assert (tmp_path / "cells.csv").read_text().count("\n") == 10
+    assert "<svg" in (tmp_path / "cell.svg").read_text()
