@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 def test_npe2_discovers_the_installed_package():
     manifest = npe2.PluginManifest.from_distribution("napari-calvae")
     assert manifest.name == "napari-calvae"
-    assert [w.display_name for w in manifest.contributions.widgets] == ["spike inference", "quality table", "retrain"]
+    names = [w.display_name for w in manifest.contributions.widgets]
+    assert names == ["spike inference", "quality table", "retrain", "spines"]
 
 
 def test_every_command_can_be_imported():

@@ -64,19 +64,20 @@ class DockManners(QObject):
             self._settle(dock, window)
 
     def _settle(self, dock: QDockWidget, window: QMainWindow) -> None:
-        """Plots over time want width: the bottom, beside the layer list. Others share a place, as tabs."""
-        if self._height is None:
-            area = window.dockWidgetArea(dock)
-            for other in window.findChildren(QDockWidget):
-                if other is not dock and window.dockWidgetArea(other) == area and other.findChild(DockManners):
-                    window.tabifyDockWidget(other, dock)
-                    dock.raise_()
-                    break
-            return
-        window.setCorner(Qt.Corner.BottomLeftCorner, Qt.DockWidgetArea.LeftDockWidgetArea)
-        if window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:
-            window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)
-        window.resizeDocks([dock], [self._height], Qt.Orientation.Vertical)
+        """Plots over time want width: the bottom, beside the layer list. Our docks share a place, as tabs."""
+        if self._height is not None:
+            window.setCorner(Qt.Corner.BottomLeftCorner, Qt.DockWidgetArea.LeftDockWidgetArea)
+            if window.dockWidgetArea(dock) == Qt.DockWidgetArea.RightDockWidgetArea:
+                window.addDockWidget(Qt.DockWidgetArea.BottomDockWidgetArea, dock)
+        area = window.dockWidgetArea(dock)
+        for other in window.findChildren(QDockWidget):
+            if other is not dock and window.dockWidgetArea(other) == area and other.findChild(DockManners):
+                window.tabifyDockWidget(other, dock)
+                dock.show()  # only a visible one can be raised
+                dock.raise_()
+                break
+        if self._height is not None:
+            window.resizeDocks([dock], [self._height], Qt.Orientation.Vertical)
 
     def _on_window_asked(self) -> None:
         window = self._seen() if self._seen is not None else None

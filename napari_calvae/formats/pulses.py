@@ -98,7 +98,9 @@ def _from_table(file: Path, rois: RoiMasks | None) -> Stimulation:
                 f"{file.name}: expected one {what} for all targets of a pulse, got several. "
                 "Give pulses that differ different numbers in the column pulse."
             )
-    per_pulse = {what: columns[what][first] for what in ("onset", "duration", "power") if what in columns}
+    per_pulse: dict[str, np.ndarray] = {
+        what: columns[what][first] for what in ("onset", "duration", "power") if what in columns
+    }
     return _stimulation(per_pulse, targets, pulse.ravel(), file.name)
 
 

@@ -1,0 +1,206 @@
+"""A dock that works on the movie and the ROIs of the inference widget: its work, its colours, its coming and going."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from napari.qt import get_qapp
+from napari.utils.notifications import show_error
+from napari.utils.theme import get_theme
+from napari.viewer import Viewer
+from qtpy.QtCore import Signal
+from qtpy.QtWidgets import QFileDialog, QWidget
+
+import napari_calvae as calvae
+from napari_calvae._napari import answers, session
+from napari_calvae._napari.docking import DockManners
+from napari_calvae._napari.inference_widget import InferenceWidget
+from napari_calvae._napari.plot_items import Palette
+from napari_calvae._napari.run_bar import RunBar
+from napari_calvae._napari.time_plots import TimePlots
+from napari_calvae._napari.work import Worker
+
+
+class RecordingWidget(QWidget):
+    """Has a bar to start work with and plots over time; what is worked out is up to its kinds.
+
+    A kind says which work the start button asks for (``_order``), how a message of it is shown (``_show_message``),
+    what changes with movie and ROIs (``_on_layers``), and what with the picked ROI (``_on_picked``).
+
+    ``finished`` is emitted when a result is shown, ``failed`` with the sentence that tells why there is none.
+    """
+
+    finished = Signal()
+    failed = Signal(str)
+
+    def __init__(self, viewer: Viewer, bar: RunBar, plots: TimePlots, height: int):
+        super().__init__()
+        self._viewer, self.bar, self.plots = viewer, bar, plots
+        self._closed = self._attached = False
+        self._requests = answers.Requests()
+        self._inference: InferenceWidget | None = None
+        self.setMinimumHeight(height)
+        self._worker = Worker(self)
+        self._manners = DockManners(self, height, leave=self.detach, stay=self.attach, gone=self.close_down)
+        self._worker.message.connect(self._on_message)
+        bar.start.clicked.connect(self.start)
+        bar.cancel.clicked.connect(self.cancel)
+        plots.picked.connect(self._on_moment_picked)
+        get_qapp().aboutToQuit.connect(self.close_down)
+
+    # What each kind has of its own
+
+    def _order(self, number: int) -> Iterator[Any]:
+        """Work that the start button asks for, or the sentence that says what is missing (raised)."""
+        raise NotImplementedError
+
+    def _show_message(self, message: Any) -> None:
+        """Show what the work tells."""
+        raise NotImplementedError
+
+    def _on_layers(self, *_: object) -> None:
+        """Offer what the movie and the ROIs have."""
+
+    def _on_picked(self, roi: int) -> None:
+        """Show the ROI that was picked in the movie."""
+
+    def _paint(self, palette: Palette) -> None:
+        """Draw what is not the plots in these colours."""
+
+    # Work
+
+    def start(self) -> None:
+        """Do the work."""
+        number = self._requests.new()
+        try:
+            work = self._order(number)
+        except (calvae.RecordingError, OSError, ValueError) as error:
+            self._fail(session.explain(error))
+            return
+        self.bar.set_running(True)
+        self.bar.show_progress(0.0, "reading the traces")
+        self._worker.start(work)
+
+    def cancel(self) -> None:
+        """Stop the work; what is shown stays."""
+        self._stop()
+        self.bar.say("Cancelled: what is shown stays as it was.")
+
+    def _stop(self) -> None:
+        self._requests.new()
+        self._worker.stop()
+        self.bar.set_running(False)
+
+    def _on_message(self, message: Any) -> None:
+        if not self._requests.wants(message.number):
+            return
+        if isinstance(message, answers.Progress):
+            self.bar.show_progress(message.fraction, message.doing)
+        elif isinstance(message, answers.Failure):
+            self.bar.set_running(False)
+            self._fail(message.sentence)
+        else:
+            self._show_message(message)
+
+    def _fail(self, sentence: str) -> None:
+        self.bar.say(sentence, error=True)
+        show_error(sentence)
+        self.failed.emit(sentence)
+
+    def save(self, title: str, name: str, kinds: str, write: Callable[[Path], str]) -> None:
+        """Ask for a file and write into it; ``write`` returns what was done, in words."""
+        path, _ = QFileDialog.getSaveFileName(self, title, name, kinds)
+        if not path:
+            return
+        try:
+            self.bar.say(write(Path(path)))
+        except (OSError, ValueError) as error:
+            self._fail(session.explain(error))
+
+    # Movie, ROIs and time of the inference widget
+
+    @property
+    def inference(self) -> InferenceWidget:
+        """The inference widget of this viewer; it is opened if it is not."""
+        inference = InferenceWidget.of(self._viewer)
+        if inference is not self._inference:
+            self._inference = inference
+            for signal, slot in self._links(inference):
+                signal.connect(slot)
+        return inference
+
+    def _links(self, inference: InferenceWidget) -> list[tuple[Any, Callable[..., None]]]:
+        return [
+            (inference.controls.layers_chosen, self._on_layers),
+            (inference.shown, self._on_picked),
+            (inference.destroyed, self._on_inference_gone),
+        ]
+
+    def _on_inference_gone(self, *_: object) -> None:
+        self._inference = None
+
+    def _time(self) -> tuple[session.Clock, int] | None:
+        """Clock of the movie, and the viewer's axis along which its time runs; None where they are not known."""
+        choices = None if self._inference is None else self._inference.choices
+        if choices is None or choices.clock is None or choices.movie is None:
+            return None
+        axis = self._viewer.dims.ndim - choices.movie.ndim
+        return (choices.clock, axis) if axis >= 0 else None
+
+    def _on_slider(self, *_: object) -> None:
+        if (time := self._time()) is not None:
+            clock, axis = time
+            self.plots.set_cursor(clock.seconds(self._viewer.dims.point[axis]))
+
+    def _on_moment_picked(self, seconds: float) -> None:
+        if (time := self._time()) is not None:
+            clock, axis = time
+            self._viewer.dims.set_point(axis, clock.point(seconds))
+
+    def _on_theme(self, *_: object) -> None:
+        theme = get_theme(self._viewer.theme)
+        palette = Palette.on(theme.background.as_hex(), theme.text.as_hex())
+        self.plots.set_palette(palette)
+        self._paint(palette)
+
+    # Coming and going
+
+    def attach(self) -> None:
+        """Listen to the viewer and its inference widget."""
+        if self._attached or self._closed:
+            return
+        self._attached = True
+        self._viewer.events.theme.connect(self._on_theme)
+        self._viewer.dims.events.point.connect(self._on_slider)
+        self.inference  # noqa: B018 - links with it
+        self._on_theme()
+        self._on_layers()
+
+    def detach(self) -> None:
+        """Stop all work and wait for its end, let go of the viewer."""
+        if not self._attached:
+            return
+        self._attached = False
+        self._viewer.events.theme.disconnect(self._on_theme)
+        self._viewer.dims.events.point.disconnect(self._on_slider)
+        if self._inference is not None:
+            for signal, slot in self._links(self._inference):
+                signal.disconnect(slot)
+        self._inference = None
+        self._stop()
+        self._worker.close()
+
+    def close_down(self) -> None:
+        """Leave nothing behind; the widget is of no use afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        get_qapp().aboutToQuit.disconnect(self.close_down)
+        self.detach()
+        self._dispose()
+        self.deleteLater()
+
+    def _dispose(self) -> None:
+        self.plots.dispose()
