@@ -11,6 +11,17 @@ from plugin_helpers import CENTRES, FRAME_RATE, Mouse, Network
 import napari_calvae as calvae
 
 
+@pytest.fixture(autouse=True)
+def own_settings(tmp_path, monkeypatch):
+    """What is remembered is remembered for the test alone, never in the files of whoever runs it."""
+    from napari import settings
+
+    monkeypatch.setattr(settings, "_CFG_PATH", str(tmp_path / "settings.yaml"))
+    settings._clear_plugin_settings_cache()
+    yield tmp_path / "napari-calvae.yaml"
+    settings._clear_plugin_settings_cache()
+
+
 @pytest.fixture
 def network(monkeypatch) -> Network:
     stand_in = Network()
