@@ -29,6 +29,8 @@ from napari_calvae._napari import answers, session
 
 WIDTH = 262
 _ERROR = "color: #ff6b6b;"
+#: The theme of napari gives boxes more room than the form has.
+_NARROW = "min-width: 34px; padding: 1px 2px 1px 6px;"
 _ASK = "border: 1px solid #ff6b6b;"
 _AUTO = "“auto”: as the model was trained"
 
@@ -86,11 +88,12 @@ class Controls(QWidget):
         self.baseline_window.setSingleStep(10)
         self.baseline_window.setToolTip("Length of the running window of the baseline (s)\n" + _AUTO)
         self.amplitude = _number((0, 10), "unknown", " ΔF/F")
-        self.amplitude.setDecimals(3)
+        self.amplitude.setDecimals(2)
         self.amplitude.setSingleStep(0.05)
         self.amplitude.setToolTip(
             "Peak of the response to a single spike (ΔF/F), where it is known to about 15 %; leave it unknown otherwise"
         )
+        self._unsure = (self.baseline_percentile, self.baseline_window, self.amplitude)
         self.samples = QSpinBox()
         self.samples.setRange(2, 1000)
         self.samples.setValue(50)
@@ -103,6 +106,8 @@ class Controls(QWidget):
         self.device = QComboBox()
         for name in ("auto", "cpu", "cuda", "mps"):
             self.device.addItem(name, name)
+        self.device.setStyleSheet(_NARROW)
+        self.device.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
         self.device.setToolTip("Where inference is computed; “auto” takes the best device there is")
         self.infer_all = QPushButton("Infer all ROIs")
         self.infer_all.setToolTip("Infer every ROI of the layer, so that later clicks answer at once")
@@ -117,6 +122,11 @@ class Controls(QWidget):
         self.status.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.status.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Ignored)
         self.status.setMinimumHeight(34)
+        for box in (self.diameter, self.neuropil, self.samples, *self._unsure):
+            # Room for the numbers: arrow keys and the mouse wheel step just as well.
+            box.setButtonSymbols(QSpinBox.ButtonSymbols.NoButtons)
+            box.setStyleSheet(_NARROW)
+            box.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Fixed)
         self._lay_out()
         self._connect()
         self.set_running(False)
@@ -125,20 +135,21 @@ class Controls(QWidget):
         form = QFormLayout()
         form.setContentsMargins(0, 0, 0, 0)
         form.setVerticalSpacing(3)
+        form.setHorizontalSpacing(5)
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
         form.addRow("Movie", self.movie)
         form.addRow("ROIs", self.rois)
-        form.addRow(_beside(self.place, self.diameter, self.snap, stretch=1))
-        form.addRow("Frame rate", _beside(self.frame_rate, self.rate_source, stretch=1))
-        form.addRow("Neuropil", _beside(self.neuropil, self.samples, stretch=1))
-        form.addRow("Baseline", _beside(self.baseline_percentile, QLabel("of"), self.baseline_window, stretch=2))
-        form.addRow("Spike", self.amplitude)
-        form.addRow("Model", _beside(self.model, self.device, stretch=0))
+        form.addRow(_beside((self.place, 0), (self.diameter, 1), (self.snap, 0)))
+        form.addRow("Frame rate", _beside((self.frame_rate, 0), (self.rate_source, 1)))
+        form.addRow("Neuropil", _beside((self.neuropil, 2), (self.samples, 3)))
+        form.addRow("Baseline", _beside((self.baseline_percentile, 1), (QLabel("of"), 0), (self.baseline_window, 1)))
+        form.addRow("Amplitude", _beside((self.amplitude, 4), (self.device, 5)))
+        form.addRow("Model", self.model)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 6, 0)
         layout.setSpacing(4)
         layout.addLayout(form)
-        layout.addWidget(_beside(self.infer_all, self.cancel))
+        layout.addWidget(_beside((self.infer_all, 1), (self.cancel, 1)))
         layout.addWidget(self.progress)
         layout.addWidget(self.status, 1)
 
@@ -146,7 +157,7 @@ class Controls(QWidget):
         self.movie.currentIndexChanged.connect(self.layers_chosen)
         self.rois.currentIndexChanged.connect(self.layers_chosen)
         self.frame_rate.editingFinished.connect(self._on_frame_rate)
-        for box in (self.neuropil, self.samples, self.baseline_percentile, self.baseline_window, self.amplitude):
+        for box in (self.neuropil, self.samples, *self._unsure):
             box.setKeyboardTracking(False)
             box.valueChanged.connect(self.changed)
         self.diameter.setKeyboardTracking(False)
@@ -171,7 +182,7 @@ class Controls(QWidget):
     def show_device(self, name: str) -> None:
         """Say which device “auto” has come to mean."""
         if name and self.device.currentData() == "auto":
-            self.device.setItemText(0, f"auto ({name})")
+            self.device.setItemText(0, f"auto: {name}")
 
     def _on_frame_rate(self) -> None:
         if self.frame_rate.isModified():
@@ -277,13 +288,14 @@ def _layer_box(tip: str) -> QComboBox:
     return box
 
 
-def _beside(*widgets: QWidget, stretch: int = -1) -> QWidget:
+def _beside(*widgets: tuple[QWidget, int]) -> QWidget:
+    """Widgets in a row, each with its share of the width that is left."""
     holder = QWidget()
     layout = QHBoxLayout(holder)
     layout.setContentsMargins(0, 0, 0, 0)
     layout.setSpacing(6)
-    for index, widget in enumerate(widgets):
-        layout.addWidget(widget, int(index == stretch))
+    for widget, share in widgets:
+        layout.addWidget(widget, share)
     return holder
 
 

@@ -277,6 +277,7 @@ class InferenceWidget(QWidget):
         self._requests.new()
         self._clicked.stop()
         self.picked_roi = self._asked = None
+        self._outline_timer.stop()
         self._outline.remove()
         self.plots.clear()
         self.overlays.on_shown()

@@ -47,7 +47,7 @@ def test_a_click_on_a_roi_shows_its_posterior(qtbot, show_movie, open_widget, ca
         expected_band = widget.plots.picture.interval(0.9, band.window)[:, 0] / band.window
         first = round((band.boundaries[0] + 0.5 / FRAME_RATE) / band.window)
         np.testing.assert_allclose([band.low, band.high], expected_band[:, first : first + len(band.low)])
-    assert widget.controls.device.currentText() == "auto (cpu)"
+    assert widget.controls.device.currentText() == "auto: cpu"
     qtbot.waitUntil(lambda: "picked ROI" in viewer.layers and not widget._outline_timer.isActive())
     outline = viewer.layers["picked ROI"]
     assert np.concatenate(outline.data).mean(axis=0) == pytest.approx(CENTRES[1], abs=0.5)
