@@ -297,7 +297,8 @@ class QualityWidget(QWidget):
 
     def _mark(self) -> None:
         value = np.nan
-        if self._shown is not None and self.current in self.table.rois:
+        known = self._shown is not None and self.table.column(self._shown.name) is not None
+        if self._shown is not None and known and self.current in self.table.rois:
             value = float(self.table.numbers(self._shown.name)[self.table.rois.index(self.current)])
         self.form.distribution.set_mark(value)
 
