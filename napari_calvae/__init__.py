@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AllOpticalInference": "all_optical",
     "Expectation": "expectation",
     "FitOptions": "fitting.options",
     "QC": "metrics",
@@ -53,7 +54,7 @@ _HOME = {
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
-    from napari_calvae.all_optical import infer_all_optical, iter_all_optical
+    from napari_calvae.all_optical import AllOpticalInference, infer_all_optical, iter_all_optical
     from napari_calvae.benchmark.ground_truth import oasis
     from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit

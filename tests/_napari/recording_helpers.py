@@ -47,3 +47,31 @@ def show(viewer: Any, movie: np.ndarray, labels: np.ndarray, **metadata: Any) ->
     """Add movie and ROIs to a viewer."""
     viewer.add_image(movie, name="movie", scale=(1 / FRAME_RATE, 1, 1), metadata={"frame_rate": FRAME_RATE, **metadata})
     viewer.add_labels(labels.copy(), name="ROIs")
+
+
+def stimulated(duration: float = 40.0, n_cells: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Any, Any]:
+    """Movie and label image of coupled cells, the pulses on them (x, y in pixels), and their true spike counts."""
+    import torch
+
+    from napari_calvae.generative.all_optical import AllOptical, Illumination
+
+    side = int(np.ceil(np.sqrt(n_cells)))
+    spacing = 40
+    centres = [(20 + spacing * (k // side), 20 + spacing * (k % side)) for k in range(n_cells)]
+    labels = calvae.RoiMasks.from_discs(centres, 9, (spacing * side,) * 2).to_labels()
+    positions = calvae.RoiMasks.from_labels(labels).centroids
+    rng = np.random.default_rng(seed)
+    onset = np.arange(1.0, duration - 1, 0.8)
+    targets = tuple(positions[[k]] for k in rng.integers(0, n_cells, len(onset)))
+    stimulation = calvae.Stimulation(onset, 0.1, targets)
+    weights = np.diag([-0.1] * n_cells)
+    weights[1, 0], weights[n_cells - 1, n_cells - 2] = 0.7, 0.6
+    values = {"tau_rise": 0.03, "tau_decay": 0.5, "amplitude": 0.3, "baseline": 0.0, "noise_density": 0.02}
+    values |= {"drive": 0.5, "excitability": 14.0, "artefact": 0.5}
+    theta = {name: torch.full((n_cells,), value) for name, value in values.items()}
+    theta |= {"falloff": torch.tensor(8.0), "glare": torch.tensor(25.0), "tau_coupling": torch.tensor(0.06)}
+    theta["weights"] = torch.as_tensor(weights, dtype=torch.float32)
+    n_frames = round(duration * FRAME_RATE)
+    light = Illumination.of(stimulation, positions, n_frames, FRAME_RATE)
+    counts, observed = AllOptical().simulate(theta, FRAME_RATE, light, torch.Generator().manual_seed(seed))
+    return render(observed.numpy(), labels), labels, stimulation, counts.numpy()

@@ -1,0 +1,250 @@
+"""The dock widget for stimulated recordings: artefact and response told apart, and who is connected with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from napari.viewer import Viewer
+from qtpy.QtWidgets import (
+    QFileDialog,
+    QFormLayout,
+    QHBoxLayout,
+    QLabel,
+    QPushButton,
+    QSpinBox,
+    QTabWidget,
+    QVBoxLayout,
+    QWidget,
+)
+
+import napari_calvae as calvae
+from napari_calvae._napari import pulses, session
+from napari_calvae._napari.connections import ConnectionPanel
+from napari_calvae._napari.number_table import NumberTable
+from napari_calvae._napari.plot_items import Palette
+from napari_calvae._napari.pulse_plots import PulsePlots
+from napari_calvae._napari.recording_widget import RecordingWidget
+from napari_calvae._napari.retraining import told
+from napari_calvae._napari.run_bar import RunBar
+from napari_calvae._napari.script import write_whole
+
+WIDTH, HEIGHT = 300, 372
+#: Columns of the table: head, what it means, how it is written.
+_COLUMNS: dict[str, tuple[str, Callable[[pulses.Cell], str]]] = {
+    "cell": ("Id of the cell's ROI", lambda cell: str(cell.roi)),
+    "spikes/s": ("Mean over the recording", lambda cell: f"{cell.rate_per_s:.2f}"),
+    "pulses": ("Pulses of which at least half the power reaches the cell", lambda cell: str(cell.n_pulses)),
+    "evoked": (
+        "Spikes that one pulse on the cell evokes, beyond its rate in the dark; the tooltip of a row has the interval",
+        lambda cell: pulses.signed(cell.evoked) if cell.n_pulses else "",
+    ),
+    "artefact": (
+        "Fluorescence (ΔF/F) that light of power 1 on the cell adds while it is on",
+        lambda cell: f"{cell.artefact_dff:.2f}".replace("-", "−"),
+    ),
+}
+_NONE = "No pulses yet."
+
+
+class StimulationWidget(RecordingWidget):
+    """Loads pulses and estimates what they did: to the fluorescence, to the cells, and through them to others."""
+
+    def __init__(self, napari_viewer: Viewer):
+        bar = RunBar("Estimate", "Infer spikes, artefacts and connections of all ROIs together; takes a minute or more")
+        self.plots: PulsePlots
+        super().__init__(napari_viewer, bar, PulsePlots(), HEIGHT)
+        self.source: pulses.Source | None = None
+        self.result: calvae.AllOpticalInference | None = None
+        self.cells: tuple[pulses.Cell, ...] = ()
+        self._ids: tuple[int, ...] = ()
+        self._build()
+        self._lay_out()
+        self.bar.say("Load the pulses: when each began, how long it lasted, and where it was pointed.")
+        self.attach()
+
+    def _build(self) -> None:
+        self.load = QPushButton("Load pulses …")
+        self.load.setToolTip(
+            "A .csv table with a row per pulse and target: onset_s, duration_s (or _ms), x and y (pixels of the movie) "
+            "or roi (id), perhaps power and pulse (number); or an .npz with the arrays onset, duration (s), targets "
+            "(x, y) or roi. Pulses in a layer's metadata “stimulation” are found by themselves"
+        )
+        self.load.clicked.connect(self._on_load)
+        self.told = QLabel(_NONE)
+        self.told.setWordWrap(True)
+        self.told.setStyleSheet("font-size: 8pt;")
+        self.told.setMinimumHeight(30)
+        self.told.setToolTip("Pulses that are loaded")
+        self.settle = _spin(0, 10_000, 30, " sweeps", "Sweeps of the sampler that are thrown away while it settles")
+        self.samples = _spin(2, 1000, 40, " sweeps", "Sweeps that are kept: samples of spikes and connections")
+        self.table = NumberTable(
+            {head: tip for head, (tip, _) in _COLUMNS.items()},
+            "Cells; arrow keys up and down show one after the other, and so does a click in the movie",
+        )
+        self.table.chosen.connect(self.show_cell)
+        self.csv = QPushButton("Save table …")
+        self.csv.setToolTip("Write the numbers of all cells, with intervals, as .csv")
+        self.csv.setEnabled(False)
+        self.csv.clicked.connect(self._on_save_cells)
+        self.connections = ConnectionPanel()
+        self.connections.csv.clicked.connect(self._on_save_connections)
+        self.connections.chosen.connect(self._on_picked)
+        self.pages = QTabWidget()
+        self.pages.setDocumentMode(True)
+        cell, connections = self.pages.addTab(self.plots, "Cell"), self.pages.addTab(self.connections, "Connections")
+        self.pages.setTabToolTip(cell, "Artefact and response of one cell")
+        self.pages.setTabToolTip(connections, "Who excites or inhibits whom")
+
+    def _lay_out(self) -> None:
+        form = QFormLayout()
+        form.setContentsMargins(0, 0, 0, 0)
+        form.setVerticalSpacing(3)
+        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+        form.addRow(self.load)
+        form.addRow(self.told)
+        form.addRow("Settle", self.settle)
+        form.addRow("Samples", self.samples)
+        panel = QWidget()
+        panel.setFixedWidth(WIDTH)
+        column = QVBoxLayout(panel)
+        column.setContentsMargins(0, 0, 6, 0)
+        column.setSpacing(4)
+        column.addLayout(form)
+        column.addWidget(self.bar)
+        column.addWidget(self.table, 1)
+        column.addWidget(self.csv)
+        layout = QHBoxLayout(self)
+        layout.setContentsMargins(6, 4, 4, 2)
+        layout.addWidget(panel)
+        layout.addWidget(self.pages, 1)
+
+    # Pulses
+
+    def _on_layers(self, *_: object) -> None:
+        choices = self.inference.choices
+        found = pulses.in_metadata(choices.roi_layer, choices.movie)
+        if self.source is None and found is not None:
+            self._take(found, "found in the layer")
+
+    def _on_load(self, *_: object) -> None:
+        name = QFileDialog.getOpenFileName(self, "Pulses of light", "", "Pulses (*.csv *.npz)")[0]
+        if name:
+            self._take(Path(name), Path(name).name)
+
+    def _take(self, source: pulses.Source, origin: str) -> None:
+        """Believe these pulses if they go with movie and ROIs."""
+        try:
+            words = self._checked(source)[1]
+        except (calvae.RecordingError, OSError, ValueError) as error:
+            self._fail(session.explain(error))
+            return
+        self.source = source
+        self.told.setText(f"{words} ({origin}).")
+        self.bar.say("Press Estimate to tell artefact and response apart.")
+
+    def _checked(self, source: pulses.Source) -> tuple[calvae.Stimulation, str]:
+        """The pulses, and what there is of them in words."""
+        choices = self.inference.choices
+        key, _, masks = choices.rois()
+        stimulation = pulses.read(source, masks)
+        return stimulation, pulses.check(stimulation, masks, choices.frames.shape[0] / key[-1].frame_rate)
+
+    def _order(self, number: int) -> Iterator[Any]:
+        if self.source is None:
+            self._on_layers()
+        choices = self.inference.choices
+        key, _, masks = choices.rois()
+        if self.source is None:
+            raise calvae.RecordingError("Pulses: expected when and where light was given, got none. Load a file first.")
+        stimulation, _ = self._checked(self.source)
+        self._ids = masks.ids
+        self.bar.say(f"{len(stimulation)} pulses, {len(masks)} cells: each sweep visits all of them.")
+        return pulses.iter_estimate(
+            pulses.Order(
+                number,
+                choices.frames,
+                masks,
+                stimulation,
+                key[-1],
+                self.settle.value(),
+                self.samples.value(),
+            )
+        )
+
+    # What is shown
+
+    def _show_message(self, message: pulses.Sweep | pulses.Estimated) -> None:
+        if isinstance(message, pulses.Sweep):
+            self.bar.show_progress(message.fraction, message.words)
+            self.connections.show_matrix(message.connectivity, self._ids, "this sweep")
+            return
+        self.bar.set_running(False)
+        self.show_result(message.result)
+        self.bar.say(
+            f"{message.result.spikes.n_samples} samples in {told(message.seconds)}. "
+            "Click a cell, or look at Connections."
+        )
+        self.finished.emit()
+
+    def show_result(self, result: calvae.AllOpticalInference) -> None:
+        """Show a result; the cell that was picked, or else the first."""
+        before, ids = self.shown_cell, result.spikes.roi_ids
+        self.result, self.cells = result, pulses.cells(result)
+        self.table.fill(
+            [[written(cell) for _, written in _COLUMNS.values()] for cell in self.cells],
+            [pulses.told_cell(cell) for cell in self.cells],
+        )
+        self.csv.setEnabled(True)
+        self.connections.show_result(result)
+        self.table.choose(next((ids.index(roi) for roi in (self.inference.picked_roi, before) if roi in ids), 0))
+
+    @property
+    def shown_cell(self) -> int | None:
+        """Id of the cell that is shown."""
+        row = self.table.currentRow()
+        return None if row < 0 else self.cells[row].roi
+
+    def show_cell(self, row: int) -> None:
+        """Show the cell in this row of the table."""
+        if self.result is not None:
+            self.plots.show_cell(pulses.picture(self.result, row), pulses.heading(self.cells[row]))
+            self._on_slider()
+
+    def _on_picked(self, roi: int) -> None:
+        ids = [cell.roi for cell in self.cells]
+        if roi in ids:
+            self.table.choose(ids.index(roi))
+
+    def _paint(self, palette: Palette) -> None:
+        self.connections.set_palette(palette)
+
+    def _on_save_cells(self, *_: object) -> None:
+        self.save("Table of cells", "stimulated_cells.csv", "Table (*.csv)", self.save_cells)
+
+    def _on_save_connections(self, *_: object) -> None:
+        self.save("Table of connections", "connections.csv", "Table (*.csv)", self.save_connections)
+
+    def save_cells(self, path: Path) -> str:
+        """Write the numbers of all cells; tells how many."""
+        write_whole(path, pulses.csv_text(self.cells))
+        return f"{len(self.cells)} cells written to {path.name}."
+
+    def save_connections(self, path: Path) -> str:
+        """Write all connections; tells how many."""
+        write_whole(path, pulses.csv_text(self.connections.found))
+        return f"{len(self.connections.found)} connections written to {path.name}."
+
+    def _dispose(self) -> None:
+        super()._dispose()
+        self.connections.dispose()
+
+
+def _spin(least: int, most: int, value: int, unit: str, tip: str) -> QSpinBox:
+    box = QSpinBox()
+    box.setRange(least, most)
+    box.setValue(value)
+    box.setSuffix(unit)
+    box.setToolTip(tip)
+    return box
