@@ -182,9 +182,15 @@ class Counts:
 
 
 def tabulate(
-    rois: Sequence[int], rows: Mapping[int, tuple[calvae.SpikeInference, int]], counts: Counts | None = None
+    rois: Sequence[int],
+    rows: Mapping[int, tuple[calvae.SpikeInference, int]],
+    counts: Counts | None = None,
+    more: Mapping[Column, Mapping[int, float]] | None = None,
 ) -> Table:
-    """Table of these ROIs from what was inferred, (result, row) by ROI id; its columns are those of the quality."""
+    """Table of these ROIs from what was inferred, (result, row) by ROI id; its columns are those of the quality.
+
+    ``more`` are further columns, numbers by ROI id, shown if any of their numbers is known.
+    """
     counts = counts or Counts()
     known = next(iter(rows.values()), None)
     metrics = tuple(known[0].quality.dtype.names or ()) if known is not None else tuple(calvae.QC)
@@ -197,6 +203,10 @@ def tabulate(
                 values[name][place] = inference.quality[name][row]
             for name, value in zip(_COUNTS, counts.of(roi, inference, row), strict=True):
                 values[name][place] = value
+    for column, numbers in (more or {}).items():
+        if numbers:
+            columns.append(column)
+            values[column.name] = np.array([numbers.get(roi, np.nan) for roi in rois])
     return Table(tuple(rois), tuple(columns), values, sum(roi in rows for roi in rois))
 
 

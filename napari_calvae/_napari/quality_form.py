@@ -115,6 +115,9 @@ class QualityForm(QWidget):
         self.colour = _box(["none"], "Colour the ROIs of the Labels layer by verdict or by a number")
         self.distribution = Distribution()
         self.infer_all = _button("Infer all", "Infer every ROI that has no numbers yet")
+        self.gap = _button(
+            "Gap", "Refine the chosen cells to see how much the network's answer misses (nats/s): seconds each"
+        )
         self.csv = _button("CSV…", "Save the listed cells, in this order, as a table of comma-separated values")
         self.python = _button("Copy as Python", "Copy a script that infers the same again, with all settings")
         self.figure = _button("Figure…", "Save the picture of the picked ROI, over the time in view, as PNG or SVG")
@@ -134,12 +137,22 @@ class QualityForm(QWidget):
         layout.addWidget(self.table, 1)
         layout.addLayout(_line(self.accept, self.reject, self.clear, self.undo, self.redo, stretch=None))
         layout.addLayout(_line(self.note, self.worst, self.next, stretch=self.note))
-        layout.addLayout(_line(QLabel("Colour by"), self.colour, self.infer_all, stretch=self.colour))
+        layout.addLayout(_line(QLabel("Colour by"), self.colour, self.gap, self.infer_all, stretch=self.colour))
         layout.addWidget(self.distribution)
         layout.addLayout(_line(self.csv, self.python, self.figure, stretch=None))
         layout.addWidget(self.status)
         order = [self.listed, self.filter, self.keys, self.table, self.accept, self.reject, self.clear, self.undo]
-        order += [self.redo, self.note, self.worst, self.next, self.colour, self.infer_all, self.csv, self.python]
+        order += [
+            self.redo,
+            self.note,
+            self.worst,
+            self.next,
+            self.colour,
+            self.gap,
+            self.infer_all,
+            self.csv,
+            self.python,
+        ]
         for before, after in zip(order, [*order[1:], self.figure], strict=False):
             QWidget.setTabOrder(before, after)
 

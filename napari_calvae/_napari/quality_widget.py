@@ -15,13 +15,14 @@ from qtpy.QtGui import QCursor
 from qtpy.QtWidgets import QFileDialog, QToolTip, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import figure, judging, roi_layer, script, session
+from napari_calvae._napari import answers, figure, gaps, judging, roi_layer, script, session
 from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.inference_widget import InferenceWidget
 from napari_calvae._napari.keys import KEYS, Keys
 from napari_calvae._napari.plot_items import Palette
 from napari_calvae._napari.quality_form import QualityForm
 from napari_calvae._napari.quality_model import QualityModel
+from napari_calvae._napari.work import Worker
 
 #: Milliseconds within which changes are gathered: results may come ROI by ROI.
 PATIENCE = 120
@@ -37,7 +38,8 @@ class QualityWidget(QWidget):
         self._closed = self._attached = self._placing = False
         self._inference: InferenceWidget | None = None
         self._shown: judging.Column | None = None
-        self._counts = judging.Counts()
+        self._counts, self._gaps = judging.Counts(), gaps.KnownGaps()
+        self._requests, self._worker = answers.Requests(), Worker(self)
         self.table, self.view = judging.Table(), judging.View()
         self.rois = roi_layer.JudgedRois(self._later_refresh)
         self.current: int | None = None
@@ -76,6 +78,7 @@ class QualityWidget(QWidget):
             form.worst: self.worst_cell,
             form.next: self.next_unjudged,
             form.infer_all: self.infer_all,
+            form.gap: self.ask_gaps,
             form.csv: lambda: self._save_as("Table of cells", "cells.csv", "Table (*.csv)", self.save_table),
             form.python: self.copy_script,
             form.keys: lambda: QToolTip.showText(QCursor.pos(), form.keys.toolTip(), form.keys),
@@ -84,6 +87,7 @@ class QualityWidget(QWidget):
             ),
         }.items():
             button.clicked.connect(_alone(action))
+        self._worker.message.connect(self._on_gap)
         get_qapp().aboutToQuit.connect(self.close_down)
         self.attach()
 
@@ -111,7 +115,8 @@ class QualityWidget(QWidget):
         self.rois.take(choices.roi_layer)
         known = self._inference.results.known(key)  # none if they belong to other ROIs or settings
         rows = {roi: self._inference.results.rows[roi] for roi in masks.ids if roi in known}
-        self.table = judging.tabulate(masks.ids, rows, self._counts)
+        gap = judging.Column(*gaps.COLUMN)
+        self.table = judging.tabulate(masks.ids, rows, self._counts, {gap: self._gaps.of(rows)})
         self.current = self._inference.picked_roi if self._inference.picked_roi in masks.ids else None
         self._arrange()
 
@@ -310,6 +315,31 @@ class QualityWidget(QWidget):
         if self._inference is not None:
             self._inference.infer_all()
 
+    def ask_gaps(self) -> None:
+        """Refine the chosen cells, one after the other, and add what that gains to the table."""
+        if self._inference is None:
+            return
+        key = self._inference.choices.rois()[0]
+        known = self._inference.results.known(key)
+        wanted = [roi for roi in self._chosen() if roi in known]
+        if not wanted:
+            self.form.say("Choose rows of inferred cells first: each takes some seconds.")
+            return
+        rows = {roi: self._inference.results.rows[roi] for roi in wanted}
+        self.form.say(f"Refining {len(wanted)} cells …" if len(wanted) > 1 else f"Refining ROI {wanted[0]} …")
+        self._worker.start(gaps.iter_gaps(self._requests.new(), rows, wanted, key[-1].model))
+
+    def _on_gap(self, message: gaps.Gap | answers.Failure) -> None:
+        if not self._requests.wants(message.number):
+            return
+        if isinstance(message, answers.Failure):
+            self.form.say(message.sentence, error=True)
+            return
+        self._gaps.add(message)
+        self.refresh()
+        more = f" {message.left} to go." if message.left else ""
+        self.form.say(f"ROI {message.roi}: refining gains {message.value:.2f} nats/s.{more}")
+
     def save_table(self, path: str | Path) -> None:
         """Write the listed ROIs as comma-separated values."""
         script.write_whole(path, judging.csv_text(self.table, self.model.order, self.judged))
@@ -416,6 +446,7 @@ class QualityWidget(QWidget):
             return
         self._attached = False
         self._later.stop()
+        self._worker.close()
         self._keys.close()
         self.rois.let_go()
         self._viewer.events.theme.disconnect(self._on_theme)

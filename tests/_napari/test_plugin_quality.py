@@ -612,3 +612,31 @@ def test_the_question_mark_lists_the_keys(qtbot, show_movie, open_table):
     assert "W: worst cell by the sorted column" in QToolTip.text()
     QToolTip.hideText()
     qtbot.waitUntil(lambda: not QToolTip.isVisible())
+
+
+def test_the_amortization_gap_of_chosen_cells_on_request(qtbot, show_movie, open_table, monkeypatch):
+    from types import SimpleNamespace
+
+    asked = []
+
+    def diagnose(traces, model):
+        asked.append((traces.roi_ids, traces.duration, model))
+        return SimpleNamespace(amortization_gap=np.array([0.5 + traces.roi_ids[0]]))
+
+    monkeypatch.setitem(vars(calvae), "diagnose", diagnose)
+    show_movie()
+    inference, widget = open_table()
+    qtbot.mouseClick(widget.form.gap, BUTTON)
+    assert "rows of inferred cells first" in widget.form.status.text()
+    infer_all(qtbot, widget)
+    assert "amortization_gap" not in widget.model.names
+    click_row(widget, 2)
+    qtbot.mouseClick(widget.form.gap, BUTTON)
+    qtbot.waitUntil(lambda: "amortization_gap" in widget.model.names, timeout=10_000)
+    assert asked == [((2,), 20.0, "universal")]
+    shown = dict(zip(widget.model.order, cells(widget, "amortization_gap"), strict=True))
+    assert float(shown[2]) == 2.5
+    assert shown[1] == shown[3] == ""
+    assert "refining gains 2.50 nats/s" in widget.form.status.text()
+    inference.controls.samples.setValue(20)  # another result: its gap is not known
+    qtbot.waitUntil(lambda: "amortization_gap" not in widget.model.names, timeout=10_000)
