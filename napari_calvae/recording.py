@@ -194,7 +194,7 @@ class RoiMasks:
                 f"ROIs: expected one id and one weight array per ROI, all ids different; "
                 f"got {len(pixels)} ROIs, {len(set(ids))} ids, {len(weights)} weight arrays."
             )
-        for roi, p, w in zip(ids, pixels, weights, strict=True):
+        for roi, p, w in () if _all_inside(pixels, weights, shape) else zip(ids, pixels, weights, strict=True):
             if not len(p) or not w.sum() > 0:
                 raise RecordingError(
                     f"ROI {roi}: expected at least one pixel inside the image of {shape[0]} × {shape[1]} pixels, "
@@ -225,6 +225,8 @@ class RoiMasks:
         if not len(inside):
             raise RecordingError("label image: expected at least one label above 0, got only background.")
         labels = flat[inside]
+        if labels.max() < 65_536:
+            labels = labels.astype(np.uint16)  # sorted several times faster
         order = np.argsort(labels, kind="stable")
         ids, first = np.unique(labels[order], return_index=True)
         return cls(image.shape, tuple(np.split(inside[order], first[1:])), tuple(ids.tolist()))
@@ -236,14 +238,15 @@ class RoiMasks:
         """Discs of one ``diameter`` (pixels) around ``centres`` (y, x), cut at the border of the image."""
         if not diameter > 0:
             raise RecordingError(f"diameter: expected a positive number of pixels, got {diameter}.")
-        height, width = shape
-        discs = []
-        for cy, cx in centres:
-            y = np.arange(max(math.floor(cy - diameter / 2), 0), min(math.ceil(cy + diameter / 2) + 1, height))
-            x = np.arange(max(math.floor(cx - diameter / 2), 0), min(math.ceil(cx + diameter / 2) + 1, width))
-            inside = (y[:, None] - cy) ** 2 + (x - cx) ** 2 <= (diameter / 2) ** 2
-            discs.append((y[:, None] * width + x)[inside])
-        return cls(shape, tuple(discs), tuple(ids))
+        places = np.array([(float(cy), float(cx)) for cy, cx in centres]).reshape(-1, 2)
+        first = np.floor(places - diameter / 2).astype(np.int64)
+        steps = np.arange(math.ceil(diameter) + 2)
+        y, x = (first[:, [axis]] + steps for axis in (0, 1))
+        inside = (y - places[:, :1])[:, :, None] ** 2 + (x - places[:, 1:])[:, None] ** 2 <= (diameter / 2) ** 2
+        inside &= ((y >= 0) & (y < shape[0]))[:, :, None] & ((x >= 0) & (x < shape[1]))[:, None]
+        flat = (y[:, :, None] * shape[1] + x[:, None])[inside]
+        ends = np.cumsum(inside.sum(axis=(1, 2)))
+        return cls(shape, tuple(np.split(flat, ends[:-1])) if len(places) else (), tuple(ids))
 
     @property
     def centroids(self) -> np.ndarray:
@@ -261,6 +264,16 @@ class RoiMasks:
         for roi, pixels in zip(self.ids, self.pixels, strict=True):
             image[pixels] = roi
         return image.reshape(self.shape)
+
+
+def _all_inside(pixels: Sequence[np.ndarray], weights: Sequence[np.ndarray], shape: tuple[int, int]) -> bool:
+    """Whether every ROI has pixels, all in the image, and a weight for each: asked at once, for there are thousands."""
+    lengths = np.array([len(p) for p in pixels])
+    if not lengths.all() or lengths.tolist() != [len(w) for w in weights]:
+        return False
+    every = np.concatenate(pixels)
+    total = np.add.reduceat(np.concatenate(weights), np.cumsum(lengths) - lengths)
+    return bool(every.min() >= 0 and every.max() < shape[0] * shape[1] and (total > 0).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,7 @@ import numpy as np
 from napari.layers import Image, Labels, Layer, Points, Shapes
 
 import napari_calvae as calvae
-from napari_calvae._napari import session
-
-#: Shapes that have an inside.
-_AREAS = ("ellipse", "polygon", "rectangle")
+from napari_calvae._napari import session, shapes
 
 
 @dataclass(frozen=True)
@@ -88,26 +85,27 @@ class RoiReader:
 
     def _shapes(self, layer: Shapes, view: View) -> np.ndarray:
         """Shapes are drawn one by one: of a thousand, only the one that was edited has to be drawn again."""
-        drawn: dict[tuple, np.ndarray] = {}
-        outlines: list[tuple[int, tuple, np.ndarray]] = []
-        for index, (points, kind) in enumerate(zip(layer.data, layer.shape_type, strict=True)):
-            if kind not in _AREAS:
+        image = np.zeros(view.size, np.int32)
+        if not layer.nshapes:
+            return image
+        kinds = list(layer.shape_type)
+        for index, kind in enumerate(kinds):
+            if kind not in shapes.AREAS:
                 raise calvae.RecordingError(
                     f"ROIs: expected ellipses, polygons and rectangles, got a {kind} (shape {index + 1} of the layer). "
                     "Delete it, or draw a polygon."
                 )
-            place = view.pixels(layer, points)
+        outlines = [np.asarray(points) for points in layer.data]
+        ends = np.cumsum([len(points) for points in outlines])
+        drawn: dict[tuple, np.ndarray] = {}
+        places = np.split(view.pixels(layer, np.concatenate(outlines)), ends[:-1])
+        for index, (kind, place) in enumerate(zip(kinds, places, strict=True)):
             if view.shown(place):
-                outlines.append((index + 1, (kind, view.size, place[:, -2:].tobytes()), place[:, -2:]))
-        missing = [(key, place) for _, key, place in outlines if key not in self._drawn]
-        if missing:
-            kinds = [key[0] for key, _ in missing]
-            masks = Shapes([place for _, place in missing], shape_type=kinds).to_masks(mask_shape=view.size)
-            self._drawn |= {key: np.flatnonzero(mask) for (key, _), mask in zip(missing, masks, strict=True)}
-        image = np.zeros(view.size, np.int32)
-        for roi, key, _ in outlines:
-            drawn[key] = self._drawn[key]
-            image.ravel()[drawn[key]] = roi
+                corners = np.ascontiguousarray(place[:, -2:])
+                key = kind, view.size, corners.tobytes()
+                known = self._drawn.get(key)
+                drawn[key] = shapes.pixels_inside(kind, corners, view.size) if known is None else known
+                image.ravel()[drawn[key]] = index + 1
         self._drawn = drawn
         return image
 
@@ -121,4 +119,6 @@ class RoiReader:
         placed += [movie.scale.tolist(), movie.translate.tolist()]
         if isinstance(layer, Points):
             return [np.asarray(layer.data), view.diameter, *placed]
-        return [*(np.asarray(points) for points in layer.data), *layer.shape_type, *placed]
+        points = [np.asarray(points) for points in layer.data]
+        together = np.concatenate(points) if points else np.empty(0)
+        return [together, [len(each) for each in points], list(layer.shape_type), *placed]

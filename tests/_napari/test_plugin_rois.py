@@ -1,0 +1,136 @@
+"""From layers to label images, without a viewer: against pixel-by-pixel geometry, and against reading afresh."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from napari.layers import Image, Labels, Points, Shapes
+
+import napari_calvae as calvae
+from napari_calvae._napari import answers, script, session
+from napari_calvae._napari.roi_reader import RoiReader, View
+from napari_calvae._napari.shapes import pixels_inside
+
+SIZE = (40, 50)
+
+
+def test_pixels_of_shapes_have_their_centre_inside():
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    box = np.array([(10.2, 12.3), (10.2, 30.1), (21.4, 30.1), (21.4, 12.3)])
+    inside = (y >= 10.2) & (y <= 21.4) & (x >= 12.3) & (x <= 30.1)
+    for kind in ("rectangle", "polygon"):
+        np.testing.assert_array_equal(np.sort(pixels_inside(kind, box, SIZE)), np.flatnonzero(inside))
+    round_ = ((y - 15.8) / 5.6) ** 2 + ((x - 21.2) / 8.9) ** 2 <= 1
+    np.testing.assert_array_equal(np.sort(pixels_inside("ellipse", box, SIZE)), np.flatnonzero(round_))
+    turned = np.roll(box, 1, axis=0)
+    np.testing.assert_array_equal(np.sort(pixels_inside("ellipse", turned, SIZE)), np.flatnonzero(round_))
+    triangle = np.array([(0.0, 0.0), (0.0, 10.5), (10.5, 0.0)])
+    np.testing.assert_array_equal(np.sort(pixels_inside("polygon", triangle, SIZE)), np.flatnonzero(y + x <= 10.5))
+
+
+@pytest.mark.parametrize("kind", ["rectangle", "polygon", "ellipse"])
+def test_shapes_over_the_edge_are_cut_and_flat_ones_are_empty(kind):
+    box = np.array([(-5.0, -6.0), (-5.0, 6.0), (5.0, 6.0), (5.0, -6.0)])
+    pixels = pixels_inside(kind, box, SIZE)
+    y, x = np.divmod(pixels, SIZE[1])
+    assert len(pixels)
+    assert y.max() <= 5
+    assert x.max() <= 6
+    assert not len(pixels_inside(kind, box - 100, SIZE))
+    assert len(pixels_inside(kind, np.tile((3.5, 3.5), (4, 1)), SIZE)) <= 1
+
+
+def test_an_oblique_ellipse_has_its_area():
+    turn = np.array([(np.cos(0.6), -np.sin(0.6)), (np.sin(0.6), np.cos(0.6))])
+    box = np.array([(-8.0, -4.0), (-8.0, 4.0), (8.0, 4.0), (8.0, -4.0)]) @ turn.T + 20
+    assert len(pixels_inside("ellipse", box, SIZE)) == pytest.approx(np.pi * 32, rel=0.05)
+
+
+def test_layers_in_other_coordinates_land_on_the_same_pixels():
+    movie = Image(np.zeros((5, *SIZE)), scale=(0.1, 2, 2), translate=(0, 10, 20))
+    pixels = np.array([(5, 5), (5, 15), (12, 15), (12, 5)], float)
+    plain = RoiReader().labels(Shapes([pixels], shape_type="polygon"), View(Image(np.zeros((5, *SIZE)))))
+    world = pixels * 2 + (10, 20)
+    micrometres = Shapes([(world - 3) / 0.5], shape_type="polygon", scale=(0.5, 0.5), translate=(3, 3))
+    over_time = Shapes([np.insert(world, 0, 0.2, axis=1)], shape_type="polygon")
+    for layer in (micrometres, over_time):
+        np.testing.assert_array_equal(RoiReader().labels(layer, View(movie)), plain)
+    points = Points([(0.3, 10 + 2 * 9, 20 + 2 * 11)])
+    image = RoiReader().labels(points, View(movie, diameter=5))
+    assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((9, 11))
+
+
+@pytest.mark.parametrize("kind", ["labels", "shapes", "points"])
+def test_reading_after_any_edit_equals_reading_afresh(kind):
+    rng = np.random.default_rng(5)
+    view = View(Image(np.zeros((5, *SIZE))), diameter=6)
+    if kind == "labels":
+        layer = Labels(rng.integers(0, 3, SIZE))
+    elif kind == "points":
+        layer = Points(rng.uniform(0, 40, (6, 2)))
+    else:
+        layer = Shapes([rng.uniform(0, 40, (4, 2)) for _ in range(6)], shape_type="polygon")
+    reader = RoiReader()
+    for step in range(25):
+        if kind == "labels":
+            layer.data[tuple(rng.integers(0, 40, 2))] = rng.integers(0, 5)
+        elif kind == "points":
+            layer.data = layer.data + rng.normal(size=(6, 2)) * (rng.random((6, 1)) < 0.3)
+        elif step % 8 == 7:
+            layer.add(rng.uniform(0, 40, (4, 2)), shape_type="rectangle")
+        else:
+            data = layer.data
+            data[step % 6] = data[step % 6] + rng.normal(size=2)
+            layer.data = data
+        for neuropil in (True, False):
+            marks, image, masks = reader.read(layer, view, neuropil)
+            again, fresh, _ = RoiReader().read(layer, view, neuropil)
+            assert marks == again
+            np.testing.assert_array_equal(image, fresh)
+            np.testing.assert_array_equal(masks.to_labels(), fresh)
+
+
+def test_nothing_on_the_plane_is_said_so():
+    view = View(Image(np.zeros((5, *SIZE))))
+    for layer in (Labels(np.zeros(SIZE, int)), Points(ndim=2), Shapes(ndim=2), Points([(500, 500)])):
+        reader = RoiReader()
+        assert not reader.image(layer, view).any()
+        with pytest.raises(session.NoRois, match=f"got none in the {type(layer).__name__} layer"):
+            reader.read(layer, view, True)
+
+
+def test_an_edit_of_a_thousand_rois_is_read_within_a_fiftieth_of_a_second():
+    places = [(8 + 16 * i, 8 + 16 * j) for i in range(32) for j in range(32)][:1000]
+    layer = Labels(calvae.RoiMasks.from_discs(places, 10, (512, 512)).to_labels())
+    view, reader, took = View(Image(np.zeros((2, 512, 512), np.uint8))), RoiReader(), []
+    for k in range(6):
+        layer.data[100 + k, 100] = 3
+        began = time.perf_counter()
+        reader.read(layer, view, True)
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.05  # 0.014 s on a core of its own
+
+
+@pytest.mark.parametrize("own", [{"baseline_percentile": 25.0}, {"baseline_window": 12.0, "amplitude": 0.3}])
+def test_the_script_says_baseline_and_amplitude(own):
+    settings = answers.Settings(frame_rate=10.0, n_samples=2, **own)
+    text = script.script(script.Source(None, None, np.ones((4, 4), int)), settings)
+    rng = np.random.default_rng(0)
+    traces = calvae.Traces(rng.normal(100, 3, (2, 300)) + 40 * (rng.random((2, 300)) < 0.02), 10.0, unit="raw")
+    lines = text[text.index("traces = calvae.extract") : text.index("rate = ")].splitlines()[1:]
+    scope = {"traces": traces, "calvae": calvae}
+    exec("\n".join(lines), scope)
+    request = answers.with_baseline(traces, settings)
+    given = {} if settings.amplitude is None else {"amplitude": settings.amplitude}
+    expected = calvae.infer(request, n_samples=2, **given)
+    np.testing.assert_array_equal(scope["result"].traces.values, request.values)
+    np.testing.assert_allclose(scope["result"].rate, expected.rate, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_left_open_is_as_the_model_was_trained():
+    traces = calvae.Traces(np.random.default_rng(0).normal(100, 3, (1, 900)), 10.0, unit="raw")
+    assumed = calvae.load_model().preprocessing
+    got = answers.with_baseline(traces, answers.Settings(10.0, baseline_percentile=40.0))
+    np.testing.assert_array_equal(got.values, calvae.delta_f_over_f(traces, assumed.baseline_window, 40.0).values)
