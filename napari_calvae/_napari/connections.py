@@ -87,6 +87,11 @@ class ConnectionPanel(QWidget):
         layout.setContentsMargins(0, 2, 0, 0)
         layout.addLayout(left, 1)
         layout.addLayout(right, 1)
+        self.clear()
+
+    def clear(self) -> None:
+        """Show nothing."""
+        self.title.setText(_HINT)
         self.graphics.ci.setOpacity(0)
 
     def set_palette(self, palette: Palette) -> None:
@@ -134,7 +139,7 @@ class ConnectionPanel(QWidget):
             [[written(c) for _, written in _COLUMNS.values()] for c in listed],
             [f"{c.strength:+.3f} ± {c.std:.3f} spikes per spike" for c in listed],
         )
-        self.csv.setEnabled(True)
+        self.csv.setEnabled(bool(self.found))
 
     def _on_chosen(self, row: int) -> None:
         one = self.found[row]

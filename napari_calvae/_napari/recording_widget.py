@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class RecordingWidget(QWidget):
     """Has a bar to start work with and plots over time; what is worked out is up to its kinds.
 
     A kind says which work the start button asks for (``_order``), how a message of it is shown (``_show_message``),
-    what changes with movie and ROIs (``_on_layers``), and what with the picked ROI (``_on_picked``).
+    what it has to offer for these ROIs (``_offer``), what is shown of a picked one (``_on_picked``), and what is to be
+    undone when work ends without a result (``_on_stopped``).
 
     ``finished`` is emitted when a result is shown, ``failed`` with the sentence that tells why there is none.
     """
@@ -41,6 +43,9 @@ class RecordingWidget(QWidget):
         self._closed = self._attached = False
         self._requests = answers.Requests()
         self._inference: InferenceWidget | None = None
+        #: Movie and ROIs that were asked about, and those that the result shown was made of.
+        self._asked_of: tuple | None = None
+        self._made_of: tuple | None = None
         self.setMinimumHeight(height)
         self._worker = Worker(self)
         self._manners = DockManners(self, height, leave=self.detach, stay=self.attach, gone=self.close_down)
@@ -60,8 +65,11 @@ class RecordingWidget(QWidget):
         """Show what the work tells."""
         raise NotImplementedError
 
-    def _on_layers(self, *_: object) -> None:
-        """Offer what the movie and the ROIs have."""
+    def _offer(self, rois: calvae.RoiMasks) -> None:
+        """Offer what can be done with these ROIs."""
+
+    def _on_stopped(self) -> None:
+        """Show again what was there before the work."""
 
     def _on_picked(self, roi: int) -> None:
         """Show the ROI that was picked in the movie."""
@@ -75,6 +83,7 @@ class RecordingWidget(QWidget):
         """Do the work."""
         number = self._requests.new()
         try:
+            self._asked_of = self.inference.choices.rois()[0][:3]
             work = self._order(number)
         except (calvae.RecordingError, OSError, ValueError) as error:
             self._fail(session.explain(error))
@@ -92,6 +101,14 @@ class RecordingWidget(QWidget):
         self._requests.new()
         self._worker.stop()
         self.bar.set_running(False)
+        self._on_stopped()
+
+    def _done(self, sentence: str) -> None:
+        """Say that a result is shown."""
+        self._made_of = self._asked_of
+        self.bar.set_running(False)
+        self.bar.say(sentence)
+        self.finished.emit()
 
     def _on_message(self, message: Any) -> None:
         if not self._requests.wants(message.number):
@@ -100,6 +117,7 @@ class RecordingWidget(QWidget):
             self.bar.show_progress(message.fraction, message.doing)
         elif isinstance(message, answers.Failure):
             self.bar.set_running(False)
+            self._on_stopped()
             self._fail(message.sentence)
         else:
             self._show_message(message)
@@ -108,6 +126,11 @@ class RecordingWidget(QWidget):
         self.bar.say(sentence, error=True)
         show_error(sentence)
         self.failed.emit(sentence)
+
+    def _tab_through(self, *widgets: QWidget) -> None:
+        """Let the tab key go through these, and the bar's buttons among them, in this order."""
+        for one, other in itertools.pairwise(widgets):
+            QWidget.setTabOrder(one, other)
 
     def save(self, title: str, name: str, kinds: str, write: Callable[[Path], str]) -> None:
         """Ask for a file and write into it; ``write`` returns what was done, in words."""
@@ -126,6 +149,7 @@ class RecordingWidget(QWidget):
         """The inference widget of this viewer; it is opened if it is not."""
         inference = InferenceWidget.of(self._viewer)
         if inference is not self._inference:
+            self._let_go()
             self._inference = inference
             for signal, slot in self._links(inference):
                 signal.connect(slot)
@@ -134,9 +158,26 @@ class RecordingWidget(QWidget):
     def _links(self, inference: InferenceWidget) -> list[tuple[Any, Callable[..., None]]]:
         return [
             (inference.controls.layers_chosen, self._on_layers),
+            (inference.controls.frame_rate_typed, self._on_layers),  # without one, ROIs are not read
             (inference.shown, self._on_picked),
             (inference.destroyed, self._on_inference_gone),
         ]
+
+    def _let_go(self) -> None:
+        if self._inference is not None:
+            for signal, slot in self._links(self._inference):
+                signal.disconnect(slot)
+        self._inference = None
+
+    def _on_layers(self, *_: object) -> None:
+        """Offer what movie and ROIs have; say so where what is shown was made of others."""
+        try:
+            key, _labels, rois = self.inference.choices.rois()
+        except (calvae.RecordingError, ValueError):
+            return  # said when the work is asked for
+        self._offer(rois)
+        if self._made_of not in (None, key[:3]):
+            self.bar.say(f"What is shown was made of another movie or other ROIs: press {self.bar.start.text()} again.")
 
     def _on_inference_gone(self, *_: object) -> None:
         self._inference = None
@@ -185,10 +226,7 @@ class RecordingWidget(QWidget):
         self._attached = False
         self._viewer.events.theme.disconnect(self._on_theme)
         self._viewer.dims.events.point.disconnect(self._on_slider)
-        if self._inference is not None:
-            for signal, slot in self._links(self._inference):
-                signal.disconnect(slot)
-        self._inference = None
+        self._let_go()
         self._stop()
         self._worker.close()
 

@@ -23,7 +23,6 @@ from qtpy.QtWidgets import (
 import napari_calvae as calvae
 from napari_calvae._napari import dendrite
 from napari_calvae._napari.dendrite_plots import DendritePlots
-from napari_calvae._napari.inference_widget import InferenceWidget
 from napari_calvae._napari.number_table import NumberTable
 from napari_calvae._napari.recording_widget import RecordingWidget
 from napari_calvae._napari.run_bar import RunBar
@@ -113,25 +112,28 @@ class SpineWidget(RecordingWidget):
         layout.setContentsMargins(6, 4, 4, 2)
         layout.addWidget(panel)
         layout.addWidget(self.plots, 1)
+        self._tab_through(
+            self.shaft,
+            self.use_picked,
+            self.spines,
+            self.neuropil,
+            self.bar.start,
+            self.bar.cancel,
+            self.table,
+            self.csv,
+        )
 
     # Shaft and spines
 
-    def _on_layers(self, *_: object) -> None:
-        try:
-            masks = self.inference.choices.rois()[2]
-        except (calvae.RecordingError, ValueError):
-            return  # said when Separate is pressed
-        self._offer(masks)
-
-    def _offer(self, masks: calvae.RoiMasks) -> None:
+    def _offer(self, rois: calvae.RoiMasks) -> None:
         """Offer these ROIs for the shaft; what was chosen stays, else it is the one that looks like it."""
         before = self.shaft.currentData()
-        keep = self._shaft_is_chosen and before in masks.ids
+        keep = self._shaft_is_chosen and before in rois.ids
         blocker = QSignalBlocker(self.shaft)
         self.shaft.clear()
-        for roi in masks.ids:
+        for roi in rois.ids:
             self.shaft.addItem(f"ROI {roi}", roi)
-        self.shaft.setCurrentIndex(self.shaft.findData(before if keep else dendrite.guess_shaft(masks)))
+        self.shaft.setCurrentIndex(self.shaft.findData(before if keep else dendrite.guess_shaft(rois)))
         blocker.unblock()
         self._shaft_is_chosen = keep
 
@@ -162,13 +164,11 @@ class SpineWidget(RecordingWidget):
     # What is shown
 
     def _show_message(self, message: Any) -> None:
-        self.bar.set_running(False)
-        self.show_result(message.result)
         result = message.result
-        self.bar.say(
+        self.show_result(result)
+        self._done(
             f"{len(result.spines)} spines of shaft {result.shaft} separated, {result.inference.n_samples} samples each."
         )
-        self.finished.emit()
 
     def show_result(self, result: calvae.SpineInference) -> None:
         """Show numbers and pictures of a dendrite; the spine that was chosen stays so if it is still there."""
@@ -199,10 +199,6 @@ class SpineWidget(RecordingWidget):
     def _on_picked(self, roi: int) -> None:
         if self.result is not None and roi in self.result.spines:
             self.table.choose(self.result.spines.index(roi))
-
-    def _links(self, inference: InferenceWidget) -> list[tuple[Any, Callable[..., None]]]:
-        # A typed frame rate lets the ROIs be read.
-        return [*super()._links(inference), (inference.controls.frame_rate_typed, self._on_layers)]
 
     def _on_save(self, *_: object) -> None:
         self.save("Table of spines", "spines.csv", "Table (*.csv)", self.save_table)

@@ -119,29 +119,39 @@ class StimulationWidget(RecordingWidget):
         layout.setContentsMargins(6, 4, 4, 2)
         layout.addWidget(panel)
         layout.addWidget(self.pages, 1)
+        self._tab_through(
+            self.load, self.settle, self.samples, self.bar.start, self.bar.cancel, self.table, self.csv, self.pages
+        )
 
     # Pulses
 
-    def _on_layers(self, *_: object) -> None:
+    def _offer(self, rois: calvae.RoiMasks) -> None:
+        """Take the pulses that the layers hold, unless a file was loaded."""
+        if isinstance(self.source, Path):
+            return
         choices = self.inference.choices
-        found = pulses.in_metadata(choices.roi_layer, choices.movie)
-        if self.source is None and found is not None:
-            self._take(found, "found in the layer")
+        self.source = pulses.in_metadata(choices.roi_layer, choices.movie)
+        self.told.setText(_NONE)
+        if self.source is not None:
+            try:
+                self.told.setText(f"{self._checked(self.source)[1]} (found in the layer).")
+            except (calvae.RecordingError, ValueError) as error:
+                self.told.setText(session.explain(error))
 
     def _on_load(self, *_: object) -> None:
         name = QFileDialog.getOpenFileName(self, "Pulses of light", "", "Pulses (*.csv *.npz)")[0]
         if name:
-            self._take(Path(name), Path(name).name)
+            self.load_file(Path(name))
 
-    def _take(self, source: pulses.Source, origin: str) -> None:
-        """Believe these pulses if they go with movie and ROIs."""
+    def load_file(self, path: Path) -> None:
+        """Believe the pulses in a file if they go with movie and ROIs."""
         try:
-            words = self._checked(source)[1]
+            words = self._checked(path)[1]
         except (calvae.RecordingError, OSError, ValueError) as error:
             self._fail(session.explain(error))
             return
-        self.source = source
-        self.told.setText(f"{words} ({origin}).")
+        self.source = path
+        self.told.setText(f"{words} ({path.name}).")
         self.bar.say("Press Estimate to tell artefact and response apart.")
 
     def _checked(self, source: pulses.Source) -> tuple[calvae.Stimulation, str]:
@@ -152,10 +162,9 @@ class StimulationWidget(RecordingWidget):
         return stimulation, pulses.check(stimulation, masks, choices.frames.shape[0] / key[-1].frame_rate)
 
     def _order(self, number: int) -> Iterator[Any]:
-        if self.source is None:
-            self._on_layers()
         choices = self.inference.choices
         key, _, masks = choices.rois()
+        self._offer(masks)
         if self.source is None:
             raise calvae.RecordingError("Pulses: expected when and where light was given, got none. Load a file first.")
         stimulation, _ = self._checked(self.source)
@@ -180,13 +189,15 @@ class StimulationWidget(RecordingWidget):
             self.bar.show_progress(message.fraction, message.words)
             self.connections.show_matrix(message.connectivity, self._ids, "this sweep")
             return
-        self.bar.set_running(False)
         self.show_result(message.result)
-        self.bar.say(
-            f"{message.result.spikes.n_samples} samples in {told(message.seconds)}. "
-            "Click a cell, or look at Connections."
-        )
-        self.finished.emit()
+        n_samples = message.result.spikes.n_samples
+        self._done(f"{n_samples} samples in {told(message.seconds)}. Click a cell, or look at Connections.")
+
+    def _on_stopped(self) -> None:
+        if self.result is not None:
+            self.connections.show_result(self.result)
+        else:
+            self.connections.clear()
 
     def show_result(self, result: calvae.AllOpticalInference) -> None:
         """Show a result; the cell that was picked, or else the first."""

@@ -247,6 +247,24 @@ def test_what_is_missing_or_wrong_is_said(qtbot, open_stimulation, monkeypatch, 
     assert widget.told.text() == "No pulses yet."
 
 
+def test_pulses_in_a_layer_go_with_the_layer_and_those_of_a_file_stay(
+    qtbot, open_stimulation, scene, viewer, quick, tmp_path
+):
+    inference, widget = open_stimulation(stimulation={"onset": [1.0], "duration": 0.1, "roi": [9]})
+    assert "ids of ROIs as targets, got 9" in widget.told.text()
+    show(viewer, scene[0].copy(), scene[1], stimulation=scene[2])
+    box = inference.controls.movie
+    box.setCurrentIndex(box.findData(viewer.layers["movie [1]"]))
+    assert widget.told.text().endswith("(found in the layer).")
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        press(qtbot, widget.bar.start)
+    write_table(tmp_path / "mine.csv", scene[2])
+    widget.load_file(tmp_path / "mine.csv")
+    box.setCurrentIndex(box.findData(viewer.layers["movie"]))
+    assert widget.told.text().endswith("(mine.csv).")
+    assert "made of another movie or other ROIs: press Estimate again" in widget.bar.status.text()
+
+
 def test_cancelled_work_shows_nothing(qtbot, open_stimulation, quick, scene):
     _, gate = quick
     _, widget = open_stimulation(stimulation=scene[2])
@@ -259,6 +277,7 @@ def test_cancelled_work_shows_nothing(qtbot, open_stimulation, quick, scene):
     gate.set()
     qtbot.waitUntil(lambda: not widget._worker.busy)
     assert widget.result is None
+    assert widget.connections.graphics.ci.opacity() == 0
     assert "Cancelled" in widget.bar.status.text()
     assert widget.bar.start.isEnabled()
 
@@ -268,6 +287,13 @@ def test_it_fits_a_small_window_and_follows_the_theme(qtbot, open_stimulation, q
     viewer.window.resize(1280, 800)
     QApplication.processEvents()
     assert widget.minimumSizeHint().width() <= 640
+    order, one = [], widget.load
+    for _ in range(6):
+        order.append(one)
+        one = one.nextInFocusChain()
+        while one.focusPolicy() == Qt.FocusPolicy.NoFocus or one.focusProxy() is not None:
+            one = one.nextInFocusChain()
+    assert order == [widget.load, widget.settle, widget.samples, widget.bar.start, widget.bar.cancel, widget.table]
     for control in (widget.load, widget.settle, widget.samples, widget.table, widget.csv, widget.connections.csv):
         assert control.toolTip()
     viewer.theme = "light"
