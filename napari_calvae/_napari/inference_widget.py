@@ -26,7 +26,7 @@ from napari_calvae._napari.plots import Palette, PosteriorPlots
 from napari_calvae._napari.work import Worker
 
 #: Height (pixels) that the plots ask for when docked at the bottom.
-HEIGHT = 330
+HEIGHT, HEIGHT_PINNED = 330, 404
 #: Wait (ms) for a posterior before the picked ROI is outlined all the same.
 OUTLINE_AFTER = 300
 #: The newest widget of each viewer that is not closed.
@@ -69,6 +69,9 @@ class InferenceWidget(QWidget):
         layout.addWidget(self.controls)
         layout.addWidget(self.plots, 1)
         self.setMinimumHeight(HEIGHT)
+        # The dock grows for pinned cells, so that the picked one stays legible.
+        pinned = self.plots.pinned
+        pinned.changed.connect(lambda: self.setMinimumHeight(HEIGHT_PINNED if pinned.cells else HEIGHT))
         self._clicked, self._batch = Worker(self), Batch(self, self.controls)
         self._follower = Follower(self)
         self.choices = Choices(self.controls, napari_viewer)

@@ -9,7 +9,7 @@ from qtpy.QtWidgets import QFrame, QHBoxLayout, QLabel, QScrollArea, QToolButton
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing
-from napari_calvae._napari.plot_items import Palette, Row, raster_colours
+from napari_calvae._napari.plot_items import LEGEND_WIDTH, Palette, Row, raster_colours
 
 #: Height (pixels) of a pinned cell, and of as many as are seen without scrolling.
 HEIGHT, MOST = 112, 236
@@ -116,7 +116,12 @@ class PinnedCell(QWidget):
 
 
 class PinnedCells(QScrollArea):
-    """The pinned cells below each other, in the order in which they were pinned; hidden while there are none."""
+    """The pinned cells below each other, in the order in which they were pinned; hidden while there are none.
+
+    ``changed`` is emitted when there is one more or one less.
+    """
+
+    changed = Signal()
 
     def __init__(self, leader: pg.ViewBox, palette: Palette, parent: QWidget | None = None):
         super().__init__(parent)
@@ -130,6 +135,9 @@ class PinnedCells(QScrollArea):
         self._layout.setContentsMargins(0, 0, 0, 0)
         self._layout.setSpacing(2)
         self.setWidget(inside)
+        self._bar = self.verticalScrollBar()
+        if self._bar is not None:
+            self._bar.rangeChanged.connect(self._align)
         self._fit()
 
     def pin(self, picture: calvae.SpikeInference) -> None:
@@ -167,6 +175,15 @@ class PinnedCells(QScrollArea):
         for roi in list(self.cells):
             self.unpin(roi)
 
+    def _align(self, *_: object) -> None:
+        """Give the scroll bar the room of the legends: the time axes stay below each other."""
+        taken = self._bar.sizeHint().width() if self._bar is not None and self._bar.maximum() > 0 else 0
+        for row in (row for cell in self.cells.values() for row in cell.rows):
+            row.legend.setFixedWidth(LEGEND_WIDTH - taken)
+
     def _fit(self) -> None:
+        self._align()
         self.setVisible(bool(self.cells))
-        self.setFixedHeight(min(len(self.cells) * (HEIGHT + 2), MOST))
+        self.setMinimumHeight(HEIGHT if self.cells else 0)
+        self.setMaximumHeight(min(len(self.cells) * (HEIGHT + 2), MOST))
+        self.changed.emit()

@@ -15,6 +15,8 @@ from napari_calvae._napari.pinned import PinnedCells
 from napari_calvae._napari.plot_items import BandItem, Palette, Row, on_background, raster_colours, shade
 
 SPREAD_ALPHA, BAND_ALPHA = 0.3, 0.4
+#: Height (pixels) at which all that the legends say is to be read.
+LEGIBLE = 236
 
 HINT = "Click a ROI in the movie: its fluorescence and the spikes behind it appear here."
 
@@ -64,6 +66,8 @@ class PosteriorPlots(QWidget):
         self.pinned = PinnedCells(self.trace_row.view, self._palette, self)
         layout.addWidget(self.pinned)
         self.pin_button.clicked.connect(self._on_pin)
+        # The picked cell stays legible above them: the dock grows if it must.
+        self.pinned.changed.connect(lambda: self.graphics.setMinimumHeight(LEGIBLE if self.pinned.cells else 150))
         self._later = QTimer(self)
         self._later.setSingleShot(True)
         self._later.setInterval(0)
