@@ -117,6 +117,36 @@ def test_an_edit_out_of_reach_changes_nothing_that_is_known(
     assert network.calls == [(1, 2, 3, 4), (4,)]
 
 
+def test_an_edit_while_all_are_inferred_costs_the_edited_roi_alone(qtbot, show_movie, open_widget, network, viewer):
+    show_movie()
+    widget = open_widget()
+    widget.controls.neuropil.setValue(0)
+    gate = network.hold(2)
+    qtbot.mouseClick(widget.controls.infer_all, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 1)
+    viewer.layers["ROIs"].paint((16, 29), 2)
+    settled(qtbot, widget)
+    gate.set()
+    qtbot.waitUntil(lambda: not widget._batch.busy, timeout=20_000)
+    assert set(widget.results.rows) == {1, 3}
+    qtbot.mouseClick(widget.controls.infer_all, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 3, timeout=20_000)
+    assert network.calls == [(1, 2, 3), (2,)]
+
+
+def test_other_settings_while_all_are_inferred_end_that(qtbot, show_movie, open_widget, network):
+    show_movie()
+    widget = open_widget()
+    gate = network.hold(2)
+    qtbot.mouseClick(widget.controls.infer_all, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 1)
+    widget.controls.samples.setValue(30)
+    gate.set()
+    qtbot.waitUntil(lambda: not widget._batch.busy, timeout=20_000)
+    assert "settings changed" in widget.controls.status.text()
+    assert not progress._all_instances
+
+
 def test_without_neuropil_only_the_edited_roi_is_inferred_again(
     qtbot, show_movie, open_widget, canvas, network, viewer
 ):
