@@ -522,10 +522,12 @@ def test_everything_says_what_it_is_and_fits(qtbot, show_movie, open_table, view
             assert inner or control.toolTip() or control is widget.form.table, control.text()
 
 
-def test_two_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewer):
+def test_three_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewer):
     """Whatever is pressed in whatever order: no error, and what is shown holds."""
     show_movie()
+    viewer.layers["ROIs"].metadata["spike_times"] = {1: np.array([2.0, 5.5])}
     inference, widget = open_table()
+    plots, controls = inference.plots, inference.controls
     form, rng = widget.form, np.random.default_rng(5)
     layer = viewer.layers["ROIs"]
     keys = [*"NWKJU", "Down", "Up"]
@@ -545,10 +547,28 @@ def test_two_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewe
     def hide_and_seek():
         viewer.layers.remove(layer)
         QTest.qWait(150)
-        assert cells(widget, "roi") == []
+        assert cells(widget, "roi") == [] or controls.rois.count()  # a click may have made a layer of its own
         viewer.add_layer(layer)
 
+    def zoom():
+        left = rng.uniform(0, 18)
+        plots.trace_row.view.setXRange(left, left + rng.uniform(0.5, 2), padding=0)
+
+    def unpin():
+        if plots.pinned.cells:
+            qtbot.mouseClick(plots.pinned.cells[rng.choice(list(plots.pinned.cells))].close_button, BUTTON)
+
+    buttons = [plots.pin_button, plots.truth_button, plots.rival_button, plots.activity_button]
     actions = [
+        zoom,
+        unpin,
+        lambda: qtbot.mouseClick(rng.choice(buttons), BUTTON),
+        lambda: qtbot.mouseClick(rng.choice(buttons), BUTTON),
+        lambda: canvas.click(*rng.integers(1, 39, 2)),
+        lambda: viewer.dims.set_current_step(0, int(rng.integers(400))),
+        lambda: setattr(viewer, "theme", str(rng.choice(["light", "dark"]))),
+        lambda: controls.neuropil.setValue(float(rng.choice([0.0, 0.7]))),
+        lambda: controls.place.setChecked(bool(rng.integers(2))),
         any_row,
         any_filter,
         paint,
@@ -564,11 +584,12 @@ def test_two_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewe
         lambda: qtbot.mouseClick(rng.choice([form.accept, form.reject, form.clear, form.undo]), BUTTON),
         lambda: QTest.qWait(int(rng.integers(0, 200))),
     ]
-    for number in rng.integers(0, len(actions), 200):
+    for number in rng.integers(0, len(actions), 300):
         actions[number]()
     choose(form.listed, "all")
     form.filter.clear()
     choose(form.colour, "none")
+    controls.choose_rois(layer)
     qtbot.waitUntil(lambda: not inference._clicked.busy and not inference._batch.busy, timeout=20_000)
     inference.infer_all()
     rois = sorted(np.unique(layer.data[layer.data > 0]).tolist())
@@ -578,6 +599,9 @@ def test_two_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewe
         assert float(note) == pytest.approx(inference.results.get(key, roi).quality["noise_level"][0], abs=0.06)
     written = layer.features.set_index("index")["verdict"] if len(layer.features) else {}
     assert all(written.get(roi, "") == widget.judged.of(roi).verdict for roi in rois)
+    canvas.click(*np.argwhere(layer.data == rois[-1])[0])
+    qtbot.waitUntil(lambda: plots.picture is not None and plots.picture.roi_ids == (rois[-1],), timeout=20_000)
+    np.testing.assert_array_equal(plots.picture.rate, inference.results.get(key, rois[-1]).rate)
 
 
 def test_a_roi_in_parts_is_outlined_in_parts(qtbot, show_movie, open_table, viewer):
