@@ -11,7 +11,7 @@ from qtpy.QtGui import QColor
 from qtpy.QtWidgets import QHBoxLayout, QLabel, QPushButton, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import pulses
+from napari_calvae._napari import responses
 from napari_calvae._napari.number_table import NumberTable
 from napari_calvae._napari.plot_items import Palette, shade
 
@@ -21,16 +21,16 @@ _LISTED = 500
 _TICKS = 16
 _HINT = "Connections appear here while they are estimated."
 #: Columns of the list: head, what it means, how it is written.
-_COLUMNS: dict[str, tuple[str, Callable[[pulses.Connection], str]]] = {
+_COLUMNS: dict[str, tuple[str, Callable[[responses.Connection], str]]] = {
     "from": ("Cell whose spikes act (id of its ROI)", lambda c: str(c.sender)),
     "to": ("Cell that they act on (id of its ROI)", lambda c: str(c.receiver)),
     "spikes": (
         "Strength: spikes that one spike of the first cell makes in the second; below zero it prevents them",
-        lambda c: pulses.signed(c.strength),
+        lambda c: responses.signed(c.strength),
     ),
     "90 % credible": (
         "Central credible interval of the strength (spikes per spike)",
-        lambda c: f"{pulses.signed(c.low)} to {pulses.signed(c.high)}",
+        lambda c: f"{responses.signed(c.low)} to {responses.signed(c.high)}",
     ),
     "P": ("Probability that there is a connection at all", lambda c: f"{c.probability:.2f}"),
 }
@@ -43,7 +43,7 @@ class ConnectionPanel(QWidget):
 
     def __init__(self, parent: QWidget | None = None):
         super().__init__(parent)
-        self.found: tuple[pulses.Connection, ...] = ()
+        self.found: tuple[responses.Connection, ...] = ()
         self._ids: tuple[int, ...] = ()
         self.title = QLabel(_HINT)
         self.title.setTextFormat(Qt.TextFormat.RichText)
@@ -130,7 +130,7 @@ class ConnectionPanel(QWidget):
 
     def show_result(self, result: calvae.AllOpticalInference) -> None:
         """Show what was found in the end."""
-        self.found = pulses.connections(result)
+        self.found = responses.connections(result)
         self.frame.setData([], [])
         likely = sum(c.probability > 0.5 for c in self.found)
         self.show_matrix(result.connectivity, result.spikes.roi_ids, f"<b>{likely} of {len(self.found)}</b> are likely")

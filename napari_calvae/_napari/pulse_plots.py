@@ -6,7 +6,7 @@ import numpy as np
 import pyqtgraph as pg
 from qtpy.QtWidgets import QWidget
 
-from napari_calvae._napari import drawing, pulses
+from napari_calvae._napari import drawing, responses
 from napari_calvae._napari.plot_items import BandItem, Palette, on_background, shade
 from napari_calvae._napari.time_plots import BAND_ALPHA, Raster, Rate, TimePlots, mark, told_window, window_of
 
@@ -24,7 +24,7 @@ class PulsePlots(TimePlots):
     def __init__(self, parent: QWidget | None = None):
         rows = (("ΔF/F", 5), ("light", 3), ("rest", 5), ("sample", 3), ("spikes/s", 4))
         super().__init__(rows, HINT, parent)
-        self.picture: pulses.CellPicture | None = None
+        self.picture: responses.CellPicture | None = None
         self.trace, self.fit, self.artefact, self.rest, self.response = (
             pg.PlotCurveItem(antialias=True) for _ in range(5)
         )
@@ -58,7 +58,7 @@ class PulsePlots(TimePlots):
         self.raster.set_colour(palette.posterior)
         self.rate.set_colour(palette.posterior)
 
-    def show_cell(self, picture: pulses.CellPicture, heading: str) -> None:
+    def show_cell(self, picture: responses.CellPicture, heading: str) -> None:
         """Show a cell."""
         self.picture = picture
         self.show_recording(picture.spikes.traces, heading)
@@ -88,7 +88,7 @@ class PulsePlots(TimePlots):
         self.rows[4].view.setYRange(0, max(top, 0.5), padding=0.02)
         self._write()
 
-    def _draw_elsewhere(self, shown: pulses.CellPicture, columns: drawing.Columns) -> None:
+    def _draw_elsewhere(self, shown: responses.CellPicture, columns: drawing.Columns) -> None:
         """Ticks above the trace where light was on other cells alone."""
         low, high = self.rows[0].view.viewRange()[1]
         tick = 0.12 * (high - low)

@@ -20,10 +20,12 @@ from qtpy.QtWidgets import (
 )
 
 import napari_calvae as calvae
-from napari_calvae._napari import pulses, session
+from napari_calvae._napari import pulses, responses, session
+from napari_calvae._napari.average_plots import AveragePlots
 from napari_calvae._napari.connections import ConnectionPanel
 from napari_calvae._napari.number_table import NumberTable
 from napari_calvae._napari.plot_items import Palette
+from napari_calvae._napari.pulse_average import average
 from napari_calvae._napari.pulse_plots import PulsePlots
 from napari_calvae._napari.recording_widget import RecordingWidget
 from napari_calvae._napari.retraining import told
@@ -32,13 +34,13 @@ from napari_calvae._napari.script import write_whole
 
 WIDTH, HEIGHT = 300, 372
 #: Columns of the table: head, what it means, how it is written.
-_COLUMNS: dict[str, tuple[str, Callable[[pulses.Cell], str]]] = {
+_COLUMNS: dict[str, tuple[str, Callable[[responses.Cell], str]]] = {
     "cell": ("Id of the cell's ROI", lambda cell: str(cell.roi)),
     "spikes/s": ("Mean over the recording", lambda cell: f"{cell.rate_per_s:.2f}"),
     "pulses": ("Pulses of which at least half the power reaches the cell", lambda cell: str(cell.n_pulses)),
     "evoked": (
         "Spikes that one pulse on the cell evokes, beyond its rate in the dark; the tooltip of a row has the interval",
-        lambda cell: pulses.signed(cell.evoked) if cell.n_pulses else "",
+        lambda cell: responses.signed(cell.evoked) if cell.n_pulses else "",
     ),
     "artefact": (
         "Fluorescence (ΔF/F) that light of power 1 on the cell adds while it is on",
@@ -57,7 +59,7 @@ class StimulationWidget(RecordingWidget):
         super().__init__(napari_viewer, bar, PulsePlots(), HEIGHT)
         self.source: pulses.Source | None = None
         self.result: calvae.AllOpticalInference | None = None
-        self.cells: tuple[pulses.Cell, ...] = ()
+        self.cells: tuple[responses.Cell, ...] = ()
         self._ids: tuple[int, ...] = ()
         self._build()
         self._lay_out()
@@ -88,14 +90,18 @@ class StimulationWidget(RecordingWidget):
         self.csv.setToolTip("Write the numbers of all cells, with intervals, as .csv")
         self.csv.setEnabled(False)
         self.csv.clicked.connect(self._on_save_cells)
+        self.average = AveragePlots()
         self.connections = ConnectionPanel()
         self.connections.csv.clicked.connect(self._on_save_connections)
         self.connections.chosen.connect(self._on_picked)
         self.pages = QTabWidget()
         self.pages.setDocumentMode(True)
-        cell, connections = self.pages.addTab(self.plots, "Cell"), self.pages.addTab(self.connections, "Connections")
-        self.pages.setTabToolTip(cell, "Artefact and response of one cell")
-        self.pages.setTabToolTip(connections, "Who excites or inhibits whom")
+        self._add_page(self.plots, "Cell", "Artefact and response of one cell along the recording")
+        self._add_page(self.average, "Average", "Artefact and response around the pulses on one cell, on average")
+        self._add_page(self.connections, "Connections", "Who excites or inhibits whom")
+
+    def _add_page(self, page: QWidget, title: str, tip: str) -> None:
+        self.pages.setTabToolTip(self.pages.addTab(page, title), tip)
 
     def _lay_out(self) -> None:
         form = QFormLayout()
@@ -191,7 +197,7 @@ class StimulationWidget(RecordingWidget):
             return
         self.show_result(message.result)
         n_samples = message.result.spikes.n_samples
-        self._done(f"{n_samples} samples in {told(message.seconds)}. Click a cell, or look at Connections.")
+        self._done(f"{n_samples} samples in {told(message.seconds)}. Click a cell; Connections has the network.")
 
     def _on_stopped(self) -> None:
         if self.result is not None:
@@ -202,10 +208,10 @@ class StimulationWidget(RecordingWidget):
     def show_result(self, result: calvae.AllOpticalInference) -> None:
         """Show a result; the cell that was picked, or else the first."""
         before, ids = self.shown_cell, result.spikes.roi_ids
-        self.result, self.cells = result, pulses.cells(result)
+        self.result, self.cells = result, responses.cells(result)
         self.table.fill(
             [[written(cell) for _, written in _COLUMNS.values()] for cell in self.cells],
-            [pulses.told_cell(cell) for cell in self.cells],
+            [responses.told_cell(cell) for cell in self.cells],
         )
         self.csv.setEnabled(True)
         self.connections.show_result(result)
@@ -220,7 +226,8 @@ class StimulationWidget(RecordingWidget):
     def show_cell(self, row: int) -> None:
         """Show the cell in this row of the table."""
         if self.result is not None:
-            self.plots.show_cell(pulses.picture(self.result, row), pulses.heading(self.cells[row]))
+            self.plots.show_cell(responses.picture(self.result, row), responses.heading(self.cells[row]))
+            self.average.show_cell(self.cells[row].roi, average(self.result, row))
             self._on_slider()
 
     def _on_picked(self, roi: int) -> None:
@@ -229,7 +236,8 @@ class StimulationWidget(RecordingWidget):
             self.table.choose(ids.index(roi))
 
     def _paint(self, palette: Palette) -> None:
-        self.connections.set_palette(palette)
+        for page in (self.average, self.connections):
+            page.set_palette(palette)
 
     def _on_save_cells(self, *_: object) -> None:
         self.save("Table of cells", "stimulated_cells.csv", "Table (*.csv)", self.save_cells)
@@ -239,17 +247,18 @@ class StimulationWidget(RecordingWidget):
 
     def save_cells(self, path: Path) -> str:
         """Write the numbers of all cells; tells how many."""
-        write_whole(path, pulses.csv_text(self.cells))
+        write_whole(path, responses.csv_text(self.cells))
         return f"{len(self.cells)} cells written to {path.name}."
 
     def save_connections(self, path: Path) -> str:
         """Write all connections; tells how many."""
-        write_whole(path, pulses.csv_text(self.connections.found))
+        write_whole(path, responses.csv_text(self.connections.found))
         return f"{len(self.connections.found)} connections written to {path.name}."
 
     def _dispose(self) -> None:
         super()._dispose()
-        self.connections.dispose()
+        for page in (self.average, self.connections):
+            page.dispose()
 
 
 def _spin(least: int, most: int, value: int, unit: str, tip: str) -> QSpinBox:

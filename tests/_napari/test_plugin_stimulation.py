@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from qtpy.QtWidgets import QApplication, QFileDialog
 from recording_helpers import FRAME_RATE, show, stimulated
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, pulses
+from napari_calvae._napari import answers, pulse_average, pulses, responses
 
 FEW = {"n_start": 1, "n_settle": 2, "n_samples": 8}
 
@@ -77,33 +78,48 @@ def test_sweeps_tell_how_far_they_are_and_errors_are_sentences(scene, rois):
 
 
 def test_what_is_drawn_of_a_cell_adds_up(estimated, scene):
-    shown = pulses.picture(estimated, 2)
+    shown = responses.picture(estimated, 2)
     values = shown.spikes.traces.values[0]
     np.testing.assert_allclose(shown.artefact + shown.rest, values, atol=1e-5)
     np.testing.assert_allclose(shown.artefact + shown.response, shown.spikes.reconstruction[0], atol=1e-4)
     # Cells are 40 pixels apart, the reach of the light is far less: pulses on one are on no other.
     n_pulses = [sum(np.allclose(t, p) for t in scene[2].targets) for p in estimated.positions]
-    assert [cell.n_pulses for cell in pulses.cells(estimated)] == n_pulses
+    assert [cell.n_pulses for cell in responses.cells(estimated)] == n_pulses
     assert not (shown.lit & shown.lit_elsewhere).any()
     every = scene[2].lit(estimated.spikes.traces.n_frames, FRAME_RATE)
     np.testing.assert_array_equal(shown.lit | shown.lit_elsewhere, every)
 
 
 def test_numbers_of_cells_and_connections(estimated, scene):
-    cells = pulses.cells(estimated)
+    cells = responses.cells(estimated)
     # Light of 14 spikes/s for 0.1 s; the model is a softplus of it and of the drive.
     assert np.mean([cell.evoked for cell in cells]) == pytest.approx(1.4, abs=0.5)
     assert np.mean([cell.artefact_dff for cell in cells]) == pytest.approx(0.5, abs=0.1)
     assert all(cell.evoked_low <= cell.evoked <= cell.evoked_high for cell in cells)
-    found = pulses.connections(estimated)
+    found = responses.connections(estimated)
     assert len(found) == 12
     assert [c.probability for c in found] == sorted((c.probability for c in found), reverse=True)
     one = found[0]
     assert one.strength == pytest.approx(estimated.connectivity[one.receiver - 1, one.sender - 1])
-    lines = list(csv.DictReader(io.StringIO(pulses.csv_text(found))))
+    lines = list(csv.DictReader(io.StringIO(responses.csv_text(found))))
     assert list(lines[0]) == ["sender", "receiver", "strength", "std", "low", "high", "probability"]
-    assert len(list(csv.DictReader(io.StringIO(pulses.csv_text(cells))))) == 4
-    assert [pulses.signed(x) for x in (0.123, -0.5, -0.001)] == ["+0.12", "−0.50", "0.00"]
+    assert len(list(csv.DictReader(io.StringIO(responses.csv_text(cells))))) == 4
+    assert [responses.signed(x) for x in (0.123, -0.5, -0.001)] == ["+0.12", "−0.50", "0.00"]
+
+
+def test_the_average_around_pulses(estimated, scene):
+    found = pulse_average.average(estimated, 0)
+    on = [k for k, t in enumerate(scene[2].targets) if np.allclose(t, estimated.positions[0])]
+    assert found.n_pulses == sum(0.5 <= scene[2].onset[k] < 28.4 for k in on)
+    np.testing.assert_allclose(found.artefact + found.rest, found.trace, atol=1e-5)
+    # Other pulses, 40 pixels away, add little to it: the artefact falls off with 25 pixels.
+    # A pulse begins in the middle of a frame.
+    during = (found.seconds > 0.02) & (found.seconds < 0.08)
+    assert found.artefact[during].min() > 0.8 * float(estimated.spikes.theta["artefact"][0])
+    assert found.rate[during].mean() > 3 * found.rate[found.seconds < 0].mean()
+    assert (found.low <= found.high).all()
+    elsewhere = calvae.Stimulation([2.0], 0.1, ((70.0, 70.0),))
+    assert pulse_average.average(replace(estimated, stimulation=elsewhere), 0) is None
 
 
 # On a viewer ---------------------------------------------------------------------------------------------------------
@@ -203,11 +219,14 @@ def test_connections_are_listed_framed_and_saved(qtbot, open_stimulation, quick,
     assert (settings["n_settle"], settings["n_samples"]) == (30, 40)
     assert "8 samples in 3 s" in widget.bar.status.text()
     widget.pages.setCurrentIndex(1)
+    assert widget.average.title.text().startswith("<b>ROI 1</b> &nbsp; mean over ")
+    assert len(widget.average.response.getData()[0]) == len(widget.average.average.seconds)
+    widget.pages.setCurrentIndex(2)
     panel = widget.connections
     assert panel.table.rowCount() == 12
     cells = [panel.table.item(0, column).text() for column in range(5)]
     one = panel.found[0]
-    assert cells[:3] == [str(one.sender), str(one.receiver), pulses.signed(one.strength)]
+    assert cells[:3] == [str(one.sender), str(one.receiver), responses.signed(one.strength)]
     assert panel.matrix.image.shape == (4, 4)
     assert np.diag(panel.matrix.image).tolist() == [0] * 4
     panel.table.choose(0)
