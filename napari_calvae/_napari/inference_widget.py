@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,6 +21,7 @@ from napari_calvae._napari.controls import Controls
 from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.following import Follower
 from napari_calvae._napari.overlays import Overlays
+from napari_calvae._napari.placing import Placing
 from napari_calvae._napari.plots import Palette, PosteriorPlots
 from napari_calvae._napari.work import Worker
 
@@ -60,7 +60,6 @@ class InferenceWidget(QWidget):
         self.results = answers.Results()
         self._asked: answers.Key | None = None
         self._plane = 0
-        self._click = (0.0, 0.0)
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
         self.controls.restore(remembering.read())
@@ -75,6 +74,7 @@ class InferenceWidget(QWidget):
         self._clicked, self._batch = Worker(self), Batch(self, self.controls)
         self._follower = Follower(self)
         self.choices = Choices(self.controls, napari_viewer)
+        self._placing = Placing(self, napari_viewer, self.controls, self.choices)
         self._outline = picking.Outline(napari_viewer)
         self._outline_timer = QTimer(self)
         self._outline_timer.setSingleShot(True)
@@ -100,6 +100,8 @@ class InferenceWidget(QWidget):
         self._clicked.message.connect(self._on_message)
         self._batch.answered.connect(self._on_many)
         self._batch.failed.connect(self._fail)
+        self._placing.placed.connect(self._try)
+        self._placing.failed.connect(self._fail)
         self._follower.edited.connect(self._on_edited)
         controls.resized.connect(self._on_resized)
         controls.left_at.connect(remembering.write)
@@ -136,34 +138,17 @@ class InferenceWidget(QWidget):
                 if not labels.any():
                     self.choices.rois()  # says what is missing
                 self.controls.say("No ROI here. Click one, or tick “click adds a disc”.")
-            elif self.controls.snap.isChecked():
-                self._click, number = click, self._requests.new()
-                self._clicked.start(
-                    answers.iter_peak(number, self.choices.frames, click, self.controls.diameter.value())
-                )
             else:
-                self._add_disc(click)
+                self._placing.place(click)
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
-
-    def _add_disc(self, place: Sequence[float]) -> None:
-        movie, layer = self.choices.chosen_movie(), self.choices.roi_layer
-        if isinstance(layer, Points):
-            roi = picking.add_point(self._viewer, layer, movie, place)
-        else:
-            old = layer if isinstance(layer, Labels) else None
-            layer = picking.add_disc(
-                self._viewer, old, movie, place, self.controls.diameter.value(), self.choices.plane
-            )
-            roi = layer.selected_label
-        self.controls.choose_rois(layer)
-        self.ask(roi)
 
     def ask(self, roi: int) -> None:
         """Show the posterior of a ROI: at once if it is known, else as soon as it has been inferred."""
         key, labels, masks = self.choices.rois()
         if roi not in key.marks:
             raise session.NoRois(session.gone(roi, self.choices.n_planes, key.plane))
+        self._placing.give_up()  # the newest click counts
         number = self._requests.new()
         self.picked_roi, self._asked = roi, key
         known = self.results.get(key, roi)
@@ -210,19 +195,11 @@ class InferenceWidget(QWidget):
             self._fail(message.sentence)
         elif not self._requests.wants(message.number):
             return
-        elif isinstance(message, answers.Peak):
-            self._on_peak(message.place)
         elif isinstance(message, answers.Answer) and self._asked is not None:
             self._keep(self._asked, message.inference)
             self._show(answers.one_roi(message.inference, 0))
         elif isinstance(message, answers.Failure):
             self._fail(message.sentence)
-
-    def _on_peak(self, peak: tuple[float, float]) -> None:
-        try:
-            self._add_disc(session.landing(self.choices.labels(), self._click, peak))
-        except (calvae.RecordingError, ValueError) as error:
-            self._fail(session.explain(error))
 
     def _on_many(self, key: answers.Key, inference: calvae.SpikeInference) -> None:
         """Keep a part of the answer for all ROIs; those edited meanwhile are told apart by their marks."""
@@ -249,10 +226,13 @@ class InferenceWidget(QWidget):
 
     def _again(self) -> None:
         if self.picked_roi is not None:
-            try:
-                self.ask(self.picked_roi)
-            except (calvae.RecordingError, ValueError) as error:
-                self._fail(session.explain(error))
+            self._try(self.picked_roi)
+
+    def _try(self, roi: int) -> None:
+        try:
+            self.ask(roi)
+        except (calvae.RecordingError, ValueError) as error:
+            self._fail(session.explain(error))
 
     def _on_edited(self) -> None:
         """ROIs, movie or plane are not what they were: what was picked is inferred again if that concerns it."""
@@ -264,7 +244,8 @@ class InferenceWidget(QWidget):
             self.results_changed.emit()
             return
         except (calvae.RecordingError, ValueError) as error:
-            self.controls.say(session.explain(error), error=True)
+            if self.picked_roi is not None:
+                self.controls.say(session.explain(error), error=True)
             return
         self.results.known(key)
         self.overlays.on_results_changed()
@@ -329,8 +310,8 @@ class InferenceWidget(QWidget):
         self.controls.show_frame_rate(rate)
         if self.choices.movie is not None and rate.hz is None:
             self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
-        elif self.picked_roi is not None:
-            self._follower.touch()
+        elif self.choices.movie is not None and self.choices.roi_layer is not None:
+            self._follower.touch()  # a picked ROI may be another one; many are read before the first click
 
     def _on_frame_rate_typed(self, text: str) -> None:
         try:
@@ -382,6 +363,7 @@ class InferenceWidget(QWidget):
         for event, slot in self._viewer_slots():
             event.disconnect(slot)
         self._requests.new()
+        self._placing.close()
         self._clicked.close()
         self._batch.close()
 
