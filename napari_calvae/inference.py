@@ -27,8 +27,8 @@ from napari_calvae.vae import SpikeVAE, load_model
 
 #: Standard deviation of the logarithm of an amplitude that a user knows.
 _KNOWN = 0.15
-#: Samples that are drawn and rendered together.
-_PART = 10
+#: Samples that are drawn and rendered together; of fifty, four equal parts for two cores or four.
+_PART = 13
 #: Trace-frames per block of ROIs: small enough to stop soon and to stay near the cache, large enough for a core.
 BLOCK_FRAMES = 65_536
 

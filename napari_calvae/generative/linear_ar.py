@@ -6,7 +6,7 @@ import math
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -22,6 +22,8 @@ AMPLITUDE = Parameter("amplitude", "ΔF/F", "Amplitude", "Peak of the response t
 _GRID = (0.004, 4.0, 20)
 #: Slower changes than this (s) are taken for drift when shapes are compared.
 _DRIFT = 20.0
+#: Frames that tell the shape of a response as well as any number of them.
+_ENOUGH = 16_384
 #: At most this many numbers are worked on at once.
 _BUDGET = 8_000_000
 
@@ -66,15 +68,18 @@ class LinearAR(GenerativeModel):
         """Most probable (τ_rise, τ_decay) on a grid, the best amplitude for each in closed form.
 
         The response of any pair is a difference of two exponential responses, so that all pairs follow from the inner
-        products of one set of filtered traces. Drift slower than 20 s is ignored.
+        products of one set of filtered traces. Drift slower than 20 s is ignored. Of a long recording the stretch with
+        most spikes tells shape and amplitude, all of it baseline and noise.
         """
         n_rois, n_frames = observed.shape
         rate = as_rate(frame_rate, observed).expand(n_rois)
         counts = counts.to(observed.dtype).nan_to_num()
         measured, weights = measured_frames(observed, valid)
-        step = max(1, _BUDGET // (n_frames * (_GRID[2] + 1)))
+        busy = _busiest(counts, _ENOUGH)
+        step = max(1, _BUDGET // (min(n_frames, _ENOUGH) * (_GRID[2] + 1)))
+        seen, fired, weight = (x.gather(1, busy) for x in (measured, counts, weights))
         shapes = [
-            _fit_shape(measured[i : i + step], counts[i : i + step], weights[i : i + step], rate[i : i + step])
+            _fit_shape(seen[i : i + step], fired[i : i + step], weight[i : i + step], rate[i : i + step])
             for i in range(0, n_rois, step)
         ]
         theta = {key: torch.cat([s[key] for s in shapes]) for key in shapes[0]}
@@ -92,6 +97,14 @@ def _average_response(tau: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor
     """e^{−t/τ} averaged over the spike's place in its frame: there, one frame later, and the factor from then on."""
     x = 1 / (rate * tau)
     return -torch.expm1(-x / 2) / x, -torch.expm1(-x) * torch.exp(-x / 2) / x, torch.exp(-x)
+
+
+def _busiest(counts: Float[Tensor, "roi time"], n: int) -> Int[Tensor, "roi frame"]:
+    """Frames of the stretch of at most ``n`` frames in which each ROI has most spikes."""
+    n = min(n, counts.shape[-1])
+    total = pad(counts.double().cumsum(-1), (1, 0))
+    first = (total[:, n:] - total[:, :-n]).argmax(-1, keepdim=True)
+    return first + torch.arange(n, device=counts.device)
 
 
 def _fit_shape(observed: Tensor, counts: Tensor, weights: Tensor, rate: Tensor) -> dict[str, Tensor]:
