@@ -128,9 +128,9 @@ class ConnectionPanel(QWidget):
         )
         self.graphics.ci.setOpacity(1)
 
-    def show_result(self, result: calvae.AllOpticalInference) -> None:
+    def show_result(self, result: calvae.AllOpticalInference, found: tuple[responses.Connection, ...]) -> None:
         """Show what was found in the end."""
-        self.found = responses.connections(result)
+        self.found = found
         self.frame.setData([], [])
         likely = sum(c.probability > 0.5 for c in self.found)
         self.show_matrix(result.connectivity, result.spikes.roi_ids, f"<b>{likely} of {len(self.found)}</b> are likely")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers
+from napari_calvae._napari import answers, responses
 from napari_calvae._napari.retraining import told as told_time
 from napari_calvae._napari.session import explain
 
@@ -51,10 +51,12 @@ class Sweep:
 
 @dataclass(frozen=True, eq=False)
 class Estimated:
-    """What was inferred of a stimulated recording."""
+    """What was inferred of a stimulated recording, with what is told of it, in how many seconds."""
 
     number: int
     result: calvae.AllOpticalInference
+    cells: tuple[responses.Cell, ...]
+    connections: tuple[responses.Connection, ...]
     seconds: float
 
 
@@ -128,7 +130,9 @@ def iter_estimate(order: Order) -> Iterator[answers.Message | Sweep | Estimated]
             try:
                 record = next(steps)
             except StopIteration as end:
-                yield Estimated(number, end.value, seconds)
+                result = end.value
+                # For hundreds of cells these take longer than a window may be held up.
+                yield Estimated(number, result, responses.cells(result), responses.connections(result), seconds)
                 return
             seconds = record.seconds
             left = told_time(seconds / record.step * (record.n_steps - record.step))

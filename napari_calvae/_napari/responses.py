@@ -189,18 +189,21 @@ def csv_text(rows: Sequence[Cell] | Sequence[Connection]) -> str:
 
 def reaching_of(result: calvae.AllOpticalInference, row: int) -> np.ndarray:
     """(pulse,) pulses of whose power at least half reaches the cell, by the reach that was inferred."""
-    farthest = result.shared["falloff"] * np.sqrt(2 * np.log(2))
-    place = result.positions[row]
-    return np.array([np.hypot(*(t - place).T).min() <= farthest for t in result.stimulation.targets], bool)
+    targets = result.stimulation.targets
+    if not len(targets):
+        return np.zeros(0, bool)
+    distance = np.hypot(*(np.concatenate(targets) - result.positions[row]).T)
+    first = np.cumsum([0, *(len(t) for t in targets[:-1])])
+    nearest = np.minimum.reduceat(distance, first)
+    return np.asarray(nearest <= result.shared["falloff"] * np.sqrt(2 * np.log(2)))
 
 
 def _lit(result: calvae.AllOpticalInference, which: np.ndarray) -> np.ndarray:
     """(time,) frames that some of the pulses fall into."""
-    all_of_them, traces = result.stimulation, result.spikes.traces
-    some = calvae.Stimulation(
-        all_of_them.onset[which],
-        all_of_them.duration[which],
-        tuple(t for t, wanted in zip(all_of_them.targets, which, strict=True) if wanted),
-        all_of_them.power[which],
-    )
-    return some.lit(traces.n_frames, traces.frame_rate, traces.t0)
+    light, traces = result.stimulation, result.spikes.traces
+    begin = (light.onset[which] - traces.t0) * traces.frame_rate + 0.5
+    end = begin + light.duration[which] * traces.frame_rate
+    change = np.zeros(traces.n_frames + 1, int)
+    for edges, step in ((np.floor(begin), 1), (np.ceil(end), -1)):
+        np.add.at(change, edges.clip(0, traces.n_frames).astype(int), step)
+    return np.cumsum(change)[:-1] > 0

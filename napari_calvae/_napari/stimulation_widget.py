@@ -195,26 +195,27 @@ class StimulationWidget(RecordingWidget):
             self.bar.show_progress(message.fraction, message.words)
             self.connections.show_matrix(message.connectivity, self._ids, "this sweep")
             return
-        self.show_result(message.result)
+        self.show_result(message)
         n_samples = message.result.spikes.n_samples
         self._done(f"{n_samples} samples in {told(message.seconds)}. Click a cell; Connections has the network.")
 
     def _on_stopped(self) -> None:
         if self.result is not None:
-            self.connections.show_result(self.result)
+            self.connections.show_result(self.result, self.connections.found)
         else:
             self.connections.clear()
 
-    def show_result(self, result: calvae.AllOpticalInference) -> None:
+    def show_result(self, estimated: pulses.Estimated) -> None:
         """Show a result; the cell that was picked, or else the first."""
-        before, ids = self.shown_cell, result.spikes.roi_ids
-        self.result, self.cells = result, responses.cells(result)
+        before, result = self.shown_cell, estimated.result
+        ids = result.spikes.roi_ids
+        self.result, self.cells = result, estimated.cells
         self.table.fill(
             [[written(cell) for _, written in _COLUMNS.values()] for cell in self.cells],
             [responses.told_cell(cell) for cell in self.cells],
         )
         self.csv.setEnabled(True)
-        self.connections.show_result(result)
+        self.connections.show_result(result, estimated.connections)
         self.table.choose(next((ids.index(roi) for roi in (self.inference.picked_roi, before) if roi in ids), 0))
 
     @property
