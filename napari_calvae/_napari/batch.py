@@ -18,7 +18,9 @@ _STEPS = 100
 
 
 class Batch(QObject):
-    """One request for many ROIs at a time; ``answered`` is emitted with each part, ``failed`` with a sentence.
+    """One request for many ROIs at a time.
+
+    ``answered`` is emitted with each part, ``failed`` with a sentence, ``idle`` when nothing is left to do.
 
     Parameters
     ----------
@@ -30,6 +32,7 @@ class Batch(QObject):
 
     answered = Signal(object, object)
     failed = Signal(str)
+    idle = Signal()
 
     def __init__(self, parent: QObject, controls: Controls):
         super().__init__(parent)
@@ -41,6 +44,7 @@ class Batch(QObject):
         self.worker = Worker(self)
         self.worker.message.connect(self._on_message)
         self.worker.idle.connect(self._on_idle)
+        self.worker.idle.connect(self.idle)
 
     @property
     def busy(self) -> bool:
