@@ -233,6 +233,22 @@ def test_variants_are_trained_without_a_fold_and_scored_on_it(tmp_path, monkeypa
     assert json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))["rows"] == rows
 
 
+@pytest.mark.parametrize("delay", [0.0, 0.08])
+def test_kernels_tell_when_fluorescence_follows(delay):
+    rng = np.random.default_rng(3)
+    rate, n = 60.0, 12_000
+    spikes = np.sort(rng.uniform(0, n / rate, 300))
+    time = np.arange(n) / rate
+    after = time[:, None] - (spikes + delay)
+    dff = 0.3 * np.where(after > 0, (1 - np.exp(-after.clip(0) / 0.03)) * np.exp(-after.clip(0) / 0.8), 0).sum(1)
+    s = Sweep("D", "c", "x", rate, 0.0, (dff + 0.02 * rng.standard_normal(n)).astype(np.float32), spikes)
+    (row,) = benchmark.kernel_rows([s])
+    assert row["cells"] == 1
+    # Half of the rise of 30 ms comes after 20 ms; lags are 25 ms apart.
+    assert row["50% (ms)"] == pytest.approx(1000 * delay + 20, abs=10)
+    assert row["10% (ms)"] < row["50% (ms)"] < row["90% (ms)"]
+
+
 def test_folds_must_be_whole_and_know_the_data_set(tmp_path):
     with pytest.raises(RecordingError, match=r"found no fold1\.safetensors, fold2"):
         accuracy.Models(tmp_path)

@@ -18,6 +18,7 @@ from napari_calvae.benchmark.ground_truth import (
     prepare,
     suite2p_method,
 )
+from napari_calvae.benchmark.kernels import kernel_rows
 from napari_calvae.benchmark.speed import speed
 from napari_calvae.formats.ground_truth import read_ground_truth
 
@@ -32,6 +33,7 @@ __all__ = [
     "by_dataset",
     "calvae_method",
     "correlations",
+    "kernel_rows",
     "movie",
     "oasis_method",
     "other_rows",

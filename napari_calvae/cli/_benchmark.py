@@ -45,6 +45,16 @@ def adaptation(
 
 
 @benchmark.command()
+def kernels(
+    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+) -> None:
+    """When fluorescence follows a spike, data set by data set."""
+    from napari_calvae import benchmark as measure
+
+    show(measure.kernel_rows(list(measure.read_ground_truth(data, min_duration=2.0))))
+
+
+@benchmark.command()
 def ablation(
     data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the record (JSON)")],
