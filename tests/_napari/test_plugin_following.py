@@ -337,6 +337,7 @@ def test_progress_in_the_activity_dock_is_gone_in_the_end(qtbot, show_movie, ope
     qtbot.waitUntil(lambda: len(widget.results.rows) == 1 and bars() and bars()[0].qt_progress_bar.value() > 50)
     (bar,) = bars()
     assert bar.description_label.text().startswith("Spikes of 3 ROIs")
+    qtbot.waitUntil(lambda: "<" in bar.eta_label.text())  # [time taken < time left]
     if end == "cancelled":
         qtbot.mouseClick(widget.controls.cancel, Qt.MouseButton.LeftButton)
         qtbot.waitUntil(lambda: not progress._all_instances)
