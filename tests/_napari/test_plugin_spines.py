@@ -267,6 +267,18 @@ def test_closing_in_the_middle_leaves_nothing(qtbot, open_spines, quick, viewer,
     assert len(viewer.dims.events.point.callbacks) < listeners[1]
 
 
+def test_a_window_that_stays_open_after_all_can_separate_again(qtbot, open_spines, quick, viewer):
+    from qtpy.QtGui import QCloseEvent
+
+    _, widget = open_spines()
+    qtbot.waitUntil(lambda: widget._manners._seen is not None)
+    widget._manners.eventFilter(viewer.window._qt_window, QCloseEvent())  # asked to close, but it does not
+    assert not widget._attached
+    qtbot.waitUntil(lambda: widget._attached)
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        press(qtbot, widget.bar.start)
+
+
 def test_it_opens_the_spike_inference_where_there_is_none_and_outlives_it(qtbot, viewer, scene, quick):
     from napari_calvae._napari.inference_widget import InferenceWidget
 
