@@ -55,6 +55,11 @@ class TrainConfig(BaseModel):
     discrepancy_weight: float = Field(
         100.0, ge=0, title="Weight of the discrepancy", description="Of the spikes from their prior, in nats (InfoVAE)"
     )
+    shared_kinetics: bool = Field(
+        False,
+        title="Shared kinetics",
+        description="All cells have the same time constants and cooperativity, and amplitudes and noise of their own",
+    )
     early_stopping: bool = Field(
         False, title="Early stopping", description="Stop a fit when the cells that it holds out stop gaining"
     )

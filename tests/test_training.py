@@ -477,3 +477,23 @@ def test_snippets_keep_to_what_was_measured(recording):
     index = snippets.draw(torch.Generator().manual_seed(0), torch.tensor([2, 4]))
     assert set(index[0].flatten().tolist()) <= {2, 4}
     assert float(snippets.valid[index].float().mean(-1).min()) > 0.4
+
+
+@pytest.mark.parametrize("objective", ["sleep", "vimco"])
+def test_cells_may_share_their_kinetics(recording, half_trained, objective):
+    from napari_calvae.fitting import _loss
+
+    config = TrainConfig(shared_kinetics=True, window=128, batch=2, n_samples=3)
+    loss, _ = _loss(objective, half_trained, recording[0], None, config)
+    for p in half_trained.generative.parameters:
+        if objective == "sleep":
+            values = loss.dreams.theta[p.name]
+        else:
+            with torch.no_grad():
+                loss.cells.move.normal_(generator=torch.Generator().manual_seed(0))
+            theta = half_trained.generative.constrain(loss.cells(torch.arange(len(recording[0].values))))
+            values = theta[p.name]
+        same = bool((values - values[0]).abs().max() < 1e-6)
+        assert same == (p.name in ("tau_rise", "tau_decay")), p.name
+    value, _ = loss(torch.Generator().manual_seed(0))
+    assert torch.isfinite(value)

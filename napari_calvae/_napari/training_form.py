@@ -25,7 +25,7 @@ import napari_calvae as calvae
 from napari_calvae._napari import retraining
 
 #: Settings of `TrainConfig` that the form shows, in this order.
-SHOWN = ("n_steps", "learning_rate", "seed", "early_stopping")
+SHOWN = ("n_steps", "learning_rate", "seed", "shared_kinetics", "early_stopping")
 _AS_BASE = "as in the base"
 _LARGEST = 2_000_000_000
 
@@ -115,7 +115,8 @@ class TrainingForm(QScrollArea):
         option = self._options.objectives[self.objective.currentData()]
         self.explanation.setText(option.explanation)
         self._rows.setRowVisible(self.spikes, option.needs_spikes)
-        self._rows.setRowVisible(self.fields["early_stopping"], self.objective.currentData() != "supervised")
+        for name in ("shared_kinetics", "early_stopping"):
+            self._rows.setRowVisible(self.fields[name], self.objective.currentData() != "supervised")
         for name, field in self.fields.items():
             value = getattr(option.config, name)
             field.setChecked(value) if isinstance(field, QCheckBox) else field.setValue(value)

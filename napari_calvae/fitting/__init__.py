@@ -187,7 +187,7 @@ def _loss(
     if objective == "supervised":
         return SupervisedLoss(model, snippets, _check_spikes(spikes, dff)), nn.ModuleList([model.recognition])
     if objective == "sleep":
-        return SleepLoss(model, snippets), nn.ModuleList([model.recognition])
+        return SleepLoss(model, snippets, config.shared_kinetics), nn.ModuleList([model.recognition])
     bound = BoundLoss(model, snippets, config, _BOUNDS.get(objective, objectives.elbo))
     trained = nn.ModuleList([model.recognition, bound.cells, model.generative.noise.learned])
     if objective == "info_vae":

@@ -109,16 +109,27 @@ class Cells(nn.Module):
     rates, rate_spread
         (roi,) median (Hz) and spread (of the logarithm) of the log-normal prior of each cell's rate, which is where
         the rate begins, too.
+    shared
+        (parameter,) which parameters all cells have in common; by default none.
     """
 
+    shared: Tensor
     start: Tensor
     spread: Tensor
     log_rate: Tensor
 
     def __init__(
-        self, start: Float[Tensor, "roi parameter"], spread: Tensor, rates: Float[Tensor, " roi"], rate_spread: float
+        self,
+        start: Float[Tensor, "roi parameter"],
+        spread: Tensor,
+        rates: Float[Tensor, " roi"],
+        rate_spread: float,
+        shared: Bool[Tensor, " parameter"] | None = None,
     ) -> None:
         super().__init__()
+        shared = torch.zeros(len(spread), dtype=torch.bool) if shared is None else shared
+        start = torch.where(shared, start.median(0).values, start)
+        self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("start", start)
         self.register_buffer("spread", spread)
         self.register_buffer("log_rate", rates.clamp_min(MIN_RATE).log())
@@ -128,7 +139,8 @@ class Cells(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Unconstrained θ of some cells."""
-        return (self.start + self.spread * self.move)[rows]
+        move = torch.where(self.shared, self.move.mean(0), self.move)
+        return (self.start + self.spread * move)[rows]
 
     def rates(self, rows: Tensor) -> Float[Tensor, " cell"]:
         """Spikes per second (Hz) of the prior of some cells."""
@@ -194,12 +206,12 @@ class BoundLoss:
     ) -> None:
         self.model, self.snippets, self.n_samples = model, snippets, config.n_samples
         self.objective, self.rows = objective, rows
-        self.cells = self._first_guess(config.rate_spread) if cells is None else cells
+        self.cells = self._first_guess(config) if cells is None else cells
         before = round(config.margin * snippets.window)
         self.counted = slice(before, snippets.window - before // 2)
         self.n_counted = self.counted.stop - self.counted.start
 
-    def _first_guess(self, rate_spread: float) -> Cells:
+    def _first_guess(self, config: TrainConfig) -> Cells:
         model, snippets, rate = self.model, self.snippets, self.snippets.frame_rate
         with torch.no_grad():
             mean = expected(model.recognition(snippets.observed, rate, snippets.valid, chunk=CHUNK), snippets)
@@ -211,8 +223,11 @@ class BoundLoss:
         theta = model.generative.fit_theta(
             snippets.observed[:, few], counts[:, few], rate, snippets.valid[:, few], theta, _START_STEPS
         )
-        spread = torch.tensor([p.spread for p in model.generative.parameters])
-        return Cells(model.generative.unconstrain(theta), spread, mean_rate(mean, snippets.valid, rate), rate_spread)
+        parameters = model.generative.parameters
+        spread = torch.tensor([p.spread for p in parameters])
+        shared = torch.tensor([p.kinetic and config.shared_kinetics for p in parameters])
+        rates = mean_rate(mean, snippets.valid, rate)
+        return Cells(model.generative.unconstrain(theta), spread, rates, config.rate_spread, shared)
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and terms of one step."""

@@ -45,9 +45,11 @@ class Dreams:
         Generative model, and the starting network, whose rates anchor the gauge.
     snippets
         The recording.
+    shared_kinetics
+        Whether all cells have the kinetics of the middle one.
     """
 
-    def __init__(self, model: SpikeVAE, snippets: Snippets) -> None:
+    def __init__(self, model: SpikeVAE, snippets: Snippets, shared_kinetics: bool = False) -> None:
         self.model, self.snippets = model, snippets
         observed, valid, rate = snippets.observed, snippets.valid, snippets.frame_rate
         generator = torch.Generator().manual_seed(0)
@@ -61,6 +63,9 @@ class Dreams:
         counts = self._lay(torch.arange(len(observed)), everywhere, torch.ones(len(observed)), generator)
         start = model.generative.initial_theta(observed, counts, rate, valid)
         self.theta = model.generative.fit_theta(observed, counts, rate, valid, start, _THETA_STEPS)
+        for p in model.generative.parameters:
+            if shared_kinetics and p.kinetic:
+                self.theta[p.name] = self.theta[p.name].median().expand_as(self.theta[p.name])
         with torch.no_grad():
             residual = torch.where(valid, observed - model.generative.fluorescence(counts, self.theta, rate), 0)
             self.slow = _running_mean(residual, valid, int(_SLOW * rate) // 2 * 2 + 1)
@@ -109,9 +114,9 @@ class Dreams:
 class SleepLoss:
     """Minus log q of the spikes that a rendered snippet was made from, per frame."""
 
-    def __init__(self, model: SpikeVAE, snippets: Snippets) -> None:
+    def __init__(self, model: SpikeVAE, snippets: Snippets, shared_kinetics: bool = False) -> None:
         self.network, self.snippets = model.recognition, snippets
-        self.dreams = Dreams(model, snippets)
+        self.dreams = Dreams(model, snippets, shared_kinetics)
 
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and terms of one step."""

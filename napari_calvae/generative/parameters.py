@@ -41,6 +41,11 @@ class Parameter:
         """Prior mean in the unconstrained space."""
         return math.log(self.median) if self.positive else self.median
 
+    @property
+    def kinetic(self) -> bool:
+        """Whether it belongs to the indicator (times, rates, cooperativity) and not to a cell's brightness."""
+        return "ΔF/F" not in self.unit
+
 
 BASELINE = Parameter("baseline", "ΔF/F", "Baseline", "Fluorescence without spikes", 0.0, 0.2, positive=False)
 NOISE = Parameter(
