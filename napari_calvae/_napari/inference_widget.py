@@ -124,6 +124,7 @@ class InferenceWidget(QWidget):
         """Do what a click at this world position asks for."""
         try:
             self.choices.settings()
+            session.check_view(self._viewer.dims.displayed, self._viewer.dims.ndim)
             movie = self.choices.chosen_movie()
             place = np.asarray(movie.world_to_data(position))[-2:]
             inside = all(-0.5 <= p < n - 0.5 for p, n in zip(place, self.choices.frames.shape[-2:], strict=True))
@@ -231,6 +232,8 @@ class InferenceWidget(QWidget):
     def _try(self, roi: int) -> None:
         try:
             self.ask(roi)
+        except session.NoRois as error:
+            self._let_go(str(error))
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
 

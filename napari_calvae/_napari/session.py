@@ -113,6 +113,15 @@ def check_movie(shape: Sequence[int], rgb: bool = False) -> None:
         )
 
 
+def check_view(displayed: Sequence[int], ndim: int) -> None:
+    """Raise unless the viewer, of ``ndim`` axes, displays the last two, which are y and x."""
+    if set(displayed) != {ndim - 2, ndim - 1}:
+        raise calvae.RecordingError(
+            f"View: expected y and x of the movie on the screen, got axes {tuple(displayed)} of {ndim}. "
+            "Press “roll dimensions” below the layer list until the movie is seen frame by frame."
+        )
+
+
 class NoRois(calvae.RecordingError):
     """There are no ROIs where they were looked for."""
 

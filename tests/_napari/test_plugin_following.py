@@ -345,3 +345,63 @@ def test_progress_in_the_activity_dock_is_gone_in_the_end(qtbot, show_movie, ope
     if end == "closed":
         viewer.window.remove_dock_widget(widget)
     qtbot.waitUntil(lambda: not progress._all_instances and not bars(), timeout=20_000)
+
+
+def test_after_many_random_edits_the_picture_is_that_of_the_picked_roi(
+    qtbot, show_movie, open_widget, canvas, network, viewer, movie
+):
+    rng = np.random.default_rng(11)
+    stack = np.stack([movie, movie[::-1]], axis=1)
+    show_movie(stack, scale=(1 / FRAME_RATE, 1, 1, 1), rois=None)
+    start = np.zeros((2, 40, 40), np.int32)
+    start[0, 6:14, 6:14], start[1, 25:33, 15:23] = 1, 2
+    layer = viewer.add_labels(start, name="ROIs")
+    widget = open_widget()
+    widget.controls.place.click()
+    failures = []
+    widget.failed.connect(failures.append)
+
+    def paint(label):
+        place = rng.integers(4, 36, 2)
+        layer.paint((viewer.dims.current_step[1], *place), label)
+
+    actions = [
+        lambda: canvas.click(*rng.integers(2, 38, 2)),
+        lambda: canvas.click(*rng.integers(2, 38, 2)),
+        lambda: paint(int(rng.integers(0, 4))),
+        lambda: paint(0),
+        layer.undo,
+        lambda: viewer.dims.set_current_step(1, int(rng.integers(0, 2))),
+        lambda: viewer.dims.set_current_step(0, int(rng.integers(0, 400))),
+        lambda: widget.controls.samples.setValue(int(rng.integers(5, 60))),
+        lambda: widget.controls.neuropil.setValue(float(rng.choice([0, 0.7]))),
+        widget.infer_all,
+        widget.cancel,
+        lambda: qtbot.wait(int(rng.integers(1, 400))),
+    ]
+    for k in rng.integers(0, len(actions), 120):
+        actions[k]()
+        qtbot.wait(5)
+        if rng.random() < 0.1:
+            settled(qtbot, widget)
+            check(widget, stack, layer)
+    qtbot.waitUntil(lambda: not widget._batch.busy, timeout=20_000)
+    settled(qtbot, widget)
+    check(widget, stack, layer)
+    assert len(network.calls) > 15
+    assert all("free pixels" in sentence or "expected at least one" in sentence for sentence in failures), failures
+
+
+def check(widget, stack, layer):
+    """What is shown is what the network makes of the picked ROI as it is now."""
+    if widget.picked_roi is None:
+        assert widget.plots.picture is None
+        return
+    plane, settings = widget.choices.plane, widget.choices.settings()
+    traces = calvae.extract(
+        stack[:, plane], layer.data[plane], FRAME_RATE, neuropil_coefficient=settings.neuropil_coefficient
+    )
+    picture = widget.plots.picture
+    assert picture.roi_ids == (widget.picked_roi,)
+    assert picture.n_samples == settings.n_samples
+    np.testing.assert_allclose(picture.traces.values[0], traces.values[traces.index(widget.picked_roi)], rtol=1e-5)

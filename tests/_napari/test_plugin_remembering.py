@@ -79,3 +79,12 @@ def test_a_value_out_of_range_is_not_stored(own_settings):
     remembering.write("samples", 7)
     remembering.write("samples", 70_000)
     assert remembering.read()["samples"] == 7
+
+
+def test_the_preferences_show_what_is_remembered(viewer):
+    remembering.write("samples", 70)
+    dialog = viewer.window._open_preferences_dialog()
+    pages = [dialog._list.item(k).text() for k in range(dialog._list.count())]
+    assert "calvae" in pages
+    assert dialog._plugin_settings[remembering.PLUGIN].inference.samples == 70
+    dialog.close()

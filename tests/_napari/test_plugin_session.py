@@ -56,6 +56,13 @@ def test_only_planes_over_time_are_a_movie(shape, rgb):
         session.check_movie(shape, rgb)
 
 
+def test_only_y_and_x_are_clicked_on():
+    session.check_view((1, 2), 3)
+    session.check_view((3, 2), 4)
+    with pytest.raises(calvae.RecordingError, match=r"got axes \(0, 2\) of 3. Press “roll dimensions”"):
+        session.check_view((0, 2), 3)
+
+
 def test_labels_of_another_size_are_refused_and_axes_of_one_dropped():
     assert session.plane_of(np.ones((1, 1, 4, 5), int), (4, 5)).shape == (4, 5)
     with pytest.raises(calvae.RecordingError, match=r"4 × 5 pixels, got shape \(4, 6\)"):
