@@ -12,7 +12,7 @@ from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QFileDialog, QWidget
+from qtpy.QtWidgets import QFileDialog, QSizePolicy, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, session
@@ -47,6 +47,8 @@ class RecordingWidget(QWidget):
         self._asked_of: tuple | None = None
         self._made_of: tuple | None = None
         self.setMinimumHeight(height)
+        # napari puts a stretch beside what does not want all of a dock.
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Expanding)
         self._worker = Worker(self)
         self._manners = DockManners(self, height, leave=self.detach, stay=self.attach, gone=self.close_down)
         self._worker.message.connect(self._on_message)

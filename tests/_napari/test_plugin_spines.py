@@ -293,6 +293,7 @@ def test_it_opens_the_spike_inference_where_there_is_none_and_outlives_it(qtbot,
         widget.start()
     again = InferenceWidget.of(viewer)
     assert again is not inference
+    assert widget.plots.geometry().right() > widget.width() - 20  # no stretch of napari's beside them
     qtbot.waitUntil(lambda: not again._clicked.busy, timeout=60_000)
     widget.close_down()
     again.close_down()
