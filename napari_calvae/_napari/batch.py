@@ -60,7 +60,8 @@ class Batch(QObject):
         """Infer the ROIs ``wanted`` of a movie."""
         self._end_bar()
         self._key, self._began = key, time.monotonic()
-        self._bar = progress(total=_STEPS, desc=f"Spikes of {len(wanted)} ROIs")
+        # Messages are few: each of them may tell the time left.
+        self._bar = progress(total=_STEPS, desc=f"Spikes of {len(wanted)} ROIs", mininterval=0, miniters=1)
         self._controls.set_running(True)
         request = answers.Request(self._requests.new(), movie, masks, wanted, key.settings)
         self.worker.start(answers.iter_answers(request))
