@@ -30,7 +30,7 @@ from napari_calvae._napari import answers, session
 WIDTH = 262
 _ERROR = "color: #ff6b6b;"
 #: The theme of napari gives boxes more room than the form has.
-_NARROW = "min-width: 34px; padding: 1px 2px 1px 6px;"
+_NARROW = "min-width: 34px; padding: 1px 0px 1px 4px;"
 _ASK = "border: 1px solid #ff6b6b;"
 _AUTO = "“auto”: as the model was trained"
 
@@ -143,7 +143,7 @@ class Controls(QWidget):
         form.addRow("Frame rate", _beside((self.frame_rate, 0), (self.rate_source, 1)))
         form.addRow("Neuropil", _beside((self.neuropil, 2), (self.samples, 3)))
         form.addRow("Baseline", _beside((self.baseline_percentile, 1), (QLabel("of"), 0), (self.baseline_window, 1)))
-        form.addRow("Amplitude", _beside((self.amplitude, 4), (self.device, 5)))
+        form.addRow("Amplitude", _beside((self.amplitude, 3), (self.device, 4)))
         form.addRow("Model", self.model)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 6, 0)
