@@ -89,6 +89,11 @@ class TrainRecord:
     model: SpikeVAE | None = None
 
 
+def load_optimizer() -> None:
+    """Import what torch imports with its first optimizer: 800 modules, some of which hold the interpreter for 0.3 s."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
+
 #: A loss for one step, drawn with the given generator, and terms to report.
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
 

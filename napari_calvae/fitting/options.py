@@ -8,7 +8,7 @@ from typing import get_args
 
 from napari_calvae.fitting import DEFAULTS, Objective
 from napari_calvae.generative import MODELS, NOISES, Parameter
-from napari_calvae.training import TrainConfig
+from napari_calvae.training import TrainConfig, load_optimizer
 
 _PLAIN = {
     "sleep": "Learns from simulated copies of this recording, whose spikes are known. No labels needed.",
@@ -62,7 +62,8 @@ class FitOptions:
 
 
 def fit_options() -> FitOptions:
-    """Everything that ``fit`` can be asked for."""
+    """Everything that ``fit`` can be asked for; afterwards the first step of a fit does not wait for imports."""
+    load_optimizer()
     single = {name: cls for name, cls in MODELS.items() if not cls.coupled}
     return FitOptions(
         objectives={
