@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
     )
     shared_kinetics: bool = Field(
         False,
-        title="Shared kinetics",
+        title="Same kinetics",
         description="All cells have the same time constants and cooperativity, and amplitudes and noise of their own",
     )
     early_stopping: bool = Field(

@@ -116,6 +116,9 @@ class PosteriorPlots(QWidget):
         """Draw in these colours."""
         self._palette = palette
         self.graphics.setBackground(palette.background)
+        on = f"color: {palette.reconstruction}; border-bottom: 2px solid {palette.reconstruction};"
+        for button in (self.truth_button, self.rival_button, self.activity_button):
+            button.setStyleSheet(f"QToolButton:checked {{ {on} }}")
         self.time_axis.setPen(shade(palette.text, 0.45))
         self.time_axis.setTextPen(shade(palette.text, 0.9))
         for row in self.rows:

@@ -126,7 +126,7 @@ def _score(models: Models, sweeps: Sequence[Sweep]) -> dict[str, float]:
             groups[cell.split("/")[0]].append(scores["correlation"][SHIFTS.index(0)])
             ratios.append(scores["count ratio"])
         out[f"σ {1000 * sigma:g} ms"] = float(np.mean([np.nanmedian(g) for g in groups.values()]))
-        out["|log spikes|"] = float(np.nanmedian(np.abs(np.log(ratios))))
+        out["abs(log spikes)"] = float(np.nanmedian(np.abs(np.log(ratios))))
     rows = list(interval_rows(models, pieces))
     for window in sorted({r["window"] for r in rows}):
         out[f"90 % in {window:g} s"] = float(np.mean([r["90%"] for r in rows if r["window"] == window]))
