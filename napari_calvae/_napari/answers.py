@@ -227,8 +227,6 @@ def iter_answers(request: Request) -> Iterator[Message]:
         yield Progress(number, 0.0, "reading the traces")
         traces = yield from iter_traces(request)
         yield Progress(number, 0.5, "inferring spikes")
-        if settings.own_baseline:
-            traces = with_baseline(traces, settings)
         given = {} if settings.amplitude is None else {"amplitude": settings.amplitude}
         parts = calvae.iter_infer(
             traces,
@@ -278,7 +276,7 @@ def iter_rival(number: int, traces: calvae.Traces) -> Iterator[Message]:
 
 
 def iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
-    """Read the raw traces of the wanted ROIs; yields how far that is, to one half."""
+    """Read the traces of the wanted ROIs, raw or over the baseline that the user wants; yields how far, to one half."""
     settings = request.settings
     steps = calvae.iter_extract(
         request.movie,
@@ -291,5 +289,5 @@ def iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
         try:
             fraction = next(steps)
         except StopIteration as end:
-            return end.value
+            return with_baseline(end.value, settings) if settings.own_baseline else end.value
         yield Progress(request.number, 0.5 * fraction, "reading the traces")

@@ -116,8 +116,6 @@ def iter_separate(order: Order) -> Iterator[answers.Message | Separated]:
     try:
         request = answers.Request(number, order.movie, order.rois, (order.shaft, *order.spines), settings)
         traces = yield from answers.iter_traces(request)
-        if settings.own_baseline:
-            traces = answers.with_baseline(traces, settings)
         yield answers.Progress(number, 0.5, f"separating {len(order.spines)} spines")
         result = calvae.infer_spines(
             traces, order.shaft, n_samples=settings.n_samples, seed=settings.seed, device=settings.device

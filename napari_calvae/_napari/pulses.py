@@ -113,8 +113,6 @@ def iter_estimate(order: Order) -> Iterator[answers.Message | Sweep | Estimated]
         traces = yield from answers.iter_traces(
             answers.Request(number, order.movie, order.rois, order.rois.ids, settings)
         )
-        if settings.own_baseline:
-            traces = answers.with_baseline(traces, settings)
         yield answers.Progress(number, 0.0, "looking for a start")
         steps = calvae.iter_all_optical(
             traces,

@@ -327,7 +327,7 @@ class QualityWidget(QWidget):
             return
         rows = {roi: self._inference.results.rows[roi] for roi in wanted}
         self.form.say(f"Refining {len(wanted)} cells …" if len(wanted) > 1 else f"Refining ROI {wanted[0]} …")
-        self._worker.start(gaps.iter_gaps(self._requests.new(), rows, wanted, key[-1].model))
+        self._worker.start(gaps.iter_gaps(self._requests.new(), rows, wanted, key.settings.model))
 
     def _on_gap(self, message: gaps.Gap | answers.Failure) -> None:
         if not self._requests.wants(message.number):
@@ -362,7 +362,7 @@ class QualityWidget(QWidget):
         key, labels, _ = choices.rois()
         source = script.source_of(choices.chosen_movie(), choices.frames, choices.roi_layer, labels)
         rejected = [roi for roi in self.table.rois if self.judged.of(roi).verdict == judging.REJECTED]
-        return script.script(source, key[-1], rejected)
+        return script.script(source, key.settings, rejected)
 
     def copy_script(self) -> None:
         """Put the script on the clipboard."""

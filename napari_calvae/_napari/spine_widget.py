@@ -157,7 +157,7 @@ class SpineWidget(RecordingWidget):
             self._offer(masks)
         shaft = self.shaft.currentData()
         spines = dendrite.chosen_spines(self.spines.text(), shaft, masks.ids)
-        settings = replace(key[-1], neuropil_coefficient=round(self.neuropil.value(), 4))
+        settings = replace(key.settings, neuropil_coefficient=round(self.neuropil.value(), 4))
         self.bar.say(f"Shaft {shaft}, {len(spines)} spines.")
         return dendrite.iter_separate(dendrite.Order(number, choices.frames, masks, shaft, spines, settings))
 

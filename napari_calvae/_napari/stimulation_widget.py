@@ -165,7 +165,7 @@ class StimulationWidget(RecordingWidget):
         choices = self.inference.choices
         key, _, masks = choices.rois()
         stimulation = pulses.read(source, masks)
-        return stimulation, pulses.check(stimulation, masks, choices.frames.shape[0] / key[-1].frame_rate)
+        return stimulation, pulses.check(stimulation, masks, choices.frames.shape[0] / key.settings.frame_rate)
 
     def _order(self, number: int) -> Iterator[Any]:
         choices = self.inference.choices
@@ -182,7 +182,7 @@ class StimulationWidget(RecordingWidget):
                 choices.frames,
                 masks,
                 stimulation,
-                key[-1],
+                key.settings,
                 self.settle.value(),
                 self.samples.value(),
             )

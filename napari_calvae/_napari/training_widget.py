@@ -116,8 +116,8 @@ class TrainingWidget(QWidget):
             masks,
             wanted,
             cell,
-            key[-1],
-            form.base.currentData() or key[-1].model,
+            key.settings,
+            form.base.currentData() or key.settings.model,
             form.objective.currentData(),
             form.config(),
             form.generative.currentData(),
@@ -201,7 +201,7 @@ class TrainingWidget(QWidget):
             return
         self.trust.ask.setEnabled(False)
         self.trust.verdict.setText(f"ROI {roi}: simulating and inferring …")
-        self._asked.start(trust.iter_trust(self._questions.new(), result, key[-1].model))
+        self._asked.start(trust.iter_trust(self._questions.new(), result, key.settings.model))
 
     # What is told
 

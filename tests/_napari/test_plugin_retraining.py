@@ -187,3 +187,11 @@ def test_trust_of_a_real_cell(order):
     *_, last = trust.iter_trust(5, other, "universal")
     assert isinstance(last, answers.Failure)
     assert "infer again" in last.sentence
+
+
+def test_a_fit_sees_the_baseline_that_the_user_wants(order):
+    own = replace(order, settings=replace(order.settings, baseline_percentile=40.0, baseline_window=20.0))
+    first = next(m for m in retraining.iter_retrain(own) if isinstance(m, retraining.Glimpse))
+    traces = calvae.extract(order.movie, order.rois, frame_rate=order.settings.frame_rate)
+    wanted = calvae.delta_f_over_f(traces, 20.0, 40.0)
+    np.testing.assert_allclose(first.inference.traces.values[0], wanted.values[wanted.index(3)], rtol=1e-5, atol=1e-6)
