@@ -84,3 +84,4 @@ class Distribution(QWidget):
         """Give up all graphics; the widget is of no use afterwards."""
         self.graphics.close()
         self.graphics.deleteLater()
+        self.deleteLater()

@@ -114,6 +114,7 @@ class QualityForm(QWidget):
         self.next = _button("Next unjudged", "Go to the next cell without a verdict (N)")
         self.colour = _box(["none"], "Colour the ROIs of the Labels layer by verdict or by a number")
         self.distribution = Distribution()
+        self.every = _button("▥", "Distributions of all numbers, in a window of their own", tool=True)
         self.infer_all = _button("Infer all", "Infer every ROI that has no numbers yet")
         self.gap = _button(
             "Gap", "Refine the chosen cells to see how much the network's answer misses (nats/s): seconds each"
@@ -137,7 +138,9 @@ class QualityForm(QWidget):
         layout.addWidget(self.table, 1)
         layout.addLayout(_line(self.accept, self.reject, self.clear, self.undo, self.redo, stretch=None))
         layout.addLayout(_line(self.note, self.worst, self.next, stretch=self.note))
-        layout.addLayout(_line(QLabel("Colour by"), self.colour, self.gap, self.infer_all, stretch=self.colour))
+        layout.addLayout(
+            _line(QLabel("Colour by"), self.colour, self.every, self.gap, self.infer_all, stretch=self.colour)
+        )
         layout.addWidget(self.distribution)
         layout.addLayout(_line(self.csv, self.python, self.figure, stretch=None))
         layout.addWidget(self.status)

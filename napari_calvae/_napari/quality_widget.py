@@ -16,6 +16,7 @@ from qtpy.QtWidgets import QFileDialog, QToolTip, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, figure, gaps, judging, roi_layer, script, session
+from napari_calvae._napari.dashboard import Dashboard
 from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.inference_widget import InferenceWidget
 from napari_calvae._napari.keys import KEYS, Keys
@@ -44,6 +45,7 @@ class QualityWidget(QWidget):
         self.rois = roi_layer.JudgedRois(self._later_refresh)
         self.current: int | None = None
         self.form = QualityForm()
+        self.dashboard = Dashboard(self, Palette.on("#262930", "#f0f1f2"))
         self.model = QualityModel(self._on_sort, self._on_cell_note)
         self.form.table.setModel(self.model)
         layout = QVBoxLayout(self)
@@ -79,6 +81,7 @@ class QualityWidget(QWidget):
             form.next: self.next_unjudged,
             form.infer_all: self.infer_all,
             form.gap: self.ask_gaps,
+            form.every: self.show_dashboard,
             form.csv: lambda: self._save_as("Table of cells", "cells.csv", "Table (*.csv)", self.save_table),
             form.python: self.copy_script,
             form.keys: lambda: QToolTip.showText(QCursor.pos(), form.keys.toolTip(), form.keys),
@@ -300,7 +303,14 @@ class QualityWidget(QWidget):
             self.form.distribution.show_values(values, judging.colour_range(values) or (0.0, 1.0), words, bars)
         self._mark()
 
+    def show_dashboard(self) -> None:
+        """Open the window of all distributions."""
+        self.dashboard.show_table(self.table, self.current)
+        self.dashboard.show()
+
     def _mark(self) -> None:
+        if self.dashboard.isVisible():
+            self.dashboard.show_table(self.table, self.current)
         value = np.nan
         known = self._shown is not None and self.table.column(self._shown.name) is not None
         if self._shown is not None and known and self.current in self.table.rois:
@@ -396,6 +406,7 @@ class QualityWidget(QWidget):
         theme = get_theme(self._viewer.theme)
         palette = Palette.on(theme.background.as_hex(), theme.text.as_hex())
         self.form.distribution.set_palette(palette)
+        self.dashboard.set_palette(palette)
         self.model.verdict_colours = {judging.ACCEPTED: palette.posterior, judging.REJECTED: palette.reconstruction}
 
     def _later_refresh(self, *_: object) -> None:
@@ -462,6 +473,7 @@ class QualityWidget(QWidget):
         self._closed = True
         get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
+        self.dashboard.dispose()
         self.form.distribution.dispose()
         self.deleteLater()
 

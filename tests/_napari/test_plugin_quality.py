@@ -664,3 +664,22 @@ def test_the_amortization_gap_of_chosen_cells_on_request(qtbot, show_movie, open
     assert "refining gains 2.50 nats/s" in widget.form.status.text()
     inference.controls.samples.setValue(20)  # another result: its gap is not known
     qtbot.waitUntil(lambda: "amortization_gap" not in widget.model.names, timeout=10_000)
+
+
+def test_all_distributions_in_a_window_of_their_own(qtbot, show_movie, open_table):
+    show_movie()
+    _, widget = open_table()
+    infer_all(qtbot, widget)
+    click_row(widget, 2)
+    qtbot.mouseClick(widget.form.every, BUTTON)
+    dashboard = widget.dashboard
+    assert dashboard.isVisible()
+    assert list(dashboard.distributions) == [column.name for column in widget.table.columns]
+    shown = dashboard.distributions["noise_level"]
+    assert shown.counts.sum() == 3
+    assert shown.mark.value() == pytest.approx(10.0)
+    assert not dashboard.distributions["spikes_uncertainty"].toolTip().startswith(" ")
+    click_row(widget, 1)
+    qtbot.waitUntil(lambda: shown.mark.value() == pytest.approx(2.0), timeout=5000)
+    dashboard.close()
+    assert not dashboard.isVisible()
