@@ -73,7 +73,7 @@ class PinnedCell(QWidget):
             row.paint(palette)
         self.trace.setPen(pg.mkPen(palette.trace, width=1))
         self.reconstruction.setPen(pg.mkPen(palette.reconstruction, width=1))
-        self.raster.setLookupTable(raster_colours(palette))
+        self.raster.setLookupTable(raster_colours(palette.posterior))
 
     def set_picture(self, picture: calvae.SpikeInference) -> None:
         """Show a result of this ROI."""

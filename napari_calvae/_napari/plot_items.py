@@ -45,9 +45,9 @@ def on_background(colour: str, alpha: float, background: str) -> str:
     return QColor(*(round(alpha * c + (1 - alpha) * b) for c, b in pairs)).name()
 
 
-def raster_colours(palette: Palette) -> np.ndarray:
-    """(256, 4) lookup table of the posterior raster: the brighter a cell of it, the less transparent."""
-    dot = QColor(palette.posterior)
+def raster_colours(colour: str) -> np.ndarray:
+    """(256, 4) lookup table of a posterior raster: the brighter a cell of it, the less transparent."""
+    dot = QColor(colour)
     table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
     table[:, 3] = np.arange(256)
     return table

@@ -130,7 +130,7 @@ class PosteriorPlots(QWidget):
         self.rate_band.set_colour(shade(palette.posterior, BAND_ALPHA))
         self.true_spikes.setPen(pg.mkPen(palette.text, width=1))
         self.rival_rate.setPen(pg.mkPen(palette.rival, width=1))
-        self.raster.setLookupTable(raster_colours(palette))
+        self.raster.setLookupTable(raster_colours(palette.posterior))
         self.pinned.set_palette(palette)
         self._write_legends()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,13 @@ class RecordingWidget(QWidget):
 
     # What each kind has of its own
 
+    @abstractmethod
     def _order(self, number: int) -> Iterator[Any]:
         """Work that the start button asks for, or the sentence that says what is missing (raised)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _show_message(self, message: Any) -> None:
         """Show what the work tells."""
-        raise NotImplementedError
 
     def _offer(self, rois: calvae.RoiMasks) -> None:
         """Offer what can be done with these ROIs."""

@@ -8,24 +8,13 @@ from qtpy.QtWidgets import QHBoxLayout, QLabel, QProgressBar, QPushButton, QSize
 _ERROR = "color: #ff6b6b;"
 
 
-class RunBar(QWidget):
-    """Two buttons, progress, status line.
+class WorkBar(QWidget):
+    """Progress and status line; its kinds add buttons to ``button_row``, above or below."""
 
-    Parameters
-    ----------
-    start, tip
-        What the first button says, and what it does, in words.
-    """
-
-    def __init__(self, start: str, tip: str, parent: QWidget | None = None):
+    def __init__(self, parent: QWidget | None = None, *, buttons_first: bool):
         super().__init__(parent)
-        self.start, self.cancel = QPushButton(start), QPushButton("Cancel")
-        self.start.setToolTip(tip)
-        self.cancel.setToolTip("Stop; what is shown stays as it was")
-        row = QHBoxLayout()
-        row.setSpacing(6)
-        for button in (self.start, self.cancel):
-            row.addWidget(button, 1)
+        self.button_row = QHBoxLayout()
+        self.button_row.setSpacing(4)
         self.progress = QProgressBar()
         self.progress.setMaximum(1000)
         self.progress.setFixedHeight(16)
@@ -34,21 +23,16 @@ class RunBar(QWidget):
         self.status.setWordWrap(True)
         self.status.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
         self.status.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-        self.status.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.MinimumExpanding)
         self.status.setMinimumHeight(34)
         column = QVBoxLayout(self)
         column.setContentsMargins(0, 0, 0, 0)
         column.setSpacing(4)
-        column.addLayout(row)
+        if buttons_first:
+            column.addLayout(self.button_row)
         column.addWidget(self.progress)
         column.addWidget(self.status)
-        self.set_running(False)
-
-    def set_running(self, running: bool) -> None:
-        """Show whether something is being done."""
-        self.start.setEnabled(not running)
-        self.cancel.setEnabled(running)
-        self.progress.setVisible(running)
+        if not buttons_first:
+            column.addLayout(self.button_row)
 
     def show_progress(self, fraction: float, words: str) -> None:
         """Say how far it is (0 to 1)."""
@@ -60,3 +44,29 @@ class RunBar(QWidget):
         self.status.setStyleSheet(_ERROR if error else "")
         self.status.setText(sentence)
         self.status.setToolTip(sentence)
+
+
+class RunBar(WorkBar):
+    """Two buttons, progress, status line.
+
+    Parameters
+    ----------
+    start, tip
+        What the first button says, and what it does, in words.
+    """
+
+    def __init__(self, start: str, tip: str, parent: QWidget | None = None):
+        super().__init__(parent, buttons_first=True)
+        self.start, self.cancel = QPushButton(start), QPushButton("Cancel")
+        self.start.setToolTip(tip)
+        self.cancel.setToolTip("Stop; what is shown stays as it was")
+        for button in (self.start, self.cancel):
+            self.button_row.addWidget(button, 1)
+        self.status.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.MinimumExpanding)
+        self.set_running(False)
+
+    def set_running(self, running: bool) -> None:
+        """Show whether something is being done."""
+        self.start.setEnabled(not running)
+        self.cancel.setEnabled(running)
+        self.progress.setVisible(running)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyqtgraph as pg
 from qtpy.QtCore import QRectF, QSize, Qt, QTimer, Signal
-from qtpy.QtGui import QColor
 from qtpy.QtWidgets import QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing
-from napari_calvae._napari.plot_items import BandItem, Palette, Row, shade
+from napari_calvae._napari.plot_items import BandItem, Palette, Row, raster_colours, shade
 
 BAND_ALPHA = 0.35
 #: Half the height of what marks a stretch of time, whatever the scale of its row.
@@ -76,25 +76,22 @@ class TimePlots(QWidget):
         self.rows[0].view.sigResized.connect(self._schedule)
         self.graphics.scene().sigMouseClicked.connect(self._on_click)
 
+    @abstractmethod
     def _draw(self, columns: drawing.Columns) -> None:
         """Draw what is in these columns; each kind of plots has its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _colour(self, palette: Palette) -> None:
         """Take these colours; each kind of plots has its own items."""
-        raise NotImplementedError
 
     def set_palette(self, palette: Palette) -> None:
         """Draw in these colours."""
         self.palette_used = palette
         self.graphics.setBackground(palette.background)
-        for axis in (self.time_axis, *(row.axis for row in self.rows)):
-            axis.setPen(shade(palette.text, 0.45))
-            axis.setTextPen(shade(palette.text, 0.9))
+        self.time_axis.setPen(shade(palette.text, 0.45))
+        self.time_axis.setTextPen(shade(palette.text, 0.9))
         for row in self.rows:
-            row.cursor.setPen(pg.mkPen(shade(palette.text, 0.8), width=1))
-            row.missing.set_colour(shade(palette.text, 0.12))
-            row.words.setDefaultTextColor(QColor(palette.text))
+            row.paint(palette)
         self._colour(palette)
         self.redraw()
 
@@ -173,10 +170,7 @@ class Raster:
 
     def set_colour(self, colour: str) -> None:
         """Draw spikes in this colour."""
-        dot = QColor(colour)
-        table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
-        table[:, 3] = np.arange(256)
-        self.item.setLookupTable(table)
+        self.item.setLookupTable(raster_colours(colour))
 
     def draw(self, picture: calvae.SpikeInference, columns: drawing.Columns, bottom: float = 0.5) -> None:
         """Draw the samples of the first ROI from this height up, each one unit high."""

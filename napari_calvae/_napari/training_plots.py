@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyqtgraph as pg
 from qtpy.QtCore import QRectF, QSize, Qt, QTimer
-from qtpy.QtGui import QColor, QShowEvent
+from qtpy.QtGui import QShowEvent
 from qtpy.QtWidgets import QComboBox, QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, retraining
-from napari_calvae._napari.plot_items import Palette, shade
+from napari_calvae._napari.plot_items import Palette, raster_colours, shade
 
 _AXIS = 46
 LABEL = {"font-size": "8pt"}
@@ -220,10 +220,7 @@ class ComparisonPlots(Pictures):
         for index, colour in enumerate(self._colours):
             self.reconstructions[index].setPen(pg.mkPen(colour, width=1.5))
             self.rates[index].setPen(pg.mkPen(colour, width=1.2))
-            dot = QColor(colour)
-            table = np.tile(np.array([dot.red(), dot.green(), dot.blue(), 0], np.uint8), (256, 1))
-            table[:, 3] = np.arange(256)
-            self.rasters[index].setLookupTable(table)
+            self.rasters[index].setLookupTable(raster_colours(colour))
         self._write()
 
     def clear(self) -> None:

@@ -678,7 +678,7 @@ def test_all_distributions_in_a_window_of_their_own(qtbot, show_movie, open_tabl
     shown = dashboard.distributions["noise_level"]
     assert shown.counts.sum() == 3
     assert shown.mark.value() == pytest.approx(10.0)
-    assert not dashboard.distributions["spikes_uncertainty"].toolTip().startswith(" ")
+    assert dashboard.distributions["spikes"].toolTip().startswith("Number of spikes in the recording")
     click_row(widget, 1)
     qtbot.waitUntil(lambda: shown.mark.value() == pytest.approx(2.0), timeout=5000)
     dashboard.close()
