@@ -18,6 +18,7 @@ _HOME = {
     "RecordingError": "recording",
     "RoiMasks": "recording",
     "SpikeInference": "recording",
+    "TraceSource": "trace_source",
     "Traces": "recording",
     "SpikeVAE": "vae",
     "SpineInference": "spines",
@@ -39,6 +40,7 @@ _HOME = {
     "iter_infer": "inference",
     "load_model": "vae",
     "models": "vae",
+    "open_traces": "formats",
     "oasis": "benchmark.ground_truth",
     "read": "formats",
     "read_labels": "formats",
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.fitting.options import FitOptions, fit_options
-    from napari_calvae.formats import read, read_labels, read_movie, read_spikes, read_stimulation, write
+    from napari_calvae.formats import open_traces, read, read_labels, read_movie, read_spikes, read_stimulation, write
     from napari_calvae.inference import infer, iter_infer
     from napari_calvae.metrics import QC
     from napari_calvae.preprocess import (
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from napari_calvae.simulation import simulate
     from napari_calvae.spines import SpineInference, infer_spines
     from napari_calvae.stimulation import Stimulation
+    from napari_calvae.trace_source import TraceSource
     from napari_calvae.vae import SpikeVAE, load_model, models
 
 

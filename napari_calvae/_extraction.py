@@ -143,10 +143,7 @@ def _select(masks: RoiMasks, wanted: Sequence[int]) -> RoiMasks:
     unknown = [roi for roi in wanted if roi not in masks.ids]
     if unknown or not len(wanted):
         raise RecordingError(f"wanted: expected ids among {masks.ids[:8]}…, got {tuple(unknown)}.")
-    rows = [masks.ids.index(roi) for roi in wanted]
-    return RoiMasks(
-        masks.shape, tuple(masks.pixels[i] for i in rows), tuple(wanted), tuple(masks.weights[i] for i in rows)
-    )
+    return masks.select([masks.ids.index(roi) for roi in wanted])
 
 
 def ring_reach(n_pixels: ArrayLike) -> np.ndarray:

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 
 Unit = Literal["raw", "dff"]
 
+#: What ``RoiMasks`` knows of each ROI.
+_PER_ROI = ("pixels", "ids", "weights", "planes")
 #: Layout of one sampled spike event: which posterior sample, ROI and frame, and how many spikes.
 EVENT_DTYPE = np.dtype([("sample", "u2"), ("roi", "u4"), ("frame", "u4"), ("count", "u1")])
 
@@ -60,11 +62,15 @@ class Traces:
         (roi, time) mask of the frames that were measured, by default those with finite values.
     provenance
         How these traces came about: JSON-like.
+    rois
+        Where the ROIs are, row by row with the same ids, if that is known.
+    accepted
+        (roi,) which ROIs are cells in the eyes of whoever made the file, if that is known.
 
     Raises
     ------
     RecordingError
-        If shape, frame rate, unit or ids contradict each other.
+        If shape, frame rate, unit, ids, ROIs or judgements contradict each other.
     """
 
     values: np.ndarray
@@ -74,6 +80,8 @@ class Traces:
     t0: float = 0.0
     valid: np.ndarray = None  # type: ignore[assignment]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    rois: RoiMasks | None = None
+    accepted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         raw = np.asarray(self.values)
@@ -99,6 +107,16 @@ class Traces:
                 raise RecordingError(f"valid: expected shape {values.shape}, got {mask.shape}.")
             finite &= mask
         values[~finite] = np.nan
+        if self.rois is not None and self.rois.ids != ids:
+            raise RecordingError(
+                f"rois: expected the ROIs {ids[:8]}… of the traces, in that order, got {self.rois.ids[:8]}…."
+            )
+        if self.accepted is not None:
+            accepted = np.asarray(self.accepted, bool).copy()
+            if accepted.shape != (len(values),):
+                raise RecordingError(f"accepted: expected one value per ROI, {len(values)}, got {accepted.shape}.")
+            accepted.flags.writeable = False
+            object.__setattr__(self, "accepted", accepted)
         values.flags.writeable = False
         finite.flags.writeable = False
         for name, value in (
@@ -142,7 +160,26 @@ class Traces:
         """Rows ``rois`` (indices, not ids) as traces of their own."""
         index = np.arange(self.n_rois)[rois]
         return self.replace(
-            values=self.values[index], valid=self.valid[index], roi_ids=tuple(self.roi_ids[i] for i in index)
+            values=self.values[index],
+            valid=self.valid[index],
+            roi_ids=tuple(self.roi_ids[i] for i in index),
+            rois=self.rois and self.rois.select(index),
+            accepted=None if self.accepted is None else self.accepted[index],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Traces]) -> Traces:
+        """Join the rows of some ROIs of one recording, in the order given."""
+        if not parts:
+            raise RecordingError("concatenate: expected at least one part, got none.")
+        rois = [part.rois for part in parts if part.rois is not None]
+        accepted = [part.accepted for part in parts if part.accepted is not None]
+        return parts[0].replace(
+            values=np.concatenate([part.values for part in parts]),
+            valid=np.concatenate([part.valid for part in parts]),
+            roi_ids=tuple(i for part in parts for i in part.roi_ids),
+            rois=RoiMasks.concatenate(rois) if len(rois) == len(parts) else None,
+            accepted=np.concatenate(accepted) if len(accepted) == len(parts) else None,
         )
 
     def replace(self, **changes: Any) -> Traces:
@@ -155,7 +192,7 @@ class Traces:
 
 @dataclass(frozen=True, eq=False)
 class RoiMasks:
-    """Regions of interest of one imaging plane, as weighted pixels; ROIs may overlap.
+    """Regions of interest, as weighted pixels of an imaging plane; ROIs may overlap.
 
     Parameters
     ----------
@@ -167,12 +204,15 @@ class RoiMasks:
         Per ROI an integer, as in a label image.
     weights
         Per ROI one weight per pixel; by default all one. Traces are weighted means.
+    planes
+        Per ROI the number of the imaging plane that it lies in, all of one shape; by default all 0.
     """
 
     shape: tuple[int, int]
     pixels: tuple[np.ndarray, ...]
     ids: tuple[int, ...] = ()
     weights: tuple[np.ndarray, ...] = ()
+    planes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
@@ -189,10 +229,11 @@ class RoiMasks:
             raise RecordingError(
                 "ROIs: expected at least one, got none. Draw a ROI or give a label image with labels > 0."
             )
-        if not len(pixels) == len(ids) == len(set(ids)) == len(weights):
+        planes = tuple(int(p) for p in self.planes) if len(self.planes) else (0,) * len(pixels)
+        if not len(pixels) == len(ids) == len(set(ids)) == len(weights) == len(planes):
             raise RecordingError(
-                f"ROIs: expected one id and one weight array per ROI, all ids different; "
-                f"got {len(pixels)} ROIs, {len(set(ids))} ids, {len(weights)} weight arrays."
+                f"ROIs: expected one id, one weight array and one plane per ROI, all ids different; "
+                f"got {len(pixels)} ROIs, {len(set(ids))} ids, {len(weights)} weight arrays, {len(planes)} planes."
             )
         for roi, p, w in () if _all_inside(pixels, weights, shape) else zip(ids, pixels, weights, strict=True):
             if not len(p) or not w.sum() > 0:
@@ -202,11 +243,28 @@ class RoiMasks:
                 )
             if len(w) != len(p) or p.min() < 0 or p.max() >= shape[0] * shape[1]:
                 raise RecordingError(f"ROI {roi}: expected pixels inside the image and one weight for each.")
-        for name, value in (("shape", shape), ("pixels", pixels), ("ids", ids), ("weights", weights)):
+        named = {"shape": shape, "pixels": pixels, "ids": ids, "weights": weights, "planes": planes}
+        for name, value in named.items():
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def select(self, rois: Iterable[int]) -> RoiMasks:
+        """ROIs of these rows (indices, not ids), in the order given."""
+        rows = [int(row) for row in rois]
+        pixels, ids, weights, planes = (tuple(getattr(self, name)[row] for row in rows) for name in _PER_ROI)
+        return RoiMasks(self.shape, pixels, ids, weights, planes)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RoiMasks]) -> RoiMasks:
+        """Join ROIs of planes of one shape, in the order given."""
+        if len({part.shape for part in parts}) != 1:
+            raise RecordingError(f"ROIs: expected planes of one shape, got {sorted({p.shape for p in parts})}.")
+        pixels, ids, weights, planes = (
+            tuple(item for part in parts for item in getattr(part, name)) for name in _PER_ROI
+        )
+        return cls(parts[0].shape, pixels, ids, weights, planes)
 
     @classmethod
     def from_labels(cls, labels: ArrayLike) -> RoiMasks:
@@ -335,13 +393,8 @@ class SpikeInference:
         for part, block in zip(parts, events, strict=True):
             block["roi"] += row
             row += part.traces.n_rois
-        traces = first.traces.replace(
-            values=np.concatenate([p.traces.values for p in parts]),
-            valid=np.concatenate([p.traces.valid for p in parts]),
-            roi_ids=tuple(i for p in parts for i in p.roi_ids),
-        )
         return cls(
-            traces=traces,
+            traces=Traces.concatenate([p.traces for p in parts]),
             rate=np.concatenate([p.rate for p in parts]),
             events=np.concatenate(events),
             n_samples=first.n_samples,

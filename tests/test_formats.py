@@ -111,7 +111,7 @@ def test_csv_from_pandas_without_clock_and_with_gaps(tmp_path):
         ("a.npz", b"junk", r"a\.npz: expected a NumPy file of plain numbers"),
         ("a.npy", b"", r"a\.npy: expected a NumPy file of plain numbers"),
         ("a.h5", b"junk", r"expected traces in one of the formats \*\.npy, \*\.npz, \*\.csv"),
-        ("a.xyz", b"junk", r"a\.xyz: expected traces in one of the formats.*Movies \(\.tif\) need a label image"),
+        ("a.xyz", b"junk", r"a\.xyz: expected traces in one of the formats.*Movies need a label image"),
     ],
 )
 def test_unreadable_tables(tmp_path, name, content, message):

@@ -1,7 +1,9 @@
-"""Files: one module per format, listed in ``FORMATS``; movies and label images come from ``tiff``.
+"""Files: one module per format, listed in ``FORMATS``; movies and label images come from ``movies``.
 
-A format has ``PATTERNS`` (file names), ``matches(path)`` and ``read(path, frame_rate, unit) → Traces``. One that can
-also hold results has ``SUFFIXES`` and ``write(result, path)``.
+A format has ``PATTERNS`` (names of files or folders), ``matches(path)`` and ``read(path, frame_rate, unit) → Traces``.
+One that can leave traces in the file until they are asked for has ``open_source(path, frame_rate, unit) → TraceSource``
+and no ``read`` of its own. One that can be written has ``SUFFIXES`` (ends of names) and ``write(value, path)`` for
+results, traces or both; one whose files may be added to also ``append(result, path)``.
 """
 
 from __future__ import annotations
@@ -11,18 +13,31 @@ from types import ModuleType
 
 import numpy as np
 
-from napari_calvae.formats import csv_table, hdf5, numpy_table
+from napari_calvae.formats import (
+    caiman,
+    csv_table,
+    extractors,
+    hdf5,
+    matlab,
+    numpy_table,
+    nwb,
+    parquet,
+    store,
+    suite2p,
+)
 from napari_calvae.formats._files import check_output, existing, whole_files
 from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.pulses import read_stimulation
 from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+from napari_calvae.trace_source import TraceSource
 
 __all__ = [
     "FORMATS",
     "check_output",
     "check_result",
     "is_movie",
+    "open_traces",
     "read",
     "read_labels",
     "read_movie",
@@ -35,29 +50,57 @@ __all__ = [
     "writer_of",
 ]
 
-FORMATS: dict[str, ModuleType] = {"numpy": numpy_table, "csv": csv_table, "hdf5": hdf5}
+#: In the order in which they are asked whether a file is theirs: the particular before the general.
+FORMATS: dict[str, ModuleType] = {
+    "suite2p": suite2p,
+    "zarr": store,
+    "nwb": nwb,
+    "caiman": caiman,
+    "numpy": numpy_table,
+    "csv": csv_table,
+    "parquet": parquet,
+    "matlab": matlab,
+    "hdf5": hdf5,
+    "roiextractors": extractors,
+}
 
 
 def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
-    """Traces from a file of any supported format.
+    """Traces from a file or folder of any supported format.
 
     Parameters
     ----------
     path
-        File of traces; for movies see ``read_movie`` and ``extract``.
+        File or folder of traces; for movies see ``read_movie`` and ``extract``.
     frame_rate
         Frames per second (Hz); needed if the file does not say, and believed rather than the file if given.
     unit
         ``"raw"`` or ``"dff"`` (ΔF/F as a fraction); by default what the file says, else ``"dff"``.
     """
     file = existing(path)
+    module = _reader_of(file)
+    if hasattr(module, "open_source"):
+        return module.open_source(file, frame_rate, unit).load()
+    return module.read(file, frame_rate, unit)
+
+
+def open_traces(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
+    """Like ``read``, but the traces stay in the file until some are asked for, where the format allows it."""
+    file = existing(path)
+    module = _reader_of(file)
+    if hasattr(module, "open_source"):
+        return module.open_source(file, frame_rate, unit)
+    return TraceSource.of(module.read(file, frame_rate, unit))
+
+
+def _reader_of(file: Path) -> ModuleType:
     for module in FORMATS.values():
         if module.matches(file):
-            return module.read(file, frame_rate, unit)
+            return module
     patterns = ", ".join(p for module in FORMATS.values() for p in module.PATTERNS)
     raise RecordingError(
         f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
-        "Movies (.tif) need a label image with them, --rois on the command line."
+        "Movies need a label image with them, --rois on the command line."
     )
 
 
@@ -70,33 +113,47 @@ def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
     return (csv_table if csv_table.matches(file) else numpy_table).read_spikes(file)
 
 
-def write(result: SpikeInference, path: str | Path, overwrite: bool = False) -> None:
-    """Write what was inferred: all of it, or nothing at all.
+def write(value: SpikeInference | Traces, path: str | Path, overwrite: bool = False, append: bool = False) -> None:
+    """Write what was inferred, or traces: all of it, or nothing at all.
 
     Parameters
     ----------
-    result
-        What ``infer`` returned.
+    value
+        What ``infer`` returned, or traces as ``extract`` or ``read`` return them.
     path
-        ``.npz``, ``.h5``, or ``.csv`` (which puts events, one row per ROI and the provenance into files beside it).
+        Its name says the format; see ``FORMATS``. ``.csv`` puts events, one row per ROI and the provenance into files
+        beside it.
     overwrite
         Replace what is there; without it an existing file is an error.
+    append
+        Add to what is there and leave the rest as it is (NWB).
     """
-    check_result(path, overwrite).write(result, Path(path).expanduser())
+    module = check_result(path, overwrite, append)
+    file = Path(path).expanduser()
+    if append:
+        module.append(value, file)
+    else:
+        module.write(value, file)
 
 
-def check_result(path: str | Path, overwrite: bool = False) -> ModuleType:
+def check_result(path: str | Path, overwrite: bool = False, append: bool = False) -> ModuleType:
     """Return the format that can write a result there, else raise what is in the way; to be asked before long work."""
     module = writer_of(path)
+    if append:
+        if not hasattr(module, "append"):
+            raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {Path(path).name!r}.")
+        existing(path)
+        return module
     for file in module.outputs(Path(path)) if hasattr(module, "outputs") else (path,):
         check_output(file, overwrite)
     return module
 
 
 def writer_of(path: str | Path) -> ModuleType:
-    """Return the format that writes results under this name."""
-    suffix = Path(path).suffix.lower()
-    able = {s: module for module in FORMATS.values() for s in getattr(module, "SUFFIXES", ())}
-    if suffix not in able:
-        raise RecordingError(f"output: expected a name that ends in {', '.join(able)}, got {Path(path).name!r}.")
-    return able[suffix]
+    """Return the format that writes under this name."""
+    name = Path(path).name.lower()
+    able = {suffix: module for module in FORMATS.values() for suffix in getattr(module, "SUFFIXES", ())}
+    for suffix, module in able.items():
+        if name.endswith(suffix):
+            return module
+    raise RecordingError(f"output: expected a name that ends in {', '.join(able)}, got {Path(path).name!r}.")

@@ -74,17 +74,23 @@ def traces_of(
     )
 
 
-def arrays_of(result: SpikeInference) -> dict[str, np.ndarray]:
-    """Name the arrays of a result; ``traces_of`` reads the ΔF/F back from them.
+def arrays_of(value: SpikeInference | Traces) -> dict[str, np.ndarray]:
+    """Name the arrays of traces or of a result; ``traces_of`` reads the traces, for a result its ΔF/F, back from them.
 
     ``interval`` is the central 90 % credible interval (2, roi, window) of the spike counts in windows of one second
     that begin at the frames ``interval_edges``; it is left out for recordings or sample numbers too small for one.
     """
+    traces = value if isinstance(value, Traces) else value.traces
     arrays = {
-        "roi_ids": np.asarray(result.roi_ids, np.int64),
-        "frame_rate": np.asarray(result.frame_rate),
-        "t0": np.asarray(result.traces.t0),
-        "dff": result.traces.values,
+        "roi_ids": np.asarray(traces.roi_ids, np.int64),
+        "frame_rate": np.asarray(traces.frame_rate),
+        "t0": np.asarray(traces.t0),
+    }
+    if isinstance(value, Traces):
+        return arrays | {"values": traces.values, "unit": np.asarray(traces.unit)}
+    result = value
+    arrays |= {
+        "dff": traces.values,
         "rate": result.rate,
         "reconstruction": result.reconstruction,
         "reconstruction_std": result.reconstruction_std,
@@ -101,13 +107,13 @@ def arrays_of(result: SpikeInference) -> dict[str, np.ndarray]:
     return arrays
 
 
-def provenance_json(result: SpikeInference) -> str:
-    """Give the provenance of a result, and of the traces it came from, as JSON."""
-    return json.dumps(
-        {"inference": dict(result.provenance), "traces": dict(result.traces.provenance)},
-        indent=1,
-        default=_plain,
-    )
+def provenance_json(value: SpikeInference | Traces) -> str:
+    """Give the provenance of traces, or of a result and of the traces it came from, as JSON."""
+    if isinstance(value, Traces):
+        found = {"traces": dict(value.provenance)}
+    else:
+        found = {"inference": dict(value.provenance), "traces": dict(value.traces.provenance)}
+    return json.dumps(found, indent=1, default=_plain)
 
 
 def _plain(value: Any) -> Any:

@@ -33,10 +33,10 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     return traces_of(arrays, path, frame_rate, unit)
 
 
-def write(result: SpikeInference, path: Path) -> None:
-    """Write a result as one dataset per array (see ``arrays_of``), with ``provenance`` as a JSON attribute."""
+def write(value: SpikeInference | Traces, path: Path) -> None:
+    """Write a result or traces, a dataset per array (see ``arrays_of``), with ``provenance`` as a JSON attribute."""
     with whole_files(path) as (temporary,), h5py.File(temporary, "w") as file:
-        for name, array in arrays_of(result).items():
+        for name, array in arrays_of(value).items():
             packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if array.size > 1000 else {}
             file.create_dataset(name, data=array, **packing)
-        file.attrs["provenance"] = provenance_json(result)
+        file.attrs["provenance"] = provenance_json(value)

@@ -39,10 +39,10 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     return traces_of(arrays, path, frame_rate, unit)
 
 
-def write(result: SpikeInference, path: Path) -> None:
-    """Write a result as named arrays (see ``arrays_of``), with ``provenance`` as JSON text."""
+def write(value: SpikeInference | Traces, path: Path) -> None:
+    """Write a result or traces as named arrays (see ``arrays_of``), with ``provenance`` as JSON text."""
     with whole_files(path) as (temporary,), open(temporary, "wb") as file:
-        arrays = arrays_of(result) | {"provenance": np.asarray(provenance_json(result))}
+        arrays = arrays_of(value) | {"provenance": np.asarray(provenance_json(value))}
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 

@@ -1,0 +1,1 @@
+"""Results as values of other packages (being built)."""
