@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -149,14 +150,22 @@ def unfamiliarity(described: np.ndarray, known: np.ndarray, n_near: int = 5) -> 
 
     Distances are to the ``n_near``-th nearest of the known, each descriptor in units of its spread among them.
     """
-    spread = known.std(0) + 1e-6
-    places = KDTree(known / spread)
-    own = places.query(known / spread, k=n_near + 1)[0][:, -1]
+    spread, places, outermost = _places(np.ascontiguousarray(known, np.float32).tobytes(), known.shape[1], n_near)
     finite = np.isfinite(described).all(-1)
     found = np.full(len(described), np.nan)
     if finite.any():
         found[finite] = places.query(described[finite] / spread, k=n_near)[0][:, -1]
-    return found / np.quantile(own, 0.95)
+    return found / outermost
+
+
+@functools.lru_cache(maxsize=8)  # a model's are the same for every ROI
+def _places(raw: bytes, n_columns: int, n_near: int) -> tuple[np.ndarray, KDTree, float]:
+    """Spread of known descriptors, their places in units of it, and how far from the others the outermost 5 % are."""
+    known = np.frombuffer(raw, np.float32).reshape(-1, n_columns)
+    spread = known.std(0) + 1e-6
+    places = KDTree(known / spread)
+    own = places.query(known / spread, k=n_near + 1)[0][:, -1]
+    return spread, places, float(np.quantile(own, 0.95))
 
 
 def qc_unfamiliarity(x: Explained) -> np.ndarray:

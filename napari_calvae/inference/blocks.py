@@ -1,4 +1,8 @@
-"""From traces to spike posteriors: blocks of ROIs through a trained model, on the best device there is."""
+"""From blocks of traces to their spike posteriors, on the best device there is.
+
+What is inferred of a ROI depends on its trace, its id, the model and the seed alone, to the last bit: neither on the
+ROIs that are inferred with it, nor on their order, nor on the number of cores.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from napari_calvae.metrics import Explained, quality_table
 from napari_calvae.recognition import CHUNK, SpikePosterior
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
+from napari_calvae.trace_source import TraceSource
 from napari_calvae.vae import SpikeVAE, load_model
 
 #: Standard deviation of the logarithm of an amplitude that a user knows.
@@ -46,46 +51,26 @@ class InferConfig(BaseModel):
     )
 
 
-def infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> SpikeInference:
-    """Spike posterior of every trace.
-
-    Parameters
-    ----------
-    traces
-        Fluorescence of some ROIs; raw traces become ΔF/F as the model wants it.
-    model
-        Name of a shipped model, a file, or a ``SpikeVAE``.
-    **settings
-        Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``. How many spikes there are is
-        uncertain mostly since nobody knows how much fluorescence one makes; who does gives ``amplitude`` (ΔF/F), known
-        to about 15 %, and gets rates that go with it and narrower intervals.
-
-    Raises
-    ------
-    RecordingError
-        If no spikes can be inferred from a trace, or an amplitude is given that the model has no place for.
-    ModelError
-        If the model cannot be read.
-    """
-    return SpikeInference.concatenate(list(iter_infer(traces, model, **settings)))
-
-
-def iter_infer(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> Iterator[SpikeInference]:
+def iter_infer(
+    traces: Traces | TraceSource, model: str | Path | SpikeVAE = "universal", **settings: Any
+) -> Iterator[SpikeInference]:
     """Like ``infer``, a block of ROIs at a time; stop consuming it to stop computing."""
     config = InferConfig(**settings)
     vae = load_model(model, coupled=False)
     device = pick_device(config.device)
     vae.recognition.to(device).eval()
-    dff = vae.preprocessing.apply(traces)
     provenance = provenance_of(vae, traces, config, device)
+    # What is in memory is checked as a whole, so that an error comes before any work.
+    dff = vae.preprocessing.apply(traces) if isinstance(traces, Traces) else traces
     step = max(1, BLOCK_FRAMES // dff.n_frames)
-    blocks = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
+    blocks = [slice(start, start + step) for start in range(0, dff.n_rois, step)]
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     n_workers = min(threads, len(blocks))
     spare = threads // n_workers
 
-    def work(block: Traces) -> SpikeInference:
-        return _infer_block(block, vae, config, spare, provenance)
+    def work(rows: slice) -> SpikeInference:
+        block = dff.select(rows)
+        return _infer_block(vae.preprocessing.apply(block), vae, config, spare, provenance)
 
     yield from _in_order(work, blocks, n_workers)
 
@@ -104,7 +89,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _in_order(
-    work: Callable[[Traces], SpikeInference], blocks: Sequence[Traces], n_workers: int
+    work: Callable[[slice], SpikeInference], blocks: Sequence[slice], n_workers: int
 ) -> Iterator[SpikeInference]:
     """Results of ``work`` on each block, ``n_workers`` at a time, each on one core.
 
@@ -133,14 +118,24 @@ def _infer_block(
     dff: Traces, vae: SpikeVAE, config: InferConfig, n_threads: int, provenance: dict[str, Any]
 ) -> SpikeInference:
     device = next(vae.recognition.parameters()).device
-    observed = torch.from_numpy(dff.values.copy()).to(device)
-    valid = torch.from_numpy(dff.valid.copy()).to(device)
+
+    def each(apply: Callable[..., Iterable[Any]]) -> SpikeInference:
+        # One ROI after the other: sums over time are rounded differently where several ROIs are added up at once, and
+        # a ROI would depend on its neighbours in the last digits. On a GPU, where that is slow, it may.
+        step = 1 if device.type == "cpu" else dff.n_rois
+        parts = []
+        for start in range(0, dff.n_rois, step):
+            part = dff.select(slice(start, start + step))
+            observed = torch.from_numpy(part.values.copy()).to(device)
+            valid = torch.from_numpy(part.valid.copy()).to(device)
+            posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=apply)
+            parts.append(inference_of(part, vae, config, posterior, provenance, apply=apply))
+        return SpikeInference.concatenate(parts)
+
     if n_threads == 1:
-        posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK)
-        return inference_of(dff, vae, config, posterior, provenance)
+        return each(map)
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=pool.map)
-        return inference_of(dff, vae, config, posterior, provenance, apply=pool.map)
+        return each(pool.map)
 
 
 @torch.inference_mode()
@@ -327,7 +322,9 @@ def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     return expected[log_likelihood.argmax()].sqrt()
 
 
-def provenance_of(vae: SpikeVAE, traces: Traces, config: InferConfig, device: torch.device) -> dict[str, Any]:
+def provenance_of(
+    vae: SpikeVAE, traces: Traces | TraceSource, config: InferConfig, device: torch.device
+) -> dict[str, Any]:
     """How an inference came about: JSON-like."""
     return {
         "model": vae.description,
