@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from napari_calvae import conversion
+
 Unit = Literal["raw", "dff"]
 
 #: What ``RoiMasks`` knows of each ROI.
@@ -458,3 +460,19 @@ class SpikeInference:
             )
         tail = (1 - level) / 2
         return np.quantile(self.window_counts(window), [tail, 1 - tail], axis=0)
+
+    def to_xarray(self, level: float = 0.9, window: float = 1.0) -> Any:
+        """``xarray.Dataset`` of rates, intervals, reconstruction, quality and θ: see ``conversion.to_xarray``."""
+        return conversion.to_xarray(self, level, window)
+
+    def to_pynapple(self) -> Any:
+        """``pynapple.TsdFrame`` of the rates (spikes/s), with quality and θ: see ``conversion.to_pynapple``."""
+        return conversion.to_pynapple(self)
+
+    def to_anndata(self) -> Any:
+        """``anndata.AnnData`` with a row per ROI and a column per frame: see ``conversion.to_anndata``."""
+        return conversion.to_anndata(self)
+
+    def to_pandas(self) -> Any:
+        """``pandas.DataFrame`` of the rates (spikes/s), a column per ROI: see ``conversion.to_pandas``."""
+        return conversion.to_pandas(self)
