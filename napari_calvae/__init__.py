@@ -22,6 +22,7 @@ _HOME = {
     "Traces": "recording",
     "SpikeVAE": "vae",
     "SpineInference": "spines",
+    "StoredInference": "formats",
     "Stimulation": "stimulation",
     "bin_spikes": "preprocess",
     "correlation_peak": "preprocess",
@@ -35,11 +36,13 @@ _HOME = {
     "infer_all_optical": "all_optical",
     "infer_spines": "spines",
     "iter_all_optical": "all_optical",
+    "iter_batch": "inference",
     "iter_extract": "preprocess",
     "iter_fit": "fitting",
     "iter_infer": "inference",
     "load_model": "vae",
     "models": "vae",
+    "open_result": "formats",
     "open_traces": "formats",
     "oasis": "benchmark.ground_truth",
     "read": "formats",
@@ -61,8 +64,18 @@ if TYPE_CHECKING:
     from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.fitting.options import FitOptions, fit_options
-    from napari_calvae.formats import open_traces, read, read_labels, read_movie, read_spikes, read_stimulation, write
-    from napari_calvae.inference import infer, iter_infer
+    from napari_calvae.formats import (
+        StoredInference,
+        open_result,
+        open_traces,
+        read,
+        read_labels,
+        read_movie,
+        read_spikes,
+        read_stimulation,
+        write,
+    )
+    from napari_calvae.inference import infer, iter_batch, iter_infer
     from napari_calvae.metrics import QC
     from napari_calvae.preprocess import (
         bin_spikes,

@@ -26,6 +26,7 @@ __all__ = [
     "noise_level",
     "resample",
     "roi_marks",
+    "with_signal",
 ]
 
 
@@ -44,15 +45,21 @@ def check_traces(traces: Traces) -> None:
         raise RecordingError(
             f"{_which(traces, empty)}: expected fluorescence, got only missing values (NaN). Leave it out."
         )
-    low = np.min(traces.values, axis=1, where=traces.valid, initial=np.inf)
-    high = np.max(traces.values, axis=1, where=traces.valid, initial=-np.inf)
-    constant = np.asarray(high <= low)
+    constant = ~with_signal(traces)
     if constant.any():
-        row = int(np.flatnonzero(constant)[0])
+        value = traces.values[np.flatnonzero(constant)[0]]
         raise RecordingError(
-            f"{_which(traces, constant)}: expected fluorescence that changes over time, got the constant {low[row]:g}. "
+            f"{_which(traces, constant)}: expected fluorescence that changes over time, got the constant "
+            f"{np.nanmax(value):g}. "
             "Leave it out; a saturated detector or a ROI outside the imaged field looks like this."
         )
+
+
+def with_signal(traces: Traces) -> np.ndarray:
+    """(roi,) whether a trace has measured frames that differ; from others nothing can be inferred."""
+    low = np.min(traces.values, axis=1, where=traces.valid, initial=np.inf)
+    high = np.max(traces.values, axis=1, where=traces.valid, initial=-np.inf)
+    return np.asarray(high > low)
 
 
 def noise_level(values: ArrayLike, frame_rate: float) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,25 @@ class TraceSource:
             accepted=None if self.accepted is None else np.asarray(self.accepted, bool)[index],
         )
 
+    def part(self, rows: slice) -> TraceSource:
+        """Neighbouring rows as a source of their own, which is small to send elsewhere unless it is in memory."""
+        first, last, _ = rows.indices(self.n_rois)
+        if isinstance(getattr(self.fetch, "__self__", None), np.ndarray):
+            return TraceSource.of(self.select(rows))
+        index = range(first, last)
+        return replace(
+            self,
+            fetch=partial(_shifted, self.fetch, first),
+            n_rois=len(index),
+            roi_ids=self.roi_ids[first:last],
+            rois=self.rois and self.rois.select(index),
+            accepted=None if self.accepted is None else np.asarray(self.accepted, bool)[first:last],
+        )
+
     def load(self) -> Traces:
         """All of it as traces in memory."""
         return self.select(slice(None))
+
+
+def _shifted(fetch: Callable[[np.ndarray], np.ndarray], first: int, rows: np.ndarray) -> np.ndarray:
+    return fetch(rows + first)

@@ -131,8 +131,9 @@ def test_infer_a_movie(tmp_path, recording, model):
         (["matrix.npy", "--frame-rate", "-3"], "frame_rate: expected a positive number"),
         (["matrix.npy", "--frame-rate", "1"], "frame rate: expected 3 to 120 Hz"),
         (["traces.npz", "--unit", "raw"], "baseline above 0"),
-        (["constant.npy", "--frame-rate", "30"], "ROI 2: expected fluorescence that changes over time"),
-        (["nan.npy", "--frame-rate", "30"], "ROI 1: expected fluorescence, got only missing values (NaN)"),
+        (["nan.npy", "--frame-rate", "30"], "1 ROIs with only missing values (NaN)"),
+        (["traces.npz", "--append"], "append: expected the name of an NWB file"),
+        (["traces.npz", "--pattern", "*"], "INPUT: expected a folder with --pattern"),
         (["none.npy"], "expected a file, found nothing there"),
         (["traces.npz", "--model", "junk.safetensors"], "expected a safetensors header"),
         (["traces.npz", "--model", "nothing"], "got 'nothing'"),
@@ -140,7 +141,6 @@ def test_infer_a_movie(tmp_path, recording, model):
 )
 def test_bad_input_is_one_line_and_nothing_is_written(recording, model, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(recording)
-    np.save("constant.npy", np.array([np.random.default_rng(0).random(90), np.ones(90)]))
     np.save("nan.npy", np.full((1, 90), np.nan))
     (recording / "junk.safetensors").write_bytes(b"junk" * 100)
     options = [] if "--model" in arguments else ["--model", model]

@@ -178,7 +178,7 @@ def iter_retrain(order: Order) -> Iterator[Message]:
         request = answers.Request(number, order.movie, order.rois, asked, order.settings)
         traces = yield from answers.iter_traces(request)
         cell = traces.select([traces.index(order.cell)])
-        settings = {"n_samples": order.settings.n_samples, "seed": order.settings.seed}
+        settings: dict[str, Any] = {"n_samples": order.settings.n_samples, "seed": order.settings.seed}
         yield answers.Progress(number, 0.5, "preparing the fit")
         before = calvae.infer(cell, order.base, **settings)
         yield Glimpse(number, 0, before, calvae.load_model(order.base).generative.parameters)

@@ -41,8 +41,16 @@ app = typer.Typer(
     help="Spike posteriors from calcium imaging.",
 )
 
-Input = Annotated[Path, typer.Argument(help="Movie (.tif, .npy) or table of traces (.npy, .npz, .csv, .h5)")]
+#: Formats of results and traces that can be written.
+WRITTEN = ".zarr, .nwb, .npz, .csv, .parquet, .mat, .h5, spks.npy"
+Input = Annotated[
+    Path,
+    typer.Argument(
+        help="Traces (suite2p folder, .nwb, CaImAn's .hdf5, .zarr, .npy, .npz, .csv, .parquet, .mat, .h5) or a movie"
+    ),
+]
 Rois = Annotated[Path | None, typer.Option(help="Label image of the ROIs (.tif, .npy); needed for a movie")]
+Append = Annotated[bool, typer.Option("--append", help="Add to the NWB file that is there")]
 FrameRate = Annotated[float | None, typer.Option(help="Frames per second (Hz), if the file does not say")]
 UnitOption = Annotated[Unit | None, typer.Option(help="What the numbers are; by default what the file says, else dff")]
 Neuropil = Annotated[float, typer.Option(help="Share of the ring's signal to subtract, for a movie; 0 is none")]
@@ -74,7 +82,7 @@ def main(
 @app.command()
 def infer(  # noqa: PLR0913 - every option is a word of the documented command line
     source: Annotated[Path, typer.Argument(metavar="INPUT", help=Input.__metadata__[0].help)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Result to write: .npz, .csv or .h5")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=f"Result to write: {WRITTEN}; or a folder")],
     rois: Rois = None,
     frame_rate: FrameRate = None,
     model: Annotated[str, typer.Option(help="Name of a shipped model (see `calvae models`) or a file")] = "universal",
@@ -84,30 +92,76 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     unit: UnitOption = None,
     neuropil: Neuropil = 0.7,
     amplitude: Annotated[float | None, typer.Option(help="ΔF/F that one spike makes, where it is known")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Dask cluster: local[:N], tcp://HOST:PORT, slurm[:N], pbs, lsf or sge")
+    ] = None,
+    block_rois: Annotated[int | None, typer.Option(min=1, help="ROIs that are inferred and written together")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="INPUT is a folder: infer all in it that match, as in '*/suite2p'")
+    ] = None,
+    suffix: Annotated[str, typer.Option(help="Of the results in the folder, with --pattern")] = ".zarr",
+    append: Append = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Infer spikes from a movie with its ROIs, or from traces."""
-    from napari_calvae.formats import check_result, write
+    """Infer spikes from a movie with its ROIs, from traces, or from a folder full of recordings.
+
+    A result that ends in .zarr may be larger than memory, and goes on where it stopped when the same is asked again.
+    """
+    from napari_calvae.cli import _batch
+
+    settings = {"n_samples": samples, "seed": seed, "device": device.value, "amplitude": amplitude}
+    settings |= {"scheduler": scheduler, "block_rois": block_rois}
+    order = _batch.Order(model, settings, (frame_rate, unit, neuropil), overwrite, append)
+    if pattern is None:
+        typer.echo(str(_batch.infer_one(source, rois, output, order)))
+        return
+    rows = _batch.infer_many(source, pattern, rois, output, suffix, order)
+    show([{name: row[name] for name in ("recording", "rois", "spikes_expected", "seconds", "error")} for row in rows])
+    failed = sum(bool(row["error"]) for row in rows)
+    typer.echo(f"{len(rows) - failed} of {len(rows)} recordings inferred; {output / 'summary.csv'}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract(
+    source: Annotated[Path, typer.Argument(metavar="MOVIE", help="Movie (.tif, .h5, .zarr, .nwb, .avi, .npy)")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=f"Traces to write: {WRITTEN}")],
+    rois: Rois = None,
+    frame_rate: FrameRate = None,
+    neuropil: Neuropil = 0.7,
+    overwrite: Overwrite = False,
+) -> None:
+    """Read the traces of ROIs from a movie, which may be larger than memory."""
+    from napari_calvae.formats import check_result, is_movie, write
 
     check_result(output, overwrite)
+    if not is_movie(source):
+        fail(f"{source.name}: expected a movie, got something else. Traces need no extraction.")
     with progress() as report:
-        traces = traces_of(source, rois, (frame_rate, unit, neuropil), report)
-        report("Loading the model", None)
-        from napari_calvae.inference import iter_infer
-        from napari_calvae.recording import SpikeInference
-
-        parts: list[SpikeInference] = []
-        settings = {"n_samples": samples, "seed": seed, "device": device.value, "amplitude": amplitude}
-        for part in iter_infer(traces, model, **settings):
-            parts.append(part)
-            report("Inferring", sum(p.traces.n_rois for p in parts) / traces.n_rois)
-        result = SpikeInference.concatenate(parts)
+        traces = traces_of(source, rois, (frame_rate, None, neuropil), report)
         report("Writing", None)
-        write(result, output, overwrite)
-    typer.echo(
-        f"{output}: {traces.n_rois} ROIs, {traces.duration:.1f} s at {traces.frame_rate:g} Hz, "
-        f"{result.rate.sum() / traces.frame_rate:.0f} spikes expected"
-    )
+        write(traces, output, overwrite)
+    typer.echo(f"{output}: {traces.n_rois} ROIs, {traces.duration:.1f} s at {traces.frame_rate:g} Hz")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RESULT", help="Zarr store that `calvae infer` wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help=f"File to write: {WRITTEN}")],
+    append: Append = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a result in another format."""
+    from napari_calvae.formats import check_result, open_result, write
+
+    check_result(output, overwrite, append)
+    with progress() as report:
+        report("Reading", None)
+        result = open_result(source).load()
+        report("Writing", None)
+        write(result, output, overwrite, append)
+    typer.echo(f"{output}: {result.traces.n_rois} ROIs")
 
 
 @app.command()

@@ -3,7 +3,8 @@
 A format has ``PATTERNS`` (names of files or folders), ``matches(path)`` and ``read(path, frame_rate, unit) → Traces``.
 One that can leave traces in the file until they are asked for has ``open_source(path, frame_rate, unit) → TraceSource``
 and no ``read`` of its own. One that can be written has ``SUFFIXES`` (ends of names) and ``write(value, path)`` for
-results, traces or both; one whose files may be added to also ``append(result, path)``.
+results, traces or both, and ``FOLDER = True`` if that makes a folder; one whose files may be added to also
+``append(result, path)``.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from napari_calvae.formats import (
 from napari_calvae.formats._files import check_output, existing, whole_files
 from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.pulses import read_stimulation
+from napari_calvae.formats.store import StoredInference
 from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 from napari_calvae.trace_source import TraceSource
 
 __all__ = [
     "FORMATS",
+    "StoredInference",
     "check_output",
     "check_result",
     "is_movie",
+    "open_result",
     "open_traces",
     "read",
     "read_labels",
@@ -86,7 +90,7 @@ def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = 
 
 def open_traces(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
     """Like ``read``, but the traces stay in the file until some are asked for, where the format allows it."""
-    file = existing(path)
+    file = existing(path).absolute()  # workers elsewhere have another working directory
     module = _reader_of(file)
     if hasattr(module, "open_source"):
         return module.open_source(file, frame_rate, unit)
@@ -102,6 +106,11 @@ def _reader_of(file: Path) -> ModuleType:
         f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
         "Movies need a label image with them, --rois on the command line."
     )
+
+
+def open_result(path: str | Path) -> StoredInference:
+    """Results in a Zarr store, read ROI by ROI: ``select`` some, or ``load`` all."""
+    return StoredInference(existing(path).absolute())
 
 
 def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
@@ -145,7 +154,7 @@ def check_result(path: str | Path, overwrite: bool = False, append: bool = False
         existing(path)
         return module
     for file in module.outputs(Path(path)) if hasattr(module, "outputs") else (path,):
-        check_output(file, overwrite)
+        check_output(file, overwrite, getattr(module, "FOLDER", False))
     return module
 
 

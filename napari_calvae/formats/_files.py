@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,16 +27,36 @@ def existing(path: str | Path) -> Path:
     return file
 
 
-def check_output(path: str | Path, overwrite: bool = False) -> Path:
-    """Return the path if a file may be written there, else say why not; to be asked before any long work."""
+def check_output(path: str | Path, overwrite: bool = False, folder: bool = False) -> Path:
+    """Return the path if a file, or a ``folder``, may be written there, else say why not; to be asked before long work.
+
+    A folder is only ever replaced by one of its kind: by a Zarr store if it is one.
+    """
     file = Path(path).expanduser()
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file}: expected an existing folder, got {file.parent}. Create it first.")
-    if file.is_dir():
+    if file.is_dir() and not folder:
         raise IsADirectoryError(f"{file}: expected the name of a file, got a folder.")
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file}: exists already. Choose another name or say overwrite (--overwrite).")
+    if file.exists() and folder and not any((file / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+        raise FileExistsError(f"{file}: expected a Zarr store to replace, got something else. Choose another name.")
     return file
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give the name of a folder beside ``path`` to make; it takes the place of ``path`` only if nothing fails."""
+    tag = secrets.token_hex(4)
+    new, old = (path.with_name(f".{path.name}.{tag}.{end}") for end in ("part", "old"))
+    try:
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -114,6 +135,11 @@ def provenance_json(value: SpikeInference | Traces) -> str:
     else:
         found = {"inference": dict(value.provenance), "traces": dict(value.traces.provenance)}
     return json.dumps(found, indent=1, default=_plain)
+
+
+def plain(value: Any) -> Any:
+    """Turn JSON-like values, arrays and mappings of all kinds among them, into what JSON knows."""
+    return json.loads(json.dumps(value, default=_plain))
 
 
 def _plain(value: Any) -> Any:

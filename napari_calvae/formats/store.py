@@ -1,12 +1,470 @@
-"""Zarr stores of results and traces (being built)."""
+"""Zarr stores (``.zarr``): results of any number of ROIs, written block by block and read ROI by ROI; and traces.
+
+A store of results has a dense array per summary, in chunks of one block of ROIs, and the samples as events:
+
+- ``dff``, ``rate``, ``reconstruction``, ``reconstruction_std``: (roi, time) float32, NaN where nothing is known;
+- ``cells``: (column, roi) float64, quality and θ; what the columns are is an attribute;
+- ``events/BLOCK``: (field, event) uint32 with the fields of ``EVENT_DTYPE``, ``roi`` being the row in the store;
+- ``roi_ids`` (roi,), and where known ``accepted`` (roi,) and ``rois/…`` (pixels of all ROIs one after the other);
+- ``done``: (block,) uint8, written last. A block that is not marked there is as good as absent.
+
+Every chunk belongs to one block, so that blocks can be written by several processes at once and redone after a crash.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-PATTERNS: tuple[str, ...] = ()
+import numpy as np
+
+from napari_calvae.formats._files import TRACE_NAMES, plain, traces_of, whole_folder
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces, Unit
+from napari_calvae.trace_source import TraceSource
+
+PATTERNS = ("*.zarr",)
+SUFFIXES = (".zarr",)
+#: What is written is a folder.
+FOLDER = True
+
+#: Number of the layout; readers refuse later ones.
+SCHEMA = 1
+#: Trace-frames per block of ROIs: some 16 MB an array, a few seconds of inference.
+BLOCK_FRAMES = 1 << 22
+_SUMMARIES = ("dff", "rate", "reconstruction", "reconstruction_std")
+#: What else a store may say of traces.
+_FACTS = ("frame_rate", "unit", "roi_ids", "t0")
+#: Events per chunk; blosc would refuse more than 2 GiB.
+_EVENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What must be known of a result before it is there, to lay out a store for it.
+
+    Parameters
+    ----------
+    n_samples
+        Posterior samples per ROI.
+    quality, theta, theta_std
+        Names of the quality metrics, of the parameters, and of those with a standard deviation.
+    """
+
+    n_samples: int
+    quality: tuple[str, ...]
+    theta: tuple[str, ...]
+    theta_std: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, result: SpikeInference) -> Layout:
+        """Layout for results like this one."""
+        return cls(result.n_samples, result.quality.dtype.names or (), tuple(result.theta), tuple(result.theta_std))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the rows of ``cells``."""
+        groups = {"quality": self.quality, "theta": self.theta, "theta_std": self.theta_std}
+        return [f"{group}/{name}" for group, names in groups.items() for name in names]
+
+
+class StoredInference:
+    """Results in a Zarr store, read ROI by ROI; what is not asked for stays on the disk.
+
+    Parameters
+    ----------
+    path
+        Folder of the store.
+
+    Raises
+    ------
+    RecordingError
+        If it is no such store, or of a later version.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with _readable(self.path):
+            self._group = _open(self.path)
+            found = self._group.attrs.get("calvae")
+        if not isinstance(found, dict) or found.get("kind") != "result":
+            raise RecordingError(f"{self.path.name}: expected a store of results, got another. Read it with read().")
+        _check_schema(found, self.path)
+        with _readable(self.path):
+            self.about: dict[str, Any] = found
+            self.frame_rate, self.t0 = float(found["frame_rate"]), float(found["t0"])
+            names = {key: tuple(found["layout"][key]) for key in ("quality", "theta", "theta_std")}
+            self.layout = Layout(int(found["layout"]["n_samples"]), **names)
+            self.block_rois = int(found["block_rois"])
+            self.roi_ids: tuple[int, ...] = tuple(self._group["roi_ids"][:].tolist())
+            self.n_rois, self.n_frames = self._group["rate"].shape
+            self.n_samples = self.layout.n_samples
+            self._columns = self.layout.columns
+            #: As in ``Traces``, if that is known.
+            self.rois = _read_rois(self._group)
+            self.accepted = self._group["accepted"][:].astype(bool) if "accepted" in self._group else None
+            if self._group["cells"].shape != (len(self._columns), self.n_rois):
+                raise ValueError("cells that do not match its attributes")
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks of ROIs."""
+        return -(-self.n_rois // self.block_rois)
+
+    @property
+    def done(self) -> np.ndarray:
+        """(block,) whether a block is there, as of now."""
+        with _readable(self.path):
+            return self._group["done"][:] > 0
+
+    @property
+    def quality(self) -> np.ndarray:
+        """Structured array as in ``SpikeInference``, of all ROIs; NaN for those that are not there yet."""
+        with _readable(self.path):
+            return self._quality(self._group["cells"][:])
+
+    @property
+    def without_signal(self) -> tuple[int, ...]:
+        """Ids of the ROIs in which nothing could be inferred: without data, or without any change."""
+        there = np.repeat(self.done, self.block_rois)[: self.n_rois]
+        silent = np.isnan(self.quality["spike_rate"]) & there
+        return tuple(self.roi_ids[row] for row in np.flatnonzero(silent))
+
+    def rows(self, block: int) -> slice:
+        """Rows of a block."""
+        return slice(block * self.block_rois, min((block + 1) * self.block_rois, self.n_rois))
+
+    def select(self, rois: Sequence[int] | slice | np.ndarray) -> SpikeInference:
+        """Results of these rows (indices, not ids), in memory.
+
+        Raises
+        ------
+        RecordingError
+            If some of them are not there yet, or cannot be read.
+        """
+        index = np.arange(self.n_rois)[rois]
+        blocks = np.unique(index // self.block_rois)
+        missing = blocks[~self.done[blocks]]
+        if len(missing):
+            raise RecordingError(
+                f"{self.path.name}: expected the results of {len(index)} ROIs, got a store in which ROI "
+                f"{self.roi_ids[missing[0] * self.block_rois]} and others are still missing. Run the inference again; "
+                "it goes on where it stopped."
+            )
+        with _readable(self.path):
+            arrays = {name: _rows(self._group[name], index) for name in _SUMMARIES}
+            table = _rows(self._group["cells"], index, axis=1)
+            events = [self._events(int(block)) for block in blocks]
+        every = np.concatenate(events)
+        order = np.argsort(index, kind="stable")
+        place = np.searchsorted(index[order], every["roi"])
+        own = (place < len(index)) & (index[order[np.minimum(place, len(index) - 1)]] == every["roi"])
+        every = every[own]
+        every["roi"] = order[place[own]]
+        every = every[np.argsort(every["roi"], kind="stable")]
+        ids = tuple(self.roi_ids[i] for i in index)
+        cells = dict(zip(self._columns, table.astype(np.float32), strict=True))
+        dff = arrays.pop("dff")
+        return SpikeInference(
+            traces=Traces(
+                dff,
+                self.frame_rate,
+                "dff",
+                ids,
+                self.t0,
+                provenance=self.about["provenance"]["traces"],
+                rois=self.rois and self.rois.select(index),
+                accepted=None if self.accepted is None else self.accepted[index],
+            ),
+            events=every,
+            n_samples=self.n_samples,
+            theta={name: cells[f"theta/{name}"] for name in self.layout.theta},
+            theta_std={name: cells[f"theta_std/{name}"] for name in self.layout.theta_std},
+            quality=self._quality(table),
+            provenance=self.about["provenance"]["inference"],
+            **arrays,
+        )
+
+    def load(self) -> SpikeInference:
+        """All of it in memory."""
+        return self.select(slice(None))
+
+    def write_block(self, block: int, result: SpikeInference) -> None:
+        """Write the results of one block; it counts as there only when all of it is."""
+        rows = self.rows(block)
+        arrays = {"dff": result.traces.values} | {name: getattr(result, name) for name in _SUMMARIES[1:]}
+        for name, array in arrays.items():
+            self._group[name][rows] = array
+        columns = [result.quality[name] for name in self.layout.quality]
+        columns += [result.theta[name] for name in self.layout.theta]
+        columns += [result.theta_std[name] for name in self.layout.theta_std]
+        self._group["cells"][:, rows] = np.stack(columns) if columns else np.empty((0, rows.stop - rows.start))
+        events = np.stack([result.events[field].astype(np.uint32) for field in EVENT_DTYPE.names or ()])
+        events[EVENT_DTYPE.names.index("roi")] += rows.start  # type: ignore[union-attr]
+        array = _create(self._group["events"], str(block), events.shape, (len(events), _EVENTS), "u4", overwrite=True)
+        array[:] = events
+        self._group["done"][block] = 1
+
+    def tidy(self) -> None:
+        """Remove what writers that were killed left behind; nobody may be writing."""
+        for left in self.path.rglob("*.partial"):
+            left.unlink(missing_ok=True)
+
+    def _quality(self, cells: np.ndarray) -> np.ndarray:
+        """Quality of the ROIs in these columns of ``cells``."""
+        table = np.zeros(cells.shape[1], [(name, "f4") for name in self.layout.quality])
+        for name in self.layout.quality:
+            table[name] = cells[self._columns.index(f"quality/{name}")]
+        return table
+
+    def _events(self, block: int) -> np.ndarray:
+        fields = self._group[f"events/{block}"][:]
+        events = np.zeros(fields.shape[1], EVENT_DTYPE)
+        for name, values in zip(EVENT_DTYPE.names or (), fields, strict=True):
+            events[name] = values
+        return events
+
+
+def create_store(
+    path: Path, source: TraceSource, layout: Layout, provenance: Mapping[str, Any], block_rois: int
+) -> StoredInference:
+    """Lay out an empty store for the results of some traces; it appears as a whole.
+
+    Parameters
+    ----------
+    path
+        Folder to make.
+    source
+        The traces, of which rate, ids, masks and judgements are kept; their values are not.
+    layout
+        What there will be of each ROI.
+    provenance
+        Of the inference: JSON-like.
+    block_rois
+        ROIs per block.
+    """
+    about = {
+        "kind": "result",
+        "schema": SCHEMA,
+        "frame_rate": source.frame_rate,
+        "t0": source.t0,
+        "block_rois": block_rois,
+        "layout": vars(layout),
+        "provenance": plain({"inference": provenance, "traces": source.provenance}),
+    }
+    with whole_folder(path) as folder:
+        group = _make(folder, about)
+        shape, chunk = (source.n_rois, source.n_frames), (block_rois, source.n_frames)
+        for name in _SUMMARIES:
+            _create(group, name, shape, chunk, "f4")
+        n_columns = len(layout.columns)
+        _create(group, "cells", (n_columns, source.n_rois), (max(n_columns, 1), block_rois), "f8")
+        _create(group, "done", (-(-source.n_rois // block_rois),), (1,), "u1")
+        group.create_group("events")
+        _write_rois(group, source)
+    return StoredInference(path)
 
 
 def matches(path: Path) -> bool:
-    """Tell whether this is one."""
-    return False
+    """Tell whether this is a Zarr store with results or traces, or an array (roi, time)."""
+    return path.suffix.lower() == ".zarr" and path.is_dir() and _traces_in(path) is not None
+
+
+def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
+    """Open the traces of a store; of results their ΔF/F.
+
+    Also any Zarr array (roi, time), or group with one named ``values``, ``dff`` or ``F``, with attributes or arrays
+    ``frame_rate`` (Hz), ``unit`` and ``roi_ids``.
+    """
+    with _readable(path):
+        name = _traces_in(path)
+        node = _open(path)
+        array = node[name] if name else node
+        about = node.attrs.get("calvae", {})
+        _check_schema(about, path)
+        if array.dtype.kind not in "fiub":
+            raise RecordingError(f"{path.name}: expected real numbers, got dtype {array.dtype}. Convert them to float.")
+        if about.get("kind") == "result" and not node["done"][:].all():
+            raise RecordingError(
+                f"{path.name}: expected a finished store, got one of which some ROIs are still missing. "
+                "Run the inference again; it goes on where it stopped."
+            )
+        extra = {key: np.asarray(place[key]) for place in (node.attrs, about) for key in _FACTS if key in place}
+        if name:
+            extra |= {key: node[key][...] for key in _FACTS if key in node}
+        # One frame of each ROI stands for all while ids, rate and unit are checked.
+        known = {name or "values": np.zeros((array.shape[0], 1), np.float32), **extra}
+        facts = traces_of(known, path, frame_rate, unit)
+        rois = _read_rois(node) if name else None
+        accepted = node["accepted"][:] if name and "accepted" in node else None
+    n_rois, n_frames = array.shape
+    return TraceSource(
+        partial(_fetch, path, name or ""),
+        n_rois,
+        n_frames,
+        facts.frame_rate,
+        facts.unit,
+        facts.roi_ids,
+        facts.t0,
+        provenance=about.get("provenance", {}).get("traces", {}) | {"source": path.name},
+        rois=rois,
+        accepted=accepted,
+        chunk_rows=array.chunks[0],
+    )
+
+
+def write(value: SpikeInference | Traces, path: Path) -> None:
+    """Write results or traces that are in memory."""
+    if isinstance(value, SpikeInference):
+        rows = rois_per_block(value.traces.n_frames)
+        with whole_folder(path) as folder:
+            store = create_store(folder, TraceSource.of(value.traces), Layout.of(value), value.provenance, rows)
+            for block in range(store.n_blocks):
+                store.write_block(block, _select(value, store.rows(block)))
+        return
+    about = {
+        "kind": "traces",
+        "schema": SCHEMA,
+        "frame_rate": value.frame_rate,
+        "t0": value.t0,
+        "unit": value.unit,
+        "provenance": plain({"traces": value.provenance}),
+    }
+    with whole_folder(path) as folder:
+        group = _make(folder, about)
+        shape = value.values.shape
+        _create(group, "values", shape, (rois_per_block(shape[1]), shape[1]), "f4")[:] = value.values
+        _write_rois(group, TraceSource.of(value))
+
+
+def rois_per_block(n_frames: int, chunk_rows: int = 1) -> int:
+    """ROIs of a block, so many that no chunk of ``chunk_rows`` rows has to be read twice."""
+    wanted = max(BLOCK_FRAMES // n_frames, 1)
+    return wanted if chunk_rows > 4 * wanted else -(-wanted // chunk_rows) * chunk_rows
+
+
+def _select(result: SpikeInference, rows: slice) -> SpikeInference:
+    """Rows of a result as a result of their own."""
+    start, stop = np.searchsorted(result.events["roi"], [rows.start, rows.stop])
+    events = result.events[start:stop].copy()
+    events["roi"] -= rows.start
+    return SpikeInference(
+        traces=result.traces.select(rows),
+        events=events,
+        n_samples=result.n_samples,
+        theta={name: values[rows] for name, values in result.theta.items()},
+        theta_std={name: values[rows] for name, values in result.theta_std.items()},
+        quality=result.quality[rows],
+        provenance=result.provenance,
+        **{name: getattr(result, name)[rows] for name in _SUMMARIES[1:]},
+    )
+
+
+def _open(path: Path) -> Any:
+    import zarr
+
+    return zarr.open(str(path), mode="r+" if (path / "zarr.json").exists() else "r")
+
+
+def _make(folder: Path, about: Mapping[str, Any]) -> Any:
+    """Create a new group, whose attributes say what it is."""
+    import zarr
+
+    return zarr.create_group(str(folder), attributes={"calvae": dict(about)})
+
+
+def _create(
+    group: Any, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, overwrite: bool = False
+) -> Any:
+    """Create an array; its chunks are small and fast to read and write, and fail loudly where bytes have changed."""
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    size = np.dtype(dtype).itemsize
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=tuple(max(min(c, n), 1) for c, n in zip(chunk, shape, strict=True)),
+        dtype=dtype,
+        fill_value=np.nan if dtype.startswith("f") else 0,
+        compressors=(BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=size), Crc32cCodec()),
+        overwrite=overwrite,
+    )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What zarr raises for stores that are damaged, cut short or of another kind, as our own error."""
+    from zarr.errors import BaseZarrError
+
+    try:
+        yield
+    except RecordingError:
+        raise
+    except (BaseZarrError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise RecordingError(
+            f"{path.name}: expected a Zarr store of results or traces, got one that cannot be read "
+            f"({type(error).__name__}: {error}). Copy it again, or infer again."
+        ) from error
+
+
+def _traces_in(path: Path) -> str | None:
+    """Name of the traces in a store, empty where it is an array itself, None where there are none."""
+    with _readable(path):
+        node = _open(path)
+        if hasattr(node, "ndim"):
+            return "" if node.ndim == 2 else None
+        return next((name for name in TRACE_NAMES if name in node and getattr(node[name], "ndim", 0) == 2), None)
+
+
+def _check_schema(about: Mapping[str, Any], path: Path) -> None:
+    if about and about.get("schema") != SCHEMA:
+        raise RecordingError(
+            f"{path.name}: expected a store of schema {SCHEMA}, got schema {about.get('schema')!r}. "
+            "Read it with the version of napari-calvae that wrote it, or a newer one."
+        )
+
+
+def _fetch(path: Path, name: str, rows: np.ndarray) -> np.ndarray:
+    with _readable(path):
+        node = _open(path)
+        return _rows(node[name] if name else node, rows)
+
+
+def _rows(array: Any, index: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Rows of a Zarr array; neighbours as one slice, which is faster."""
+    ahead = (slice(None),) * axis
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return array[(*ahead, slice(int(index[0]), int(index[-1]) + 1))]
+    return array.oindex[(*ahead, index)]
+
+
+def _write_rois(group: Any, source: TraceSource) -> None:
+    def put(parent: Any, name: str, values: Any, dtype: str) -> None:
+        array = np.asarray(values, dtype)
+        _create(parent, name, array.shape, array.shape, dtype)[:] = array
+
+    put(group, "roi_ids", source.roi_ids, "i8")
+    if source.accepted is not None:
+        put(group, "accepted", source.accepted, "u1")
+    if source.rois is not None:
+        rois = source.rois
+        inner = group.create_group("rois", attributes={"shape": list(rois.shape)})
+        put(inner, "pixels", np.concatenate(rois.pixels), "i8")
+        put(inner, "weights", np.concatenate(rois.weights), "f4")
+        put(inner, "sizes", [len(p) for p in rois.pixels], "i8")
+        put(inner, "planes", rois.planes, "i8")
+
+
+def _read_rois(group: Any) -> RoiMasks | None:
+    if "rois" not in group:
+        return None
+    inner = group["rois"]
+    ends = np.cumsum(inner["sizes"][:])[:-1]
+    pixels, weights = (tuple(np.split(inner[name][:], ends)) for name in ("pixels", "weights"))
+    shape = tuple(inner.attrs["shape"])
+    return RoiMasks(shape, pixels, tuple(group["roi_ids"][:].tolist()), weights, tuple(inner["planes"][:].tolist()))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+from napari_calvae.formats import read
+from napari_calvae.formats.store import StoredInference
+from napari_calvae.inference.batch import Progress, iter_batch
 from napari_calvae.inference.blocks import (
     BLOCK_FRAMES,
     InferConfig,
@@ -22,8 +25,10 @@ from napari_calvae.vae import SpikeVAE
 __all__ = [
     "BLOCK_FRAMES",
     "InferConfig",
+    "Progress",
     "infer",
     "inference_of",
+    "iter_batch",
     "iter_infer",
     "pick_device",
     "provenance_of",
@@ -32,15 +37,45 @@ __all__ = [
 ]
 
 
-def infer(traces: Traces | TraceSource, model: str | Path | SpikeVAE = "universal", **settings: Any) -> SpikeInference:
+@overload
+def infer(
+    traces: Traces | TraceSource | str | Path,
+    model: str | Path | SpikeVAE = "universal",
+    *,
+    out: None = None,
+    **settings: Any,
+) -> SpikeInference: ...
+
+
+@overload
+def infer(
+    traces: Traces | TraceSource | str | Path,
+    model: str | Path | SpikeVAE = "universal",
+    *,
+    out: str | Path,
+    **settings: Any,
+) -> StoredInference: ...
+
+
+def infer(
+    traces: Traces | TraceSource | str | Path,
+    model: str | Path | SpikeVAE = "universal",
+    *,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> SpikeInference | StoredInference:
     """Spike posterior of every trace.
 
     Parameters
     ----------
     traces
-        Fluorescence of some ROIs; raw traces become ΔF/F as the model wants it.
+        Fluorescence of some ROIs, or a file or folder with it; raw traces become ΔF/F as the model wants it.
     model
         Name of a shipped model, a file, or a ``SpikeVAE``.
+    out
+        Zarr store (``.zarr``) to write, for more ROIs than memory holds: what is returned is read from it ROI by ROI.
+        Work that was stopped goes on when it is asked for again. See ``iter_batch``, whose arguments ``scheduler`` (to
+        use a cluster), ``block_rois`` and ``overwrite`` may be given, too.
     **settings
         Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``. How many spikes there are is
         uncertain mostly since nobody knows how much fluorescence one makes; who does gives ``amplitude`` (ΔF/F), known
@@ -53,4 +88,12 @@ def infer(traces: Traces | TraceSource, model: str | Path | SpikeVAE = "universa
     ModelError
         If the model cannot be read.
     """
-    return SpikeInference.concatenate(list(iter_infer(traces, model, **settings)))
+    if out is None:
+        known = read(traces) if isinstance(traces, str | Path) else traces
+        return SpikeInference.concatenate(list(iter_infer(known, model, **settings)))
+    steps = iter_batch(traces, out, model, **settings)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

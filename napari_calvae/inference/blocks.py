@@ -323,14 +323,14 @@ def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
 
 
 def provenance_of(
-    vae: SpikeVAE, traces: Traces | TraceSource, config: InferConfig, device: torch.device
+    vae: SpikeVAE, traces: Traces | TraceSource, config: InferConfig, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """How an inference came about: JSON-like."""
+    """How an inference came about: JSON-like; without ``device`` it states the one that was asked for."""
     return {
         "model": vae.description,
         "model_sha256": vae.sha256,
         "generative_model": vae.generative.name,
-        "settings": config.model_dump() | {"device": str(device)},
+        "settings": config.model_dump() | ({"device": str(device)} if device else {}),
         "preprocessing": vae.preprocessing.model_dump() | {"input_unit": traces.unit},
         "input": dict(traces.provenance),
         "versions": {

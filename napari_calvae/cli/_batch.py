@@ -1,0 +1,187 @@
+"""From recordings to files of results: one, or all in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from napari_calvae.cli._support import Unit, finish, progress, traces_of
+
+#: Columns of the summary of many recordings.
+_COLUMNS = (
+    "recording",
+    "output",
+    "rois",
+    "without_signal",
+    "frame_rate_hz",
+    "duration_s",
+    "spikes_expected",
+    "seconds",
+    "error",
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is the same for all recordings.
+
+    ``settings`` are those of ``iter_batch``; ``reading`` is what a file need not say: frame rate, unit and share of the
+    neuropil.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    reading: tuple[float | None, Unit | None, float]
+    overwrite: bool
+    append: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one recording."""
+
+    output: Path
+    rois: int
+    without_signal: tuple[int, ...]
+    frame_rate_hz: float
+    duration_s: float
+    spikes_expected: float
+
+    def __str__(self) -> str:
+        silent = self.without_signal
+        named = ", ".join(map(str, silent[:8])) + (" …" if len(silent) > 8 else "")
+        return (
+            f"{self.output}: {self.rois} ROIs, {self.duration_s:.1f} s at {self.frame_rate_hz:g} Hz, "
+            f"{self.spikes_expected:.0f} spikes expected"
+            + (f"; {len(silent)} ROIs without signal left empty ({named})" if silent else "")
+        )
+
+
+def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Outcome:
+    """Infer one recording; what does not end in ``.zarr`` goes through a store that is removed again."""
+    from napari_calvae.formats import check_output, check_result, is_movie, open_traces, write
+    from napari_calvae.recording import RecordingError
+
+    stored = output.suffix.lower() == ".zarr"
+    if not stored:
+        check_result(output, order.overwrite, order.append)
+    elif not output.exists() or order.overwrite:
+        check_output(output, order.overwrite, folder=True)
+    if order.append and stored:
+        raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {output.name!r}.")
+    frame_rate, unit, _ = order.reading
+    with progress() as report:
+        if rois is not None or is_movie(source):
+            traces: Any = traces_of(source, rois, order.reading, report)
+        else:
+            traces = open_traces(source, frame_rate, unit.value if unit else None)
+        report("Loading the model", None)
+        with contextlib.nullcontext(output) if stored else _beside(output) as folder:
+            from napari_calvae.inference import iter_batch
+
+            told: set[str] = set()
+
+            def tell(step: Any) -> None:
+                left = "" if step.seconds_left is None else f", {_duration(step.seconds_left)} left"
+                report(f"Inferring{left}", step.fraction)
+                if step.dashboard and not told:
+                    told.add(step.dashboard)
+                    typer.echo(f"Dashboard: {step.dashboard}", err=True)
+
+            overwrite = order.overwrite and stored
+            store = finish(iter_batch(traces, folder, order.model, overwrite=overwrite, **order.settings), tell)
+            if len(store.without_signal) == store.n_rois:
+                raise RecordingError(
+                    f"{source.name}: expected fluorescence that changes over time, got {store.n_rois} ROIs with only "
+                    "missing values (NaN) or a constant. A saturated detector or ROIs outside the imaged field look "
+                    "like this."
+                )
+            report("Writing", None)
+            if not stored:
+                write(store.load(), output, order.overwrite, order.append)
+            duration = store.n_frames / store.frame_rate
+            rates = store.quality["spike_rate"]
+            return Outcome(
+                output,
+                store.n_rois,
+                store.without_signal,
+                store.frame_rate,
+                duration,
+                float(rates[rates == rates].sum(dtype=float) * duration),
+            )
+
+
+def infer_many(
+    folder: Path, pattern: str, rois: Path | None, output: Path, suffix: str, order: Order
+) -> list[dict[str, Any]]:
+    """Infer every recording in a folder that matches; one that fails is reported, and the rest goes on.
+
+    ``rois`` is then a name beside each movie. Returns the rows of ``summary.csv``, which is kept up to date.
+    """
+    from napari_calvae.formats import whole_files, writer_of
+    from napari_calvae.recording import RecordingError
+    from napari_calvae.vae import load_model
+
+    if not folder.is_dir():
+        raise RecordingError(f"INPUT: expected a folder with --pattern, got {folder}.")
+    found = sorted(path for path in folder.glob(pattern) if output not in (path, *path.parents))
+    if not found:
+        raise RecordingError(f"pattern: expected recordings in {folder} that match {pattern!r}, found none.")
+    writer_of(f"x{suffix}")
+    load_model(order.model)
+    output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for source, target in zip(found, _names(found, folder, output, suffix), strict=True):
+        row: dict[str, Any] = dict.fromkeys(_COLUMNS, "") | {
+            "recording": source.relative_to(folder).as_posix(),
+            "output": target.name,
+        }
+        begun = time.monotonic()
+        try:
+            outcome = infer_one(source, rois and source.parent / rois, target, order)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other recordings must not wait for it
+            row["error"] = " ".join(str(error).split()) or type(error).__name__
+        else:
+            row |= {name: getattr(outcome, name) for name in _COLUMNS[2:7]}
+            row["without_signal"] = len(outcome.without_signal)
+        row["seconds"] = round(time.monotonic() - begun, 2)
+        rows.append(row)
+        typer.echo(f"{len(rows)}/{len(found)} {row['recording']}: {row['error'] or 'inferred'}", err=True)
+        with (
+            whole_files(output / "summary.csv") as (temporary,),
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
+            table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    return rows
+
+
+def _names(found: list[Path], folder: Path, output: Path, suffix: str) -> list[Path]:
+    """Where the result of each recording goes: one name for each, from its path in the folder."""
+    relative = [path.relative_to(folder) for path in found]
+    short = ["_".join(path.with_suffix("").parts) for path in relative]
+    full = ["_".join(path.parts) for path in relative]
+    return [output / f"{s if short.count(s) == 1 else f}{suffix}" for s, f in zip(short, full, strict=True)]
+
+
+@contextlib.contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """Name of a store for the time being, on the same disk as the output."""
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        yield Path(folder) / "result.zarr"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,280 @@
+"""Inference out of core: block of ROIs by block of ROIs into a Zarr store, here or on a Dask cluster.
+
+A block that is in the store is never inferred again, so that work goes on where it stopped, for whatever reason. Blocks
+come out the same, byte by byte, wherever and in whatever order they are inferred.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from napari_calvae.formats import open_traces
+from napari_calvae.formats._files import check_output, plain
+from napari_calvae.formats.store import Layout, StoredInference, create_store, rois_per_block
+from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
+from napari_calvae.inference.cluster import connected
+from napari_calvae.preprocess import with_signal
+from napari_calvae.recording import EVENT_DTYPE, SpikeInference, Traces
+from napari_calvae.trace_source import TraceSource
+from napari_calvae.vae import SpikeVAE, load_model
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch has come.
+
+    Parameters
+    ----------
+    done, total
+        ROIs.
+    seconds_left
+        At the pace of this run so far; None before there is one.
+    dashboard
+        Address of the cluster's dashboard, if there is one.
+    """
+
+    done: int
+    total: int
+    seconds_left: float | None = None
+    dashboard: str = ""
+
+    @property
+    def fraction(self) -> float:
+        """Share of the ROIs that is there."""
+        return self.done / self.total
+
+
+def iter_batch(
+    traces: Traces | TraceSource | str | Path,
+    out: str | Path,
+    model: str | Path | SpikeVAE = "universal",
+    *,
+    scheduler: str | None = None,
+    block_rois: int | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Generator[Progress, None, StoredInference]:
+    """Infer any number of ROIs into a store; stop consuming it to stop, start it again to go on.
+
+    Parameters
+    ----------
+    traces
+        A file or folder of traces, traces opened with ``open_traces``, or traces in memory. ROIs without data, or
+        without any change, get NaN.
+    out
+        Folder to write (``.zarr``). If it is there and was begun with the same traces, model and settings, what is
+        missing in it is inferred.
+    model
+        Name of a shipped model, a file, or a ``SpikeVAE``.
+    scheduler
+        Where to compute: by default in this process; ``"local"`` or ``"local:N"``, N processes of this machine;
+        ``"tcp://HOST:PORT"``, a Dask scheduler that runs there, whose workers see ``traces`` and ``out`` under the same
+        names; ``"slurm"``, ``"pbs"``, ``"lsf"``, ``"sge"`` or ``"slurm:N"``, N jobs of a queue, which are laid out in
+        the configuration of dask-jobqueue.
+    block_rois
+        ROIs that are inferred, written and, after a crash, redone together; by default some 16 MB an array.
+    overwrite
+        Replace what is there.
+    **settings
+        Fields of ``InferConfig``, as in ``infer``.
+
+    Yields
+    ------
+    Progress
+        Whenever a block has been written.
+
+    Returns
+    -------
+    StoredInference
+        Results, read from the store ROI by ROI.
+
+    Raises
+    ------
+    RecordingError
+        If traces cannot be read, or ``out`` holds results of something else.
+    OSError
+        If ``out`` cannot be written; blocks that were written stay.
+    """
+    source = _source(traces)
+    config = InferConfig(**settings)
+    vae = load_model(model, coupled=False)
+    provenance = provenance_of(vae, source, config)
+    store = _begin(Path(out).expanduser().absolute(), source, vae, config, (provenance, block_rois, overwrite))
+    todo = np.flatnonzero(~store.done).tolist()
+    there, begun = store.n_rois - _n_rois(store, todo), time.monotonic()
+    yield Progress(there, store.n_rois)
+    finished = there
+    blocks = (
+        _here(source, vae, config, store, todo)
+        if scheduler is None
+        else _elsewhere(source, model if isinstance(model, SpikeVAE) else str(model), config, store, todo, scheduler)
+    )
+    for block, dashboard in blocks:
+        finished += _n_rois(store, [block])
+        pace = (time.monotonic() - begun) / (finished - there)
+        yield Progress(finished, store.n_rois, pace * (store.n_rois - finished), dashboard)
+    store.tidy()
+    return store
+
+
+def _source(traces: Traces | TraceSource | str | Path) -> TraceSource:
+    if isinstance(traces, Traces):
+        return TraceSource.of(traces)
+    return traces if isinstance(traces, TraceSource) else open_traces(traces)
+
+
+def _n_rois(store: StoredInference, blocks: list[int]) -> int:
+    return sum(rows.stop - rows.start for rows in map(store.rows, blocks))
+
+
+def _begin(
+    out: Path, source: TraceSource, vae: SpikeVAE, config: InferConfig, wishes: tuple[dict[str, Any], int | None, bool]
+) -> StoredInference:
+    """A store for these results: the one that is there, if it was begun for them, or a new one."""
+    provenance, block_rois, overwrite = wishes
+    provenance["fingerprint"] = fingerprint(source)
+    if out.exists() and not overwrite:
+        store = StoredInference(out)
+        differing = _differences(store.about["provenance"]["inference"], plain(provenance))
+        if differing:
+            raise FileExistsError(
+                f"{out.name}: expected results of the same traces, model and settings, to go on with, got others: "
+                f"{'; '.join(differing)}. Choose another name or say overwrite (--overwrite)."
+            )
+        store.tidy()
+        return store
+    check_output(out, overwrite, folder=True)
+    # What the model says of a cell is known from a second of noise, before anything has been inferred.
+    noise = np.random.default_rng(0).standard_normal((1, min(source.n_frames, max(64, round(2 * source.frame_rate)))))
+    probe = Traces(0.1 * noise, source.frame_rate, "dff")
+    (example,) = iter_infer(probe, vae, **config.model_dump() | {"n_samples": 0})
+    layout = Layout(config.n_samples, example.quality.dtype.names or (), tuple(example.theta), tuple(example.theta_std))
+    rows = block_rois or rois_per_block(source.n_frames, source.chunk_rows)
+    return create_store(out, source, layout, provenance, min(rows, source.n_rois))
+
+
+def fingerprint(source: TraceSource) -> str:
+    """SHA-256 that tells one recording from another: ids, rate, unit, shape, and the values of a few rows."""
+    facts = (source.roi_ids, source.frame_rate, source.unit, source.t0, source.n_frames)
+    digest = hashlib.sha256(repr(facts).encode())
+    for row in sorted({0, source.n_rois // 2, source.n_rois - 1}):
+        digest.update(np.ascontiguousarray(source.select([row]).values).tobytes())
+    return digest.hexdigest()
+
+
+def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
+    """What differs between two JSON-like values, in words; where it is computed may."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        keys = [key for key in {**there, **wanted} if key != "device"]
+        return [text for key in keys for text in _differences(there.get(key), wanted.get(key), key)]
+    return [] if there == wanted else [f"{name} {there} instead of {wanted}"]
+
+
+def _here(
+    source: TraceSource, vae: SpikeVAE, config: InferConfig, store: StoredInference, todo: list[int]
+) -> Iterator[tuple[int, str]]:
+    """Infer in this process; one block is written while the next is inferred."""
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:
+        for place, block in enumerate(todo):
+            result = _infer_all(source.part(store.rows(block)).load(), vae, config, store.layout)
+            if pending is not None:
+                pending.result()
+                yield todo[place - 1], ""
+            pending = writer.submit(store.write_block, block, result)
+        if pending is not None:
+            pending.result()
+            yield todo[-1], ""
+
+
+def _elsewhere(
+    source: TraceSource,
+    model: str | SpikeVAE,
+    config: InferConfig,
+    store: StoredInference,
+    todo: list[int],
+    scheduler: str,
+) -> Iterator[tuple[int, str]]:
+    """Infer on the workers of a Dask cluster, a block per task; what a lost worker had in hand another one does."""
+    from distributed import as_completed
+
+    with connected(scheduler, len(todo)) as client:
+        futures = [
+            client.submit(_run, source.part(store.rows(block)), model, config, str(store.path), block, pure=False)
+            for block in todo
+        ]
+        try:
+            for future in as_completed(futures, loop=client.loop):
+                yield future.result(), client.dashboard_link
+                future.release()
+        finally:
+            client.cancel(futures)
+
+
+def _run(part: TraceSource, model: str | SpikeVAE, config: InferConfig, out: str, block: int) -> int:
+    """Infer and write one block, on a worker."""
+    torch.set_num_threads(1)
+    store = _store(out)
+    vae = _loaded(model) if isinstance(model, str) else model
+    store.write_block(block, _infer_all(part.load(), vae, config, store.layout))
+    return block
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(model: str) -> SpikeVAE:
+    return load_model(model, coupled=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _store(path: str) -> StoredInference:
+    return StoredInference(path)
+
+
+def _infer_all(traces: Traces, vae: SpikeVAE, config: InferConfig, layout: Layout) -> SpikeInference:
+    """Infer the rows in which there is something; the others are left NaN, for one of thousands must not stop all."""
+    rows = np.flatnonzero(with_signal(traces))
+    found = (
+        [SpikeInference.concatenate(list(iter_infer(traces.select(rows), vae, **config.model_dump())))]
+        if len(rows)
+        else []
+    )
+    if len(rows) == traces.n_rois:
+        return found[0]
+
+    def spread(name: str) -> np.ndarray:
+        full = np.full(traces.values.shape, np.nan, np.float32)
+        for result in found:
+            full[rows] = result.traces.values if name == "dff" else getattr(result, name)
+        return full
+
+    def per_roi(group: str, name: str) -> np.ndarray:
+        full = np.full(traces.n_rois, np.nan, np.float32)
+        for result in found:
+            full[rows] = getattr(result, group)[name]
+        return full
+
+    events = np.concatenate([np.empty(0, EVENT_DTYPE), *(result.events for result in found)])
+    events["roi"] = rows[events["roi"]] if len(rows) else events["roi"]
+    quality = np.zeros(traces.n_rois, [(name, "f4") for name in layout.quality])
+    for name in layout.quality:
+        quality[name] = per_roi("quality", name)
+    return SpikeInference(
+        traces=traces.replace(values=spread("dff"), unit="dff"),
+        events=events,
+        n_samples=config.n_samples,
+        theta={name: per_roi("theta", name) for name in layout.theta},
+        theta_std={name: per_roi("theta_std", name) for name in layout.theta_std},
+        quality=quality,
+        provenance={},
+        **{name: spread(name) for name in ("rate", "reconstruction", "reconstruction_std")},
+    )

@@ -1,0 +1,87 @@
+"""Where batches are computed: Dask clusters, named in a word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from napari_calvae.recording import RecordingError
+
+#: Queues, and the class of dask-jobqueue that submits jobs to each.
+QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
+#: Jobs that are submitted where their number is not said.
+_JOBS = 10
+
+
+@contextmanager
+def connected(scheduler: str, n_tasks: int) -> Iterator[Any]:
+    """Give a ``distributed.Client`` of the cluster that ``scheduler`` names; it is closed with what was started for it.
+
+    Parameters
+    ----------
+    scheduler
+        ``local[:N]``, the address of a running scheduler, or a queue as in ``slurm[:N]``.
+    n_tasks
+        How many tasks there will be; no more workers than that are started.
+
+    Raises
+    ------
+    RecordingError
+        If there is no such cluster, it does not answer, or what it needs is not installed.
+    """
+    try:
+        import dask
+        from distributed import Client
+    except ImportError as error:
+        raise RecordingError(
+            f"scheduler: expected dask.distributed, got {error}. Run: pip install 'napari-calvae[cluster]'"
+        ) from error
+    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}), _cluster(scheduler, n_tasks) as cluster:
+        try:
+            client = Client(cluster, timeout="20s", set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise RecordingError(
+                f"scheduler: expected a Dask scheduler that answers at {scheduler}, got {error}. "
+                "Start one with `dask scheduler`, and workers that have napari-calvae installed."
+            ) from error
+        with client:
+            yield client
+
+
+@contextmanager
+def _cluster(scheduler: str, n_tasks: int) -> Iterator[Any]:
+    """Give a cluster that was started for this, or the address of one that runs already."""
+    kind, _, number = scheduler.partition(":")
+    if re.match(r"(tcp|tls|ws|wss|ucx|inproc)://", scheduler):
+        yield scheduler
+        return
+    if kind not in ("local", *QUEUES) or (number and not (number.isdecimal() and int(number))):
+        raise RecordingError(
+            f"scheduler: expected local, local:N, tcp://HOST:PORT or {', '.join(QUEUES)} (:N), got {scheduler!r}."
+        )
+    if kind == "local":
+        from dask.system import CPU_COUNT
+        from distributed import LocalCluster
+
+        n_workers = min(int(number) if number else CPU_COUNT, max(n_tasks, 1))
+        with LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+            yield cluster
+        return
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise RecordingError(
+            f"scheduler: expected dask-jobqueue, got {error}. Run: pip install 'napari-calvae[cluster]'"
+        ) from error
+    try:
+        cluster = getattr(dask_jobqueue, QUEUES[kind])()
+    except (TypeError, ValueError) as error:
+        raise RecordingError(
+            f"scheduler: expected a description of {kind} jobs in the configuration of dask-jobqueue "
+            f"(cores, memory, queue), got {error}. Write it into ~/.config/dask/jobqueue.yaml."
+        ) from error
+    with cluster:
+        cluster.scale(jobs=min(int(number) if number else _JOBS, max(n_tasks, 1)))
+        yield cluster
