@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import itertools
+import os
+from collections.abc import Generator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage, sparse
 
+from napari_calvae._reading import Piece, iter_blocks, pieces
 from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_frame_rate
 
 #: Neuropil ring: pixels left free around the ROI, the least number of pixels that it grows to, and the number below
@@ -19,6 +24,8 @@ RING_GAP, RING_PIXELS, RING_LEAST = 2.0, 350, 20
 READ_BYTES, CACHE_BYTES = 32 << 20, 1 << 20
 #: Up to this many ROIs are read one by one from their bounding boxes; more of them share one sparse product.
 FEW_ROIS = 8
+#: Images of at least so many pixels are multiplied one by one, and by so many threads.
+FRAME_PIXELS, N_WORKERS = 1 << 16, min(os.cpu_count() or 1, 4)
 
 
 def extract(
@@ -93,13 +100,13 @@ def iter_extract(
     every = check_movie(movie, rois, rate)
     masks = every if wanted is None else _select(every, wanted)
     rings = _rings(masks, every) if neuropil_coefficient else tuple(np.empty(0, np.int64) for _ in masks.ids)
-    reader = _Reader(masks, rings)
-    n_frames = movie.shape[0]
-    means = np.empty((n_frames, 2 * len(masks)), np.float32)
-    for start, stop in _blocks(movie, reader.box):
-        reader.read(np.asarray(movie[(slice(start, stop), *reader.box)]), means[start:stop])
-        yield stop / n_frames
-    inside, around = means[:, ::2].T, means[:, 1::2].T
+    means = _Means(masks, rings, movie.shape[0])
+    parts = pieces(movie, means.box, READ_BYTES)
+    with ThreadPoolExecutor(N_WORKERS) if len(masks) > FEW_ROIS else nullcontext() as workers:
+        for done, (piece, block) in enumerate(iter_blocks(movie, parts), 1):
+            means.add(piece, block, workers)
+            yield done / len(parts)
+    inside, around = (means.finish()[:, i::2].T for i in (0, 1))
     without = [roi for roi, ring in zip(masks.ids, rings, strict=True) if not len(ring)]
     values = np.ascontiguousarray(inside)
     for row, ring in enumerate(rings):
@@ -183,110 +190,152 @@ def _rings(masks: RoiMasks, every: RoiMasks) -> tuple[np.ndarray, ...]:
     return tuple(rings)
 
 
-def _blocks(movie: Any, box: tuple[slice, slice]) -> Iterator[tuple[int, int]]:
-    """Frame ranges of about ``READ_BYTES`` that end where the movie's chunks end."""
-    n_frames = movie.shape[0]
-    pixels = (box[0].stop - box[0].start) * (box[1].stop - box[1].start)
-    wanted = max(READ_BYTES // (pixels * np.dtype(movie.dtype).itemsize), 1)
-    chunks = getattr(movie, "chunks", None)
-    if chunks is None:
-        ends = np.arange(wanted, n_frames + wanted, wanted)
-    elif isinstance(chunks[0], tuple):
-        ends = np.cumsum(chunks[0])
-    else:
-        ends = np.arange(chunks[0], n_frames + chunks[0], chunks[0])
-    start = 0
-    for stop in np.minimum(ends, n_frames).tolist():
-        if stop - start >= wanted or stop == n_frames:
-            if stop > start:
-                yield start, stop
-            start = stop
+class _Means:
+    """Weighted means of ROIs and rings over time, summed up from one piece of the movie after the other."""
+
+    def __init__(self, masks: RoiMasks, rings: tuple[np.ndarray, ...], n_frames: int):
+        self.width = masks.shape[1]
+        # Twice as many columns as ROIs: a ROI, its ring, the next ROI …
+        parts = list(itertools.chain.from_iterable(zip(masks.pixels, rings, strict=True)))
+        self.lengths = np.array([len(pixels) for pixels in parts])
+        self.y, self.x = np.divmod(np.concatenate(parts), self.width)
+        self.column = np.repeat(np.arange(len(parts)), self.lengths)
+        shares = (
+            (weights / weights.sum(), np.full(len(ring), 1 / max(len(ring), 1), np.float32))
+            for weights, ring in zip(masks.weights, rings, strict=True)
+        )
+        self.share = np.concatenate(list(itertools.chain.from_iterable(shares)))
+        self.box = tuple(slice(int(side.min()), int(side.max()) + 1) for side in (self.y, self.x))
+        self.few = len(masks) <= FEW_ROIS
+        self.values = np.zeros((n_frames, len(parts)), np.float32)
+        self.lost: np.ndarray | None = None  # (time, column) missing pixels, once there are some
+        self.tiles: dict[tuple[int, ...], _Tile] = {}
+
+    def add(self, piece: Piece, block: np.ndarray, workers: Executor | None) -> None:
+        """Add what a (time, y, x) block, the pixels of ``piece``, contributes."""
+        corner = (piece.y.start, piece.y.stop, piece.x.start, piece.x.stop)
+        if corner not in self.tiles:
+            self.tiles[corner] = self._tile(piece)
+        tile = self.tiles[corner]
+        values = self.values[piece.frames]
+        sums = values if piece[1:] == self.box else np.zeros_like(values)  # the whole, or one of several parts
+        tile.read(block, sums, workers)
+        if block.dtype.kind == "f":
+            self._mend(tile, piece.frames, block, sums)
+        if sums is not values:
+            values += sums
+
+    def _tile(self, piece: Piece) -> _Tile:
+        y, x = self.y - piece.y.start, self.x - piece.x.start
+        height, width = piece.y.stop - piece.y.start, piece.x.stop - piece.x.start
+        here = (self.share != 0) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(self.column[here], minlength=len(self.lengths)))])
+        return _Tile((height, width), y[here] * width + x[here], self.share[here], offsets, self.few)
+
+    def _mend(self, tile: _Tile, frames: slice, block: np.ndarray, sums: np.ndarray) -> None:
+        """Redo the sums with missing pixels: a ROI needs all of its pixels, a ring those that are there."""
+        for column in np.flatnonzero(~np.isfinite(sums).all(axis=0)).tolist():
+            rows = np.flatnonzero(~np.isfinite(sums[:, column]))
+            pixels, shares = tile.of(column)
+            y, x = np.divmod(pixels, tile.shape[1])
+            values = block[rows[:, None], y, x].astype(np.float32)
+            known = np.isfinite(values)
+            total = (np.where(known, values, 0) * shares).sum(axis=1)
+            if column % 2:
+                if self.lost is None:
+                    self.lost = np.zeros(self.values.shape, np.int32)
+                self.lost[frames][rows, column] += (~known).sum(axis=1)
+            else:
+                total[~known.all(axis=1)] = np.nan
+            sums[rows, column] = total
+
+    def finish(self) -> np.ndarray:
+        """Means (time, 2 · roi), ROI and ring in turn; NaN where pixels are missing."""
+        if self.lost is not None:
+            known = self.lengths - self.lost
+            self.values *= np.where(known, self.lengths / np.maximum(known, 1), np.nan).astype(np.float32)
+        self.values[:, self.lengths == 0] = np.nan
+        return self.values
+
+
+class _Tile:
+    """The pixels of ROIs and rings in a part of the image, and how their weighted sums are taken.
+
+    ``pixels`` are flat positions in the part, ``shares`` their weights; those of column i begin at ``offsets[i]``.
+    """
+
+    def __init__(self, shape: tuple[int, int], pixels: np.ndarray, shares: np.ndarray, offsets: np.ndarray, few: bool):
+        self.shape, self.pixels, self.shares, self.offsets = shape, pixels, shares, offsets
+        n_columns = len(offsets) - 1
+        self.boxes = [box for i in range(0, n_columns, 2) if (box := self._box(i)) is not None] if few else []
+        self.used: np.ndarray | None = None
+        if not few and shape[0] * shape[1] < FRAME_PIXELS:
+            self.used, pixels = np.unique(pixels, return_inverse=True)
+        size = shape[0] * shape[1] if self.used is None else len(self.used)
+        self.matrix = None if few else sparse.csr_array((shares, pixels, offsets), (n_columns, size))
+
+    def of(self, column: int) -> tuple[np.ndarray, np.ndarray]:
+        """Flat pixels of a ROI or a ring and their weights."""
+        part = slice(self.offsets[column], self.offsets[column + 1])
+        return self.pixels[part], self.shares[part]
+
+    def read(self, block: np.ndarray, out: np.ndarray, workers: Executor | None) -> None:
+        """Write the sums of a (time, y, x) block into ``out`` (time, 2 · roi), which is 0 where there are no pixels."""
+        if self.matrix is None:
+            for box in self.boxes:
+                box.read(block[(slice(None), *box.slices)], out[:, box.columns])
+        elif self.used is not None:
+            self._gather(block, out)
+        elif workers is None or self.shape[0] * self.shape[1] < 2 * FRAME_PIXELS:  # threads would only wait in turn
+            self._frames(block, out)
+        else:
+            edges = np.linspace(0, len(block), N_WORKERS + 1).round().astype(int).tolist()
+            parts = [slice(*ends) for ends in itertools.pairwise(edges)]
+            list(workers.map(lambda part: self._frames(block[part], out[part]), parts))
+
+    def _gather(self, block: np.ndarray, out: np.ndarray) -> None:
+        """Sums of small images: many frames of the used pixels at a time."""
+        assert self.used is not None
+        flat = block.reshape(len(block), -1)
+        step = max(CACHE_BYTES // (4 * max(len(self.used), 1)), 16)
+        for start in range(0, len(block), step):
+            part = np.ascontiguousarray(flat[start : start + step, self.used].T, np.float32)
+            out[start : start + step] = (self.matrix @ part).T
+
+    def _frames(self, block: np.ndarray, out: np.ndarray) -> None:
+        """Sums of large images: one frame at a time, which stays in the cache."""
+        image = np.empty(self.shape, np.float32)
+        for frame, row in zip(block, out, strict=True):
+            np.copyto(image, frame, casting="unsafe")
+            row[:] = self.matrix @ image.ravel()
+
+    def _box(self, column: int) -> _Box | None:
+        """Bounding box of a ROI and its ring, with one weight per pixel of the box for either."""
+        parts = self.of(column), self.of(column + 1)
+        y, x = np.divmod(np.concatenate([pixels for pixels, _ in parts]), self.shape[1])
+        if not len(y):
+            return None
+        top, bottom, left, right = int(y.min()), int(y.max()) + 1, int(x.min()), int(x.max()) + 1
+        weights = np.zeros((bottom - top, right - left, 2), np.float32)
+        for i, (pixels, share) in enumerate(parts):
+            weights[pixels // self.shape[1] - top, pixels % self.shape[1] - left, i] = share
+        return _Box((slice(top, bottom), slice(left, right)), slice(column, column + 2), weights.reshape(-1, 2))
 
 
 @dataclass(frozen=True)
 class _Box:
-    """The pixels of one ROI and of its ring, in the coordinates of the movie's part that is read."""
+    """The pixels of one ROI and of its ring, in the coordinates of the part of the image that is read."""
 
     slices: tuple[slice, slice]
-    weights: np.ndarray  # (pixel of the box, 2) float32: ROI and ring, columns sum to one
-
-
-class _Reader:
-    """Weighted means of ROIs and rings, ready to be taken from one block of frames after the other."""
-
-    def __init__(self, masks: RoiMasks, rings: tuple[np.ndarray, ...]):
-        width = masks.shape[1]
-        every = np.concatenate([*masks.pixels, *rings])
-        y, x = np.divmod(every, width)
-        self.box = (slice(int(y.min()), int(y.max()) + 1), slice(int(x.min()), int(x.max()) + 1))
-        top, left = self.box[0].start, self.box[1].start
-        self.width = self.box[1].stop - left
-
-        def local(pixels: np.ndarray) -> np.ndarray:
-            return (pixels // width - top) * self.width + pixels % width - left
-
-        self.columns = []
-        for pixels, weights, ring in zip(masks.pixels, masks.weights, rings, strict=True):
-            used = weights != 0
-            self.columns.append((local(pixels[used]), weights[used] / weights.sum()))
-            self.columns.append((local(ring), np.full(len(ring), 1 / max(len(ring), 1), np.float32)))
-        if len(masks) <= FEW_ROIS:
-            self.boxes = [self._box(*self.columns[i : i + 2]) for i in range(0, len(self.columns), 2)]
-        else:
-            self.boxes = []
-            index = np.concatenate([pixels for pixels, _ in self.columns])
-            self.used, column = np.unique(index, return_inverse=True)
-            offsets = np.cumsum([0, *(len(pixels) for pixels, _ in self.columns)])
-            data = np.concatenate([weights for _, weights in self.columns])
-            self.matrix = sparse.csr_array((data, column, offsets), (len(self.columns), len(self.used)))
+    columns: slice
+    weights: np.ndarray  # (pixel of the box, 2) float32: ROI and ring
 
     def read(self, block: np.ndarray, out: np.ndarray) -> None:
-        """Write the means of a (time, y, x) block into ``out`` (time, 2 · roi); NaN where pixels are missing."""
-        if self.boxes:
-            for i, box in enumerate(self.boxes):
-                self._read_box(block[(slice(None), *box.slices)], box.weights, out[:, 2 * i : 2 * i + 2])
-        else:
-            flat = block.reshape(len(block), -1)
-            step = max(CACHE_BYTES // (4 * len(self.used)), 16)
-            for start in range(0, len(block), step):
-                part = np.ascontiguousarray(flat[start : start + step, self.used].T, np.float32)
-                out[start : start + step] = (self.matrix @ part).T
-        if block.dtype.kind == "f":
-            self._read_missing(block, out)
-        for i, (pixels, _) in enumerate(self.columns):
-            if not len(pixels):
-                out[:, i] = np.nan
-
-    def _box(self, roi: tuple[np.ndarray, np.ndarray], ring: tuple[np.ndarray, np.ndarray]) -> _Box:
-        """Bounding box of a ROI and its ring, with one weight per pixel of the box for either."""
-        y, x = np.divmod(np.concatenate([roi[0], ring[0]]), self.width)
-        top, bottom, left, right = int(y.min()), int(y.max()) + 1, int(x.min()), int(x.max()) + 1
-        weights = np.zeros((bottom - top, right - left, 2), np.float32)
-        for i, (pixels, share) in enumerate((roi, ring)):
-            weights[pixels // self.width - top, pixels % self.width - left, i] = share
-        return _Box((slice(top, bottom), slice(left, right)), weights.reshape(-1, 2))
-
-    @staticmethod
-    def _read_box(block: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
-        """Weighted sums over the (time, y, x) pixels of a box, in pieces that stay in the cache."""
-        step = max(CACHE_BYTES // (4 * len(weights)), 1)
+        """Weighted sums over the (time, y, x) pixels of the box, in pieces that stay in the cache."""
+        step = max(CACHE_BYTES // (4 * len(self.weights)), 1)
         piece = np.empty((min(step, len(block)), *block.shape[1:]), np.float32)
         for start in range(0, len(block), step):
             part = block[start : start + step]
             floats = piece[: len(part)]
-            np.copyto(floats, part, casting="same_kind" if part.dtype.kind == "f" else "unsafe")
-            out[start : start + step] = floats.reshape(len(part), -1) @ weights
-
-    def _read_missing(self, block: np.ndarray, out: np.ndarray) -> None:
-        """Redo the frames with missing pixels: a ROI needs all of its pixels, a ring those that are there."""
-        for i, (pixels, weights) in enumerate(self.columns):
-            rows = np.flatnonzero(~np.isfinite(out[:, i]))
-            if not len(rows) or not len(pixels):
-                continue
-            values = block.reshape(len(block), -1)[np.ix_(rows, pixels)].astype(np.float32)
-            known = np.isfinite(values)
-            shares = np.where(known, weights, 0)
-            total = shares.sum(axis=1)
-            enough = total > 0 if i % 2 else known.all(axis=1)
-            sums = np.where(known, values, 0) * shares
-            out[rows, i] = np.where(enough, sums.sum(axis=1) / np.where(enough, total, 1), np.nan)
+            np.copyto(floats, part, casting="unsafe")
+            out[start : start + step] = floats.reshape(len(part), -1) @ self.weights

@@ -1,0 +1,110 @@
+"""A movie in pieces that fit into memory, each chunk of it in one piece only, read ahead while others are reduced."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+#: Bytes of a memory-mapped file that may count as this process's memory before they are given back.
+MAPPED_BYTES = 256 << 20
+
+
+class Piece(NamedTuple):
+    """Part of a (time, y, x) movie; it is also the index that takes it out."""
+
+    frames: slice
+    y: slice
+    x: slice
+
+
+def pieces(movie: Any, box: tuple[slice, slice], n_bytes: int) -> list[Piece]:
+    """Cut the (y, x) ``box`` of a movie where its chunks end, frame ranges first, into pieces of about ``n_bytes``.
+
+    Chunks that hold more frames than that are cut in y and x, too, as far as other chunks begin there. Thus each chunk
+    is in one piece, and pieces with the same frames follow each other.
+    """
+    itemsize = np.dtype(movie.dtype).itemsize
+    height, width = (side.stop - side.start for side in box)
+    found = []
+    for frames in _spans(movie, 0, slice(0, movie.shape[0]), n_bytes / (height * width * itemsize)):
+        image = (frames.stop - frames.start) * itemsize  # bytes of a pixel
+        rows, columns = [box[0]], [box[1]]
+        if image * height * width > 2 * n_bytes:
+            rows = _spans(movie, 1, box[0], n_bytes / (image * width))
+            tallest = max(part.stop - part.start for part in rows)
+            if image * tallest * width > 2 * n_bytes:
+                columns = _spans(movie, 2, box[1], n_bytes / (image * tallest))
+        found += [Piece(frames, y, x) for y, x in itertools.product(rows, columns)]
+    return found
+
+
+def _spans(movie: Any, axis: int, whole: slice, wanted: float) -> list[slice]:
+    """Parts of ``whole`` along an axis, of at least ``wanted`` elements, that end where chunks end."""
+    size = movie.shape[axis]
+    chunks = getattr(movie, "shards", None) or getattr(movie, "chunks", None)
+    if chunks is None:
+        if axis:
+            return [whole]
+        step = max(int(wanted), 1)
+        ends: Sequence[int] = range(step, size + step, step)
+    elif isinstance(chunks[axis], tuple):
+        ends = np.cumsum(chunks[axis]).tolist()
+    else:
+        ends = range(chunks[axis], size + chunks[axis], chunks[axis])
+    found, start = [], whole.start
+    for end in ends:
+        stop = min(end, whole.stop)
+        if stop > start and (stop - start >= wanted or stop == whole.stop):
+            found.append(slice(start, stop))
+            start = stop
+    return found
+
+
+def iter_blocks(movie: Any, parts: Sequence[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Yield each piece with its pixels; while one is in use, a thread reads the next.
+
+    What is in memory or mapped into it comes as a view: whoever uses it reads it.
+    """
+    if isinstance(movie, np.ndarray):
+        yield from _iter_views(movie, parts)
+        return
+    if len(parts) == 1:
+        yield parts[0], np.asarray(movie[tuple(parts[0])])
+        return
+    reader = ThreadPoolExecutor(1, thread_name_prefix="movie")
+    try:
+        coming = reader.submit(_read, movie, parts[0])
+        for piece, following in itertools.zip_longest(parts, parts[1:]):
+            block = coming.result()
+            if following is not None:
+                coming = reader.submit(_read, movie, following)
+            yield piece, block
+            del block
+    finally:
+        reader.shutdown(cancel_futures=True)
+
+
+def _read(movie: Any, piece: Piece) -> np.ndarray:
+    return np.asarray(movie[tuple(piece)])
+
+
+def _iter_views(movie: np.ndarray, parts: Sequence[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Views of the pieces; pages of a mapped file that were read are given back after a while."""
+    mapped = getattr(movie, "_mmap", None)
+    # A private copy ("c") would lose what was written to it.
+    if mapped is None or getattr(movie, "mode", "c") == "c" or not hasattr(mmap, "MADV_DONTNEED"):
+        mapped = None
+    touched = 0
+    for piece in parts:
+        yield piece, np.asarray(movie[tuple(piece)])
+        rows = piece.y.stop - piece.y.start
+        touched += (piece.frames.stop - piece.frames.start) * rows * math.prod(movie.shape[2:]) * movie.itemsize
+        if mapped is not None and touched > MAPPED_BYTES:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            touched = 0
