@@ -140,7 +140,7 @@ def _traces(found: Any, program: str, path: Path, given: tuple[float | None, Uni
     about = {"extractor": type(found).__name__, "response": name}
     t0 = 0.0
     if program == "Minian" and frame_rate is None:
-        t0, frame_rate = csv_table._clock(found.get_native_timestamps(), path / "timeStamps.csv")
+        t0, frame_rate = csv_table.read_clock(found.get_native_timestamps(), path / "timeStamps.csv")
     return name, Traces(
         values,
         found.get_sampling_frequency() if frame_rate is None else frame_rate,
@@ -155,17 +155,18 @@ def _traces(found: Any, program: str, path: Path, given: tuple[float | None, Uni
 
 def _masks(found: Any, program: str, ids: tuple[int, ...]) -> RoiMasks | None:
     """Masks of the ROIs, or None where one is empty."""
-    height, width = (int(n) for n in found.get_frame_shape())
     keys = list(range(len(ids))) if program == "Minian" else found.get_roi_ids()  # Minian's masks go by their rows
     pixels, weights = [], []
+    shape = (1, 1)  # that of the masks: some extractors state the size of the image the wrong way round
     for key in keys:
-        y, x, weight = np.asarray(found.get_roi_pixel_masks([key])[0], float).T
-        inside = weight > 0
-        if not inside.any():
+        image = np.asarray(found.get_roi_image_masks([key]), float)[..., 0]
+        inside = image.ravel() > 0
+        if not inside.any() or image.ndim != 2:
             return None
-        pixels.append((y * width + x)[inside].astype(np.int64))
-        weights.append(weight[inside])
-    return RoiMasks((height, width), tuple(pixels), ids, tuple(weights))
+        shape = image.shape
+        pixels.append(np.flatnonzero(inside))
+        weights.append(image.ravel()[inside])
+    return RoiMasks(shape, tuple(pixels), ids, tuple(weights))
 
 
 def _accepted(found: Any, program: str, names: list) -> np.ndarray | None:

@@ -37,7 +37,7 @@ NEUROPIL_COEFFICIENT = 0.7
 #: Bytes that are read at a time.
 BLOCK_BYTES = 32 << 20
 _NOT_TRACES = re.compile(r"neuropil|background|baseline|deconv|denois|spike|spks|event|reconstruct", re.IGNORECASE)
-_RELATIVE = re.compile(r"df_?over_?f|delta_?f|d?f_?d?ff|dff", re.IGNORECASE)
+_RELATIVE = re.compile(r"df_?over_?f|delta_?f|dff|df_?f", re.IGNORECASE)
 _JUDGED = ("Accepted", "accepted", "iscell", "is_cell")
 
 
@@ -173,7 +173,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
                     "Files with arrays dff and frame_rate are read if their names end in .h5."
                 )
             yield file
-    except (RecordingError, PermissionError):
+    except (RecordingError, PermissionError, FileNotFoundError):
         raise
     except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise RecordingError(
@@ -329,7 +329,7 @@ def _clock(
         )
     if frame_rate is not None or not len(times):
         return (float(times[0]) if len(times) else 0.0), frame_rate
-    return csv_table._clock(times, path)
+    return csv_table.read_clock(times, path)
 
 
 def _number(value: Any) -> float | None:

@@ -84,10 +84,10 @@ def append(result: SpikeInference, path: Path) -> None:
     row_of = dict(zip(ids, rows.tolist(), strict=True))
     missing = [roi for roi in result.roi_ids if roi not in row_of]
     if missing or n_frames != result.rate.shape[1]:
+        lacks = f"without the ROIs {missing[:8]}" if missing else f"of {n_frames} frames"
         raise RecordingError(
             f"{path.name}: expected the file that the traces were read from, with their ROIs and "
-            f"{result.rate.shape[1]} frames, got one of {n_frames} frames that has not the ROIs {missing[:8]}. "
-            "Write a new file instead."
+            f"{result.rate.shape[1]} frames, got one {lacks}. Write a new file instead."
         )
     with whole_files(path) as (temporary,):
         shutil.copyfile(path, temporary)
