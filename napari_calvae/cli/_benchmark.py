@@ -127,3 +127,20 @@ def click(
     from napari_calvae._napari.latency import iter_latency
 
     show(iter_latency(frames, clicks))
+
+
+@benchmark.command()
+def batch(
+    folder: Annotated[Path, typer.Option(help="Where the recordings are written; some 30 GB at the sizes below")],
+    rois: Annotated[int, typer.Option(min=1, help="ROIs of the large recording")] = 20_000,
+    frames: Annotated[int, typer.Option(min=100, help="Frames of the recordings")] = 20_000,
+    samples: Annotated[int, typer.Option(min=0, help="Spike trains per ROI")] = 10,
+    kills: Annotated[int, typer.Option(min=0, help="How often the process is killed")] = 10,
+    cluster_rois: Annotated[int, typer.Option(min=40, help="ROIs of the recording for the cluster")] = 800,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random number")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,
+) -> None:
+    """Inference out of core: memory, what kills cost and change, what a Dask cluster costs and gives."""
+    from napari_calvae.benchmark.batch import Size, iter_batch_rows
+
+    show(iter_batch_rows(folder, Size(rois, frames, samples, kills, cluster_rois), out, seed))

@@ -325,19 +325,28 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
             for block in range(store.n_blocks):
                 store.write_block(block, _select(value, store.rows(block)))
         return
+    source = TraceSource.of(value)
+    with whole_folder(path) as folder:
+        create_traces(folder, source)[:] = value.values
+
+
+def create_traces(path: Path, source: TraceSource) -> Any:
+    """Lay out a store for traces, and give the Zarr array (roi, time) for their values, which ``source`` need not have.
+
+    Its chunks hold `rois_per_block` ROIs.
+    """
     about = {
         "kind": "traces",
         "schema": SCHEMA,
-        "frame_rate": value.frame_rate,
-        "t0": value.t0,
-        "unit": value.unit,
-        "provenance": plain({"traces": value.provenance}),
+        "frame_rate": source.frame_rate,
+        "t0": source.t0,
+        "unit": source.unit,
+        "provenance": plain({"traces": source.provenance}),
     }
-    with whole_folder(path) as folder:
-        group = _make(folder, about)
-        shape = value.values.shape
-        _create(group, "values", shape, (rois_per_block(shape[1]), shape[1]), "f4")[:] = value.values
-        _write_rois(group, TraceSource.of(value))
+    group = _make(path, about)
+    _write_rois(group, source)
+    shape = (source.n_rois, source.n_frames)
+    return _create(group, "values", shape, (rois_per_block(source.n_frames), source.n_frames), "f4")
 
 
 def rois_per_block(n_frames: int, chunk_rows: int = 1) -> int:
