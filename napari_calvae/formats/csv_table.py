@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,9 @@ _TIMES = {
     re.compile(r"t|times?|timestamps?|(t|time)[ _]?[(\[]?(s|sec|seconds)[)\]]?|seconds"): 1.0,
     re.compile(r"(t|time)[ _]?[(\[]?(ms|milliseconds)[)\]]?|milliseconds"): 1e-3,
 }
+
+#: Digits that are written of a number of so many bytes: times need more than fluorescence.
+_DIGITS = {4: 6, 8: 10}
 
 #: What a column of ROI ids may be called.
 _ROIS = ("roi", "roi_id", "cell", "neuron")
@@ -37,26 +41,49 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     are ROI ids if they differ.
     """
     names, table = read_table(path)
+    columns = find_columns(names, path)
+    t0 = 0.0
+    if columns.clock is not None:
+        t0, measured = read_clock(table[:, columns.clock] * columns.seconds, path)
+        frame_rate = measured if frame_rate is None else frame_rate
+    return Traces(
+        table[:, list(columns.rois)].T,
+        frame_rate,  # type: ignore[arg-type]
+        unit or "dff",
+        columns.ids,
+        t0,
+        provenance={"source": path.name},
+    )
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold traces, their ROI ids if they tell, and the column of times with its unit (s)."""
+
+    rois: tuple[int, ...]
+    ids: tuple[int, ...]
+    clock: int | None
+    seconds: float
+
+
+def find_columns(names: Sequence[str], path: Path) -> Columns:
+    """Tell from their names what the columns of a table of traces are."""
     if {"roi", "frame", "rate"} <= set(names):
         raise RecordingError(
             f"{path.name}: expected traces, one column per ROI, got a table of results with one row per ROI and frame. "
             "Give the recording itself."
         )
-    t0 = 0.0
-    columns = []
+    clock, seconds, rois = None, 1.0, []
     for i, name in enumerate(names):
         scale = next((s for pattern, s in _TIMES.items() if pattern.fullmatch(name.lower())), None)
         if scale is not None:
-            t0, measured = _clock(table[:, i] * scale, path)
-            frame_rate = measured if frame_rate is None else frame_rate
+            clock, seconds = i, scale
         elif name.lower() not in ("", "frame", "index"):
-            columns.append(i)
-    if not columns:
-        raise RecordingError(f"{path.name}: expected one column per ROI, got the columns {names}.")
-    numbers = [re.findall(r"\d+", names[i]) for i in columns]
+            rois.append(i)
+    if not rois:
+        raise RecordingError(f"{path.name}: expected one column per ROI, got the columns {list(names)}.")
+    numbers = [re.findall(r"\d+", names[i]) for i in rois]
     ids = tuple(int(n[-1]) for n in numbers if n)
-    ids = ids if len(set(ids)) == len(columns) else ()
-    return Traces(table[:, columns].T, frame_rate, unit or "dff", ids, t0, provenance={"source": path.name})  # type: ignore[arg-type]
+    return Columns(tuple(rois), ids if len(set(ids)) == len(rois) else (), clock, seconds)
 
 
 def read_spikes(path: Path) -> dict[int, np.ndarray]:
@@ -76,44 +103,81 @@ def read_spikes(path: Path) -> dict[int, np.ndarray]:
 
 
 def outputs(path: Path) -> tuple[Path, ...]:
-    """All files that ``write`` makes."""
+    """All files that ``write`` makes of a result."""
     return (path, *(path.with_suffix(end) for end in (".events.csv", ".rois.csv", ".provenance.json")))
 
 
-def write(result: SpikeInference, path: Path) -> None:
+def write(value: SpikeInference | Traces, path: Path) -> None:
     """Write ``NAME.csv`` (a row per ROI and frame) and ``NAME.events.csv``, ``.rois.csv``, ``.provenance.json``.
 
     ``count_low`` and ``count_high`` are the 90 % credible interval of the spike count in the second around the frame.
+    Of traces, ``NAME.csv`` has a row per frame with its time (s) and a column per ROI, as ``read`` reads them, and
+    there is only ``.provenance.json`` beside it.
     """
-    arrays = arrays_of(result)
+    if isinstance(value, Traces):
+        with whole_files(path, outputs(path)[-1]) as (frames, provenance):
+            _table(frames, [trace_columns(value)])
+            provenance.write_text(provenance_json(value), encoding="utf-8")
+        return
+    arrays = arrays_of(value)
+    with whole_files(*outputs(path)) as (frames, events, rois, provenance):
+        _table(frames, frame_columns(value, arrays))
+        _table(events, [event_columns(value)])
+        with open(rois, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            per_roi = roi_columns(value, arrays)
+            table.writerow(per_roi)
+            table.writerows(zip(*(a.tolist() for a in per_roi.values()), strict=True))
+        provenance.write_text(provenance_json(value), encoding="utf-8")
+
+
+def trace_columns(traces: Traces) -> dict[str, np.ndarray]:
+    """Give traces as columns of a table with a row per frame."""
+    return {"time_s": traces.times} | {
+        f"roi_{roi}": row for roi, row in zip(traces.roi_ids, traces.values, strict=True)
+    }
+
+
+def frame_columns(result: SpikeInference, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """Give a result, with its ``arrays_of``, as columns of a table with a row per ROI and frame, a ROI at a time."""
     n_frames = result.traces.n_frames
     window = np.full(n_frames, -1)
     if "interval" in arrays:
         edges = arrays["interval_edges"]
         window[: edges[-1]] = np.searchsorted(edges, np.arange(edges[-1]), side="right") - 1
-    with whole_files(*outputs(path)) as (frames, events, rois, provenance):
-        with open(frames, "w", encoding="utf-8") as file:
-            file.write("roi,frame,time_s,dff,rate,reconstruction,reconstruction_std,count_low,count_high\n")
-            for row, roi in enumerate(result.roi_ids):
-                bounds = [
-                    np.where(window >= 0, arrays["interval"][end, row, window], np.nan)
-                    if "interval" in arrays
-                    else np.full(n_frames, np.nan)
-                    for end in (0, 1)
-                ]
-                signals = [arrays[name][row] for name in ("dff", "rate", "reconstruction", "reconstruction_std")]
-                _rows(file, (np.full(n_frames, roi), np.arange(n_frames), result.traces.times, *signals, *bounds))
-        ids = np.asarray(result.roi_ids)
-        with open(events, "w", encoding="utf-8") as file:
-            file.write("roi,sample,frame,time_s,count\n")
-            e = result.events
-            _rows(file, (ids[e["roi"]], e["sample"], e["frame"], result.traces.times[e["frame"]], e["count"]))
-        per_roi = {name: a for name, a in arrays.items() if name.startswith(("theta_", "quality_"))}
-        with open(rois, "w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(["roi", *per_roi])
-            table.writerows(zip(ids.tolist(), *(a.tolist() for a in per_roi.values()), strict=True))
-        provenance.write_text(provenance_json(result), encoding="utf-8")
+    for row, roi in enumerate(result.roi_ids):
+        low, high = (
+            np.where(window >= 0, arrays["interval"][end, row, window], np.nan)
+            if "interval" in arrays
+            else np.full(n_frames, np.nan)
+            for end in (0, 1)
+        )
+        yield {
+            "roi": np.full(n_frames, roi),
+            "frame": np.arange(n_frames),
+            "time_s": result.traces.times,
+            **{name: arrays[name][row] for name in ("dff", "rate", "reconstruction", "reconstruction_std")},
+            "count_low": low,
+            "count_high": high,
+        }
+
+
+def event_columns(result: SpikeInference) -> dict[str, np.ndarray]:
+    """Give the sampled spikes of a result as columns of a table with a row per event."""
+    events, ids = result.events, np.asarray(result.roi_ids, np.int64)
+    return {
+        "roi": ids[events["roi"]],
+        "sample": events["sample"],
+        "frame": events["frame"],
+        "time_s": result.traces.times[events["frame"]],
+        "count": events["count"],
+    }
+
+
+def roi_columns(result: SpikeInference, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give what a result says of each ROI as columns of a table with a row per ROI."""
+    named = {name: array for name, array in arrays.items() if name.startswith(("theta_", "quality_"))}
+    return {"roi": np.asarray(result.roi_ids, np.int64)} | named
 
 
 def read_table(path: Path) -> tuple[list[str], np.ndarray]:
@@ -154,7 +218,7 @@ def _numbers(cells: list[str], row: int, path: Path, n: int) -> list[float]:
     return values
 
 
-def _clock(times: np.ndarray, path: Path) -> tuple[float, float]:
+def read_clock(times: np.ndarray, path: Path) -> tuple[float, float]:
     """First time (s) and frame rate (Hz) of evenly spaced time stamps."""
     steps = np.diff(times)
     if not len(steps) or not np.isfinite(times).all() or not (steps > 0).all():
@@ -169,10 +233,14 @@ def _clock(times: np.ndarray, path: Path) -> tuple[float, float]:
     return float(times[0]), float(1 / interval)
 
 
-def _rows(file: object, columns: Iterable[np.ndarray]) -> None:
-    """Write columns of equal length as lines; NaN is an empty cell."""
-    arrays = [np.asarray(c) for c in columns]
-    line = ",".join("%d" if a.dtype.kind in "iu" else "%.6g" for a in arrays) + "\n"
-    for start in range(0, len(arrays[0]), 10_000):
-        block = zip(*(a[start : start + 10_000].tolist() for a in arrays), strict=True)
-        file.write("".join(line % row for row in block).replace("nan", ""))  # type: ignore[attr-defined]
+def _table(path: Path, parts: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Write parts of a table one below the other, each as columns of equal length; NaN is an empty cell."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, columns in enumerate(parts):
+            if not number:
+                file.write(",".join(columns) + "\n")
+            arrays = list(columns.values())
+            line = ",".join("%d" if a.dtype.kind in "iu" else f"%.{_DIGITS[a.dtype.itemsize]}g" for a in arrays) + "\n"
+            for start in range(0, len(arrays[0]), 10_000):
+                block = zip(*(a[start : start + 10_000].tolist() for a in arrays), strict=True)
+                file.write("".join(line % row for row in block).replace("nan", ""))

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
+from napari_calvae.formats._mat import UNREADABLE, variables
 from napari_calvae.recording import RecordingError
 
-#: What scipy lets slip when a file is not what it seems.
-_UNREADABLE = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    TypeError,
-    ValueError,
-    MatReadError,
-    zlib.error,
-)
 _KEYS = ("cell", "sweep", "indicator", "frame_rate", "t0", "dff", "trace_offsets", "spike_times", "spike_offsets")
 
 
@@ -52,9 +39,9 @@ def read_ground_truth(path: str | Path, min_duration: float = 0.0) -> list[Sweep
     ----------
     path
         File or folder. Data sets (``.npz``) hold cell, sweep, indicator, frame_rate (Hz) and t0 (s), one per sweep; dff
-        with trace_offsets, spike_times (s) with spike_offsets. Cells (``.mat``) are in CASCADE's layout: sweeps
-        ``CAttached`` with fluo_time (s), fluo_mean (ΔF/F) and events_AP (0.1 ms); their folder is the data set. It may
-        lie in the folder that is given, and is read where no ``.npz`` is there.
+        with trace_offsets, spike_times (s) with spike_offsets. Cells (``.mat``) are in CASCADE's layout or
+        that of C-SPIKES; their folder is the data set. It may lie in the folder that is given, and is read where no
+        ``.npz`` is there.
     min_duration
         Leave out sweeps shorter than this (s); empty ones always are.
     """
@@ -66,21 +53,32 @@ def read_ground_truth(path: str | Path, min_duration: float = 0.0) -> list[Sweep
         raise RecordingError(
             f"ground truth: expected .npz or .mat files in {path}, found none. Give the folder that holds them."
         )
-    sweeps = (sweep for file in files for sweep in (_read_mat if file.suffix == ".mat" else _read_npz)(file))
+    sweeps = (sweep for file in files for sweep in (mat_sweeps if file.suffix == ".mat" else _read_npz)(file))
     return [sweep for sweep in sweeps if len(sweep.dff) > min_duration * sweep.frame_rate]
 
 
-def _read_mat(path: Path) -> Iterator[Sweep]:
-    """Sweeps of one cell as CASCADE keeps them (Rupprecht et al. 2021); where time stamps jump, a new one begins."""
+def mat_sweeps(path: Path) -> Iterator[Sweep]:
+    """Sweeps of one cell in a ``.mat`` file; where time stamps jump, a new one begins.
+
+    Layouts are CASCADE's (Rupprecht et al. 2021), ``CAttached`` with fluo_time (s), fluo_mean (ΔF/F) and events_AP
+    (0.1 ms), and that of C-SPIKES, time_stamps (s) and dff (trial, sample) padded with NaN, and ap_times (s).
+    """
     try:
-        found = loadmat(path, variable_names=["CAttached"], squeeze_me=True, struct_as_record=False)["CAttached"]
-        parts = [(part.fluo_time, part.fluo_mean, part.events_AP) for part in np.atleast_1d(found)]
-    except _UNREADABLE as error:
+        found = variables(path, ("CAttached", "time_stamps", "dff", "ap_times"))
+        if "CAttached" in found:
+            parts = found["CAttached"] if isinstance(found["CAttached"], list) else [found["CAttached"]]
+            recordings = [tuple(_vector(part[n]) for n in ("fluo_time", "fluo_mean", "events_AP")) for part in parts]
+            recordings = [(times, dff, events * 1e-4) for times, dff, events in recordings]
+        else:
+            trials = (np.atleast_2d(found[name]) for name in ("time_stamps", "dff"))
+            spikes = _vector(found["ap_times"])
+            recordings = [(_vector(times), _vector(dff), spikes) for times, dff in zip(*trials, strict=True)]
+    except UNREADABLE as error:
         raise RecordingError(
-            f"{path.name}: expected CASCADE's layout, CAttached with fluo_time, fluo_mean and events_AP, got {error}."
+            f"{path.name}: expected CASCADE's layout, CAttached with fluo_time, fluo_mean and events_AP, "
+            f"or that of C-SPIKES, time_stamps with dff and ap_times, got {error}."
         ) from error
-    for times, dff, events in parts:
-        times, dff = (np.atleast_1d(x).astype(float).ravel() for x in (times, dff))
+    for times, dff, spikes in recordings:
         known = np.isfinite(times[: len(dff)])
         times, dff = times[: len(dff)][known], dff[: len(known)][known]
         if len(times) < 2:
@@ -88,7 +86,6 @@ def _read_mat(path: Path) -> Iterator[Sweep]:
         step = float(np.median(np.diff(times)))
         if not step > 0:
             raise RecordingError(f"{path.name}: expected times of frames that increase, got steps of {step:g} s.")
-        spikes = np.atleast_1d(events).astype(float).ravel() * 1e-4
         spikes = spikes[np.isfinite(spikes)]
         edges = [0, *(np.flatnonzero(np.diff(times) > 1.5 * step) + 1), len(times)]
         for first, last in itertools.pairwise(edges):
@@ -105,6 +102,10 @@ def _read_mat(path: Path) -> Iterator[Sweep]:
                 dff=dff[first:last].astype(np.float32),
                 spike_times=spikes[span],
             )
+
+
+def _vector(value: Any) -> np.ndarray:
+    return np.atleast_1d(np.asarray(value, float)).ravel()
 
 
 def _read_npz(path: Path) -> list[Sweep]:
