@@ -82,10 +82,10 @@ def test_extract(tmp_path, relative, unit):
     new_extract(tmp_path / "a.mat", relative)
     traces = extractors.read(tmp_path / "a.mat", 20.0)
     np.testing.assert_array_equal(traces.values, TRACES)
-    assert (traces.roi_ids, traces.frame_rate, traces.unit) == ((0, 1, 2), 20, unit)
+    assert (traces.roi_ids, traces.frame_rate, traces.unit) == ((1, 2, 3), 20, unit)
     np.testing.assert_array_equal(traces.accepted, [True] * 3)
     same_masks(traces.rois)
-    assert traces.provenance["roiextractors"] == {"extractor": "NewExtractSegmentationExtractor", "response": unit}
+    assert traces.provenance["roiextractors"] == {"program": "EXTRACT", "response": unit}
     assert extractors.read(tmp_path / "a.mat", 20.0, "raw").unit == "raw"
 
 
@@ -103,14 +103,17 @@ def test_old_extract_and_cnmfe_know_how_long_the_recording_was(tmp_path, make):
     make(tmp_path / "a.mat")
     traces = extractors.read(tmp_path / "a.mat")
     np.testing.assert_array_equal(traces.values, TRACES)
-    assert (traces.roi_ids, traces.frame_rate, traces.unit, traces.accepted) == ((0, 1, 2), 10, "raw", None)
+    assert (traces.roi_ids, traces.frame_rate, traces.unit, traces.accepted) == ((1, 2, 3), 10, "raw", None)
     same_masks(traces.rois)
     assert extractors.read(tmp_path / "a.mat", 25.0).frame_rate == 25
 
 
-def test_minian_has_denoised_traces_and_a_clock(tmp_path):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_minian_has_denoised_traces_and_a_clock(tmp_path, grouped):
     folder = tmp_path / "minian"
     minian(folder, 500 + np.arange(N_FRAMES) * 50 + np.random.default_rng(0).uniform(-3, 3, N_FRAMES), b0=TRACES * 2)
+    if not grouped:  # the folder is nothing but a folder
+        (folder / ".zgroup").unlink()
     with pytest.warns(UserWarning, match=r"minian: expected fluorescence, got only the denoised traces of Minian"):
         traces = read(folder)
     np.testing.assert_allclose(traces.values, TRACES * 3, rtol=1e-6)

@@ -35,8 +35,8 @@ def matches(path: Path) -> bool:
 def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
     """Read ΔF/F, else fluorescence, else denoised traces with the baseline that belongs to them.
 
-    ROIs keep their numbers; those with names are numbered from 1, and their names are in the provenance. Masks are as
-    roiextractors gives them, and left out if one has no pixels. ``accepted`` is what the program says; Inscopix's
+    ROIs keep their ids; those without, or with names, are numbered from 1, and names are in the provenance. Masks are
+    as roiextractors gives them, and left out if one has no pixels. ``accepted`` is what the program says; Inscopix's
     undecided cells count as accepted.
 
     Warns
@@ -113,10 +113,22 @@ def _open(package: Any, program: str, path: Path, frame_rate: float | None) -> A
         return package.CnmfeSegmentationExtractor(path)
     if program == "Minian":
         rate = frame_rate if (path / "timeStamps.csv").is_file() else check_frame_rate(frame_rate)
-        return package.MinianSegmentationExtractor(path, sampling_frequency=rate)
+        return _minian(package)(path, sampling_frequency=rate)
     with h5py.File(path) as file:
         new = "output" in file
     return package.ExtractSegmentationExtractor(path, check_frame_rate(frame_rate) if new else frame_rate)
+
+
+def _minian(package: Any) -> type:
+    """Minian's extractor, for folders that are no Zarr group themselves, too: Minian stores each array on its own."""
+    import zarr
+
+    class Minian(package.MinianSegmentationExtractor):
+        def _read_zarr_group(self, zarr_group: str) -> Any:
+            part = self.folder_path / zarr_group.strip("/")
+            return zarr.open(part, mode="r") if part.exists() else None
+
+    return Minian
 
 
 def _traces(found: Any, program: str, path: Path, given: tuple[float | None, Unit | None]) -> tuple[str, Traces]:
@@ -136,8 +148,9 @@ def _traces(found: Any, program: str, path: Path, given: tuple[float | None, Uni
             values = values + baseline.T
     names = found.get_roi_ids()
     numbered = all(isinstance(n, int | np.integer) for n in names)
-    ids = tuple(int(n) for n in names) if numbered else tuple(range(1, len(names) + 1))
-    about = {"extractor": type(found).__name__, "response": name}
+    counted = numbered and list(names) == list(range(len(names)))  # these are rows, not ids
+    ids = tuple(int(n) for n in names) if numbered and not counted else tuple(range(1, len(names) + 1))
+    about = {"program": program, "response": name}
     t0 = 0.0
     if program == "Minian" and frame_rate is None:
         t0, frame_rate = csv_table.read_clock(found.get_native_timestamps(), path / "timeStamps.csv")

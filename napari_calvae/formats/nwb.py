@@ -23,6 +23,8 @@ import h5py
 import numpy as np
 
 from napari_calvae.formats import csv_table, tiff
+from napari_calvae.formats._files import existing
+from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.formats.nwb_results import append, write
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
 from napari_calvae.trace_source import TraceSource
@@ -38,6 +40,7 @@ NEUROPIL_COEFFICIENT = 0.7
 BLOCK_BYTES = 32 << 20
 _NOT_TRACES = re.compile(r"neuropil|background|baseline|deconv|denois|spike|spks|event|reconstruct", re.IGNORECASE)
 _RELATIVE = re.compile(r"df_?over_?f|delta_?f|dff|df_?f", re.IGNORECASE)
+_MOVIES = ("TwoPhotonSeries", "OnePhotonSeries")
 _JUDGED = ("Accepted", "accepted", "iscell", "is_cell")
 
 
@@ -49,7 +52,7 @@ def matches(path: Path) -> bool:
 def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
     """Open traces whose values stay in the file.
 
-    Ids are those of the table of ROIs. ``rois`` come from its ``image_mask``, ``pixel_mask`` or ``voxel_mask``, unless
+    Ids are those of the table of ROIs. ``rois`` come from its ``voxel_mask``, ``pixel_mask`` or ``image_mask``, unless
     one of the ROIs has no pixels; what lies in several planes is projected onto the one that holds most of it.
     ``accepted`` comes from a column ``Accepted``, ``iscell`` or ``Rejected``. ΔF/F in percent becomes a fraction.
 
@@ -107,27 +110,22 @@ def open_movie(path: str | Path) -> tuple[Any, float | None]:
 
     path = Path(path)
     with _opened(path) as file:
-        found = sorted(
-            _of_type(file, ("TwoPhotonSeries", "OnePhotonSeries")), key=lambda n: (_type(file[n])[0] != "T", n)
-        )
+        found = sorted(_of_type(file, _MOVIES), key=lambda name: (_MOVIES.index(_type(file[name])), name))
         if not found:
             raise RecordingError(f"{path.name}: expected a TwoPhotonSeries or OnePhotonSeries, found none.")
         series = file[found[0]]
         rate = _clock(series, None, path, None)[1]
         if "external_file" in series:
             parts = [_external(path, _text(name)) for name in series["external_file"][:]]
-            return (parts[0] if len(parts) == 1 else da.concatenate([da.asarray(part) for part in parts])), rate
+            return parts[0] if len(parts) == 1 else da.concatenate(parts), rate
         data = series["data"]
         if data.ndim not in (3, 4) or data.dtype.kind not in "fiub":
             raise RecordingError(
                 f"{path.name}: expected frames (time, x, y) in {found[0]}, got shape {data.shape}, dtype {data.dtype}."
             )
         frames = _Frames(path, found[0], data)
-    depth = np.prod(frames.shape[1:]) * frames.dtype.itemsize
-    step = max(int(BLOCK_BYTES // depth), 1)
-    if frames.chunk > 1:  # whole chunks of the file, lest they be read twice
-        step = max(step // frames.chunk, 1) * frames.chunk
-    return da.from_array(frames, chunks=(step, *frames.shape[1:]), asarray=False, name=False), rate
+        stored = data.chunks or (1, *data.shape[1:])
+    return lazy(frames, (stored[0], *stored[:0:-1])), rate
 
 
 def chosen_rois(path: Path) -> tuple[str, np.ndarray, tuple[int, ...], int]:
@@ -145,18 +143,18 @@ class _Frames:
     """The frames of an image series as a (time, y, x) array that opens the file while it reads what is asked for."""
 
     def __init__(self, path: Path, name: str, data: h5py.Dataset):
-        self.path, self.name, self.dtype = str(path), name, data.dtype
+        self.path, self.name, self.dtype = path, name, data.dtype
         self.shape = (data.shape[0], *data.shape[:0:-1])
         self.ndim = data.ndim
-        self.chunk = data.chunks[0] if data.chunks else 1
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        frames, *rest = key if isinstance(key, tuple) else (key,)
-        with _opened(Path(self.path)) as file:
-            block = file[self.name]["data"][frames]
-        # NWB's images are (x, y[, z]), of each frame or of the one that was asked for.
-        extra = block.ndim - (self.ndim - 1)
-        return block.transpose(*range(extra), *range(block.ndim - 1, extra - 1, -1))[(*(slice(None),) * extra, *rest)]
+        given = key if isinstance(key, tuple) else (key,)
+        keys = (*given, *(slice(None),) * (self.ndim - len(given)))
+        parts = [k if isinstance(k, slice) else slice(k, k + 1) for k in keys]
+        with _opened(self.path) as file:  # where images are (x, y[, z])
+            block = file[self.name]["data"][(parts[0], *parts[:0:-1])]
+        block = block.transpose(0, *range(self.ndim - 1, 0, -1))
+        return block[tuple(slice(None) if isinstance(k, slice) else 0 for k in keys)]
 
 
 @contextmanager
@@ -227,7 +225,7 @@ def _chosen(file: h5py.File, path: Path) -> tuple[str, list[str], str | None]:
 
     traces = sorted((name for name in found if not says(name, _NOT_TRACES)), key=rank)
     if not traces:
-        movies = _of_type(file, ("TwoPhotonSeries", "OnePhotonSeries"))
+        movies = _of_type(file, _MOVIES)
         hint = "It holds a movie: extract traces from it first, with --rois." if movies else "Add traces to it first."
         raise RecordingError(
             f"{path.name}: expected a RoiResponseSeries of ΔF/F or fluorescence, got {found or 'none'}. {hint}"
@@ -319,7 +317,7 @@ def _clock(
     """Time of the first frame (s) and frame rate (Hz, None if unknown) of a series of ``n_frames``, if they matter."""
     if "starting_time" in series:
         start = series["starting_time"]
-        return float(start[()]), frame_rate or _number(start.attrs.get("rate"))
+        return float(start[()]), frame_rate or positive(start.attrs.get("rate"))
     if "timestamps" not in series:
         return 0.0, frame_rate
     times = np.asarray(series["timestamps"][:], float)
@@ -332,25 +330,20 @@ def _clock(
     return csv_table.read_clock(times, path)
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) or value <= 0 else float(value)
-
-
 def _masks(file: h5py.File, table: h5py.Group, rows: np.ndarray, ids: tuple[int, ...]) -> RoiMasks | None:
     """ROIs of some rows of a PlaneSegmentation, or None where any of them has no pixels."""
-    if "image_mask" in table:
-        stored = table["image_mask"]
-        # (x, y[, z]) in the file
-        shape = stored.shape[2:0:-1]
-        voxels = (_of_image(stored[row]) for row in rows)
-    else:
-        kind = next((kind for kind in ("pixel_mask", "voxel_mask") if kind in table), None)
-        if kind is None:
-            return None
+    images = table.get("image_mask")
+    kind = next((kind for kind in ("voxel_mask", "pixel_mask") if kind in table), None)
+    if kind:
         every, ends = table[kind][:], table[f"{kind}_index"][:].astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
-        shape = _plane(file, table, every)
         voxels = (_of_list(every[starts[row] : ends[row]]) for row in rows)
+    elif images is not None:
+        voxels = (_of_image(images[row]) for row in rows)
+    else:
+        return None
+    # An image is (x, y[, z]) in the file.
+    shape = _plane(file, table, every) if images is None else images.shape[2:0:-1]
     pixels, weights, planes = [], [], []
     for x, y, z, w in voxels:
         inside = w > 0
@@ -381,7 +374,7 @@ def _of_list(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 def _plane(file: h5py.File, table: h5py.Group, points: np.ndarray) -> tuple[int, int]:
     """(y, x) of the imaging plane: that of the movie that was taken of it, else what just holds all ROIs."""
     size = [int(points[axis].max(initial=0)) + 1 for axis in "yx"]
-    for name in _of_type(file, ("TwoPhotonSeries", "OnePhotonSeries")):
+    for name in _of_type(file, _MOVIES):
         series = file[name]
         if "imaging_plane" in table and series.get("imaging_plane") == table["imaging_plane"]:
             stated = series["dimension"][:] if "dimension" in series else series["data"].shape[1:]
@@ -416,4 +409,4 @@ def _external(path: Path, name: str) -> Any:
         raise RecordingError(
             f"{path.name}: expected frames in the file or in TIFF files, got {name}. Open that instead."
         )
-    return tiff.read_movie(file)[0]
+    return tiff.open_movie(existing(file))[0]

@@ -140,7 +140,7 @@ def _new_file(pynwb: Any, traces: Traces) -> Any:
 def _plane_segmentation(pynwb: Any, file: Any, traces: Traces) -> Any:
     """Table of the ROIs, with masks, in an imaging plane of which nothing is known."""
     from hdmf.backends.hdf5 import H5DataIO
-    from hdmf.common import ElementIdentifiers, VectorData
+    from hdmf.common import ElementIdentifiers, VectorData, VectorIndex
     from hdmf.data_utils import DataChunkIterator
 
     plane = file.create_imaging_plane(
@@ -160,9 +160,13 @@ def _plane_segmentation(pynwb: Any, file: Any, traces: Traces) -> Any:
     masks = DataChunkIterator(
         _images(rois, traces.n_rois), maxshape=(traces.n_rois, *shape), dtype=np.dtype("f4"), buffer_size=1
     )
-    stored = H5DataIO(masks, compression="gzip", compression_opts=4, shuffle=True, chunks=(1, *shape))
+    stored = H5DataIO(masks, compression="gzip", compression_opts=1, chunks=(1, *shape))
     about = "Weight of each pixel (x, y)." if rois else "Not known: one pixel of weight 0."
     columns = [VectorData(name="image_mask", description=about, data=stored)]
+    if rois:  # the same as a list, which is read in no time
+        lists = VectorData(name="pixel_mask", description="Pixels and their weights.", data=_points(rois))
+        ends = np.cumsum([len(pixels) for pixels in rois.pixels])
+        columns += [lists, VectorIndex(name="pixel_mask_index", data=ends, target=lists)]
     if traces.accepted is not None:
         about = "Whether whoever made the ROIs took them for cells."
         columns.append(VectorData(name="Accepted", description=about, data=np.asarray(traces.accepted)))
@@ -176,8 +180,17 @@ def _plane_segmentation(pynwb: Any, file: Any, traces: Traces) -> Any:
         imaging_plane=plane,
         id=ElementIdentifiers(name="id", data=np.asarray(traces.roi_ids, np.int64)),
         columns=columns,
-        colnames=[column.name for column in columns],
+        colnames=[column.name for column in columns if not column.name.endswith("_index")],
     )
+
+
+def _points(rois: RoiMasks) -> np.ndarray:
+    """x, y and weight of the pixels of all ROIs, one after the other."""
+    flat = np.concatenate(rois.pixels)
+    points = np.empty(len(flat), [("x", "u4"), ("y", "u4"), ("weight", "f4")])
+    points["y"], points["x"] = np.divmod(flat, rois.shape[1])
+    points["weight"] = np.concatenate(rois.weights)
+    return points
 
 
 def _images(rois: RoiMasks | None, n_rois: int) -> Iterator[np.ndarray]:
