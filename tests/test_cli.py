@@ -272,3 +272,76 @@ def test_the_hybrid_movie_end_to_end(shared, tmp_path, model):
     assert result.exit_code == 0, result.output
     assert isinstance(read(tmp_path / "spikes.h5"), Traces)
     assert "14 ROIs, 120.0 s at 30 Hz" in result.stdout
+
+
+def test_a_store_is_resumed_and_exported(tmp_path, recording, model):
+    out = tmp_path / "a.zarr"
+    words = ("infer", recording / "traces.npz", "-o", out, "--model", model, "--samples", 5, "--block-rois", 1)
+    assert "3 ROIs, 20.0 s at 20 Hz" in calvae(*words).stdout
+    (out / "done" / "c" / "1").unlink()
+    assert "3 ROIs, 20.0 s at 20 Hz" in calvae(*words).stdout
+    assert "seed 0 instead of 1" in refused(*words, "--seed", 1)
+    calvae("infer", recording / "traces.npz", "-o", tmp_path / "a.npz", "--model", model, "--samples", 5)
+    calvae("export", out, "-o", tmp_path / "b.npz")
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        for name in ("rate", "events_frame", "interval", "reconstruction_std"):
+            np.testing.assert_array_equal(a[name], b[name])
+    assert "exists already" in refused("export", out, "-o", tmp_path / "b.npz")
+    assert "found nothing there" in refused("export", tmp_path / "c.zarr", "-o", tmp_path / "c.npz")
+
+
+def test_rois_without_signal_are_left_empty_and_named(tmp_path, model):
+    values = np.random.default_rng(0).random((3, 90))
+    values[1] = 1.0
+    np.save(tmp_path / "matrix.npy", values)
+    words = ("infer", tmp_path / "matrix.npy", "-o", tmp_path / "a.npz", "--model", model, "--frame-rate", 30)
+    assert "1 ROIs without signal left empty (2)" in calvae(*words).stdout
+    with np.load(tmp_path / "a.npz") as z:
+        assert np.isfinite(z["rate"][[0, 2]]).all()
+        assert np.isnan(z["rate"][1]).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "matrix.npy"]
+
+
+def test_traces_are_extracted(tmp_path, recording):
+    for name in ("a.npz", "a.zarr"):
+        words = ("extract", recording / "movie.tif", "--rois", recording / "rois.tif", "-o", tmp_path / name)
+        assert "3.0 s at 20 Hz" in calvae(*words).stdout
+    a, b = (read(tmp_path / name) for name in ("a.npz", "a.zarr"))
+    np.testing.assert_array_equal(a.values, b.values)
+    assert a.unit == b.unit == "raw"
+    assert "expected a movie" in refused("extract", recording / "traces.npz", "-o", tmp_path / "b.npz")
+
+
+def test_many_recordings_one_of_which_fails(tmp_path, recording, model):
+    folder = tmp_path / "days"
+    for day in ("one", "two", "three"):
+        (folder / day).mkdir(parents=True)
+        (folder / day / "traces.npz").write_bytes((recording / "traces.npz").read_bytes())
+    (folder / "two" / "traces.npz").write_bytes(b"PK damaged")
+    words = ("infer", folder, "--pattern", "*/traces.npz", "-o", tmp_path / "out", "--model", model, "--samples", 3)
+    result = calvae(*words)
+    assert result.exit_code == 1
+    assert "2 of 3 recordings inferred" in result.stdout
+    with open(tmp_path / "out" / "summary.csv", newline="") as file:
+        rows = {row["recording"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["one/traces.npz", "three/traces.npz", "two/traces.npz"]
+    assert "cannot be read" in rows["two/traces.npz"]["error"]
+    assert rows["one/traces.npz"]["error"] == ""
+    assert rows["one/traces.npz"]["rois"] == "3"
+    assert float(rows["one/traces.npz"]["spikes_expected"]) > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "summary.csv", "one_traces.zarr", "three_traces.zarr"
+    }  # fmt: skip
+    (folder / "two" / "traces.npz").write_bytes((recording / "traces.npz").read_bytes())
+    assert "3 of 3 recordings inferred" in calvae(*words).stdout
+    assert "found none" in refused(*words[:3], "*.xyz", *words[4:])
+
+
+def test_movies_of_a_folder_find_their_rois_beside_them(tmp_path, recording, model):
+    for day in ("one", "two"):
+        (tmp_path / day).mkdir()
+        for name in ("movie.tif", "rois.tif"):
+            (tmp_path / day / name).write_bytes((recording / name).read_bytes())
+    words = ("infer", tmp_path, "--pattern", "*/movie.tif", "--rois", "rois.tif", "-o", tmp_path / "out")
+    assert "2 of 2" in calvae(*words, "--model", model, "--samples", 3, "--suffix", ".csv").stdout
+    assert (tmp_path / "out" / "one_movie.csv").is_file()

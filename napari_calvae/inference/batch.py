@@ -206,9 +206,9 @@ def _elsewhere(
     scheduler: str,
 ) -> Iterator[tuple[int, str]]:
     """Infer on the workers of a Dask cluster, a block per task; what a lost worker had in hand another one does."""
-    from distributed import as_completed
-
     with connected(scheduler, len(todo)) as client:
+        from distributed import as_completed
+
         futures = [
             client.submit(_run, source.part(store.rows(block)), model, config, str(store.path), block, pure=False)
             for block in todo

@@ -13,6 +13,8 @@ from napari_calvae.recording import RecordingError
 QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 #: Jobs that are submitted where their number is not said.
 _JOBS = 10
+#: How long a scheduler may take to answer.
+_TIMEOUT = "20s"
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def connected(scheduler: str, n_tasks: int) -> Iterator[Any]:
         ) from error
     with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}), _cluster(scheduler, n_tasks) as cluster:
         try:
-            client = Client(cluster, timeout="20s", set_as_default=False)
+            client = Client(cluster, timeout=_TIMEOUT, set_as_default=False)
         except (OSError, ValueError) as error:
             raise RecordingError(
                 f"scheduler: expected a Dask scheduler that answers at {scheduler}, got {error}. "
