@@ -420,15 +420,12 @@ def test_real_dictionaries_come_back(shared):
                 load_dicts(path)
 
 
-def test_paths_become_pure_ones(tmp_path):
-    windows = b"\x80\x03}X\x01\x00\x00\x00pcpathlib\nWindowsPath\nX\x03\x00\x00\x00C:\\X\x01\x00\x00\x00a\x86Rs."
-    content = pickle.dumps(np.array({"p": pathlib.PosixPath("/a/b")}, object), protocol=3)
+@pytest.mark.parametrize("kind", [pathlib.PurePosixPath, pathlib.PureWindowsPath])
+def test_paths_become_pure_ones(tmp_path, kind):
+    # The other system's paths cannot even be made here.
+    content = pickle.dumps(np.array({"p": kind("/a/b")}, object), protocol=3).replace(b"Pure", b"")
     write_pickle(tmp_path / "a.npy", content)
-    assert load_dicts(tmp_path / "a.npy") == [{"p": pathlib.PurePosixPath("/a/b")}]
-    with open(tmp_path / "w", "wb") as file:
-        file.write(windows)
-    with open(tmp_path / "w", "rb") as file:
-        assert _pickles._Unpickler(file, "w").load() == {"p": pathlib.PureWindowsPath("C:\\", "a")}
+    assert load_dicts(tmp_path / "a.npy") == [{"p": kind("/a/b")}]
 
 
 @pytest.mark.parametrize(

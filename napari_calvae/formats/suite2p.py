@@ -264,9 +264,9 @@ def _fetch(
         here = (rows >= first) & (rows < end)
         if here.any():
             own = rows[here] - first
-            block = _open_array(Path(traces))[own].astype(np.float32)
+            block = np.asarray(_open_array(Path(traces))[own], np.float32)
             if neuropil is not None and coefficient:
-                for row, around in zip(block, _open_array(Path(neuropil))[own].astype(np.float32), strict=True):
+                for row, around in zip(block, np.asarray(_open_array(Path(neuropil))[own], np.float32), strict=True):
                     measured = np.isfinite(around)
                     if measured.any():
                         row -= coefficient * (around - np.median(around[measured]))
