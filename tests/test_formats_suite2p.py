@@ -315,9 +315,11 @@ def test_spikes_of_several_planes_are_rows_of_the_combined_folder(tmp_path):
     assert not spikes[2:, 38:].any()
 
 
-def test_spikes_of_other_traces_are_written_row_by_row(tmp_path):
+def test_spikes_of_other_traces_are_written_row_by_row(tmp_path, monkeypatch):
     result = a_result()
-    write(result, tmp_path / "spks.npy")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write(result, "~/spks.npy")
     np.testing.assert_allclose(np.load(tmp_path / "spks.npy"), result.rate / 10, rtol=1e-6)
 
 

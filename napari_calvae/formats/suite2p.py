@@ -85,7 +85,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
 
 def outputs(path: Path) -> tuple[Path, ...]:
     """All that ``write`` makes: two files, or a folder with them if it is not there yet."""
-    return _written(path) if path.parent.is_dir() else (path.parent,)
+    return _written(path) if path.expanduser().parent.is_dir() else (path.parent,)
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
