@@ -208,7 +208,12 @@ def _of_type(file: h5py.File, types: Sequence[str]) -> list[str]:
 
 def _is_relative(file: h5py.File, name: str) -> bool:
     """Tell whether a series is one of ΔF/F."""
-    return _type(file[name].parent) == "DfOverF" or bool(_RELATIVE.search("/".join(name.split("/")[-2:])))
+    return _type(file[name].parent) == "DfOverF" or bool(_RELATIVE.search(_last(name)))
+
+
+def _last(name: str) -> str:
+    """Names of a series and of the container that it is in."""
+    return "/".join(name.split("/")[-2:])
 
 
 def _chosen(file: h5py.File, path: Path) -> tuple[str, list[str], str | None]:
@@ -217,13 +222,10 @@ def _chosen(file: h5py.File, path: Path) -> tuple[str, list[str], str | None]:
 
     def rank(name: str) -> tuple[bool, bool, bool, str]:
         container, own = name.split("/")[-2:]
-        usual = container not in ("DfOverF", "Fluorescence")
-        return not _is_relative(file, name), usual, own != "RoiResponseSeries", name
+        unusual = container not in ("DfOverF", "Fluorescence")
+        return not _is_relative(file, name), unusual, own != "RoiResponseSeries", name
 
-    def says(name: str, pattern: re.Pattern) -> bool:
-        return bool(pattern.search("/".join(name.split("/")[-2:])))
-
-    traces = sorted((name for name in found if not says(name, _NOT_TRACES)), key=rank)
+    traces = sorted((name for name in found if not _NOT_TRACES.search(_last(name))), key=rank)
     if not traces:
         movies = _of_type(file, _MOVIES)
         hint = "It holds a movie: extract traces from it first, with --rois." if movies else "Add traces to it first."
@@ -235,12 +237,12 @@ def _chosen(file: h5py.File, path: Path) -> tuple[str, list[str], str | None]:
     around = [
         other
         for other in found
-        if re.search("neuropil", "/".join(other.split("/")[-2:]), re.IGNORECASE)
-        and container.rsplit("/", 1)[0] in other
+        if "neuropil" in _last(other).lower()
+        and other.startswith(container.rsplit("/", 1)[0])
         and (other.rsplit("/", 1)[0] == container or other.rsplit("/", 1)[1] == own)
         and file[other]["data"].shape == file[name]["data"].shape
     ]
-    corrected = _is_relative(file, name) or re.search("correct", name, re.IGNORECASE)
+    corrected = _is_relative(file, name) or "correct" in name.lower()
     return name, [other for other in found if other != name], around[0] if around and not corrected else None
 
 
