@@ -155,10 +155,10 @@ def per_roi(result: SpikeInference) -> dict[str, np.ndarray]:
 def provenance(result: SpikeInference) -> dict[str, Any]:
     """Frame rate (Hz), and the provenance of the result and of its traces as JSON text."""
     found = {"inference": dict(result.provenance), "traces": dict(result.traces.provenance)}
-    return {"frame_rate": result.frame_rate, "provenance": json.dumps(found, default=_plain)}
+    return {"frame_rate": result.frame_rate, "provenance": json.dumps(found, default=json_default)}
 
 
-def _plain(value: Any) -> Any:
+def json_default(value: Any) -> Any:
     """Turn what JSON does not know into what it does."""
     return value.tolist() if hasattr(value, "tolist") else dict(value) if hasattr(value, "keys") else str(value)
 

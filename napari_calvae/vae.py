@@ -26,6 +26,8 @@ from napari_calvae.recording import RecordingError, Traces
 
 #: 2: noise with options and weights, other priors. 1 is still read.
 SCHEMA = 2
+#: Frame rates this factor beyond those of the training are taken, too.
+_LEEWAY = 1.05
 #: What the names of the noise's weights begin with in a file.
 _NOISE = "generative.noise."
 #: Name of what the training was like, among the weights.
@@ -50,7 +52,8 @@ class Preprocessing(BaseModel):
         """ΔF/F of the traces, or an error that says why no spikes can be inferred from them."""
         check_traces(traces)
         low, high = self.min_frame_rate, self.max_frame_rate
-        if not low * 0.999 <= traces.frame_rate <= high * 1.001:
+        # Microscopes that are said to run at 120 Hz run at 122.
+        if not low / _LEEWAY <= traces.frame_rate <= high * _LEEWAY:
             raise RecordingError(
                 f"frame rate: expected {low:g} to {high:g} Hz, where this model was trained, got {traces.frame_rate:g} "
                 "Hz. Resample the traces into that range, for example with napari_calvae.preprocess.resample."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ import numpy as np
 from napari_calvae.formats import whole_files
 from napari_calvae.formats.store import create_traces, rois_per_block
 from napari_calvae.inference import iter_batch
+from napari_calvae.recording import RecordingError
 from napari_calvae.simulation import simulate
 from napari_calvae.trace_source import TraceSource
 
@@ -46,22 +46,30 @@ class Size:
     cluster_rois: int = 800
 
 
-def iter_batch_rows(folder: Path, size: Size, out: Path | None = None, seed: int = 0) -> Iterator[dict[str, object]]:
-    """Rows of the table, as they are measured; files go into ``folder`` and are removed, the record into ``out``."""
-    record: dict[str, Any] = {
-        "size": asdict(size),
-        "seed": seed,
-        "machine": {"cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()},
-        "rows": [],
-    }
+def iter_batch_rows(
+    folder: Path, size: Size, out: Path | None = None, seed: int = 0, parts: Sequence[str] = ("cluster", "large")
+) -> Iterator[dict[str, object]]:
+    """Rows of the table, as they are measured, of some ``parts``.
+
+    Recordings and results go into ``folder`` and are removed. The record goes into ``out``, where that of the parts
+    which are not measured now stays.
+    """
+    unknown = sorted(set(parts) - set(_PARTS))
+    if unknown:
+        raise RecordingError(f"parts: expected some of {', '.join(_PARTS)}, got {', '.join(unknown)}.")
+    known = out / "batch.json" if out is not None else None
+    record: dict[str, Any] = json.loads(known.read_text()) if known and known.exists() else {}
     work = folder / "calvae-batch"
     work.mkdir(parents=True, exist_ok=True)
     try:
-        for row in itertools.chain(_cluster(work, size, seed), _large(work, size, seed)):
-            record["rows"].append(row)
-            if out is not None:
-                _write(record, out)
-            yield row
+        for part in parts:
+            machine = {"cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
+            record[part] = {"size": asdict(size), "seed": seed, "machine": machine, "rows": []}
+            for row in _PARTS[part](work, size, seed):
+                record[part]["rows"].append(row)
+                if out is not None:
+                    _write(record, out)
+                yield row
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -214,22 +222,31 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+#: What can be measured by itself.
+_PARTS = {"cluster": _cluster, "large": _large}
+
+
 def _markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
-    size, machine = Size(**record["size"]), record["machine"]
     lines = [
         "# Inference out of core",
         "",
-        f"`calvae benchmark batch --rois {size.rois} --frames {size.frames} --samples {size.samples} "
-        f"--kills {size.kills} --cluster-rois {size.cluster_rois} --seed {record['seed']} --out docs/speed`, "
-        f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}. Traces are simulated; every "
-        "inference of the large recording is a process of its own (`calvae infer`), killed by SIGKILL.",
-        "",
-        "| | | |",
-        "|---|---|---|",
+        "Traces are simulated. The large recording is inferred by processes of its own",
     ]
-    for row in record["rows"]:
-        value = row["value"]
-        shown = {True: "yes", False: "**no**"}[value] if isinstance(value, bool) else f"{value:.4g} {row['unit']}"
-        lines.append(f"| {row['part']} | {row['what']} | {shown} |")
+    lines[-1] += " (`calvae infer`), which SIGKILL ends at random instants; the cluster is Dask's, on the same machine."
+    for part, found in record.items():
+        size, machine = Size(**found["size"]), found["machine"]
+        lines += [
+            "",
+            f"`calvae benchmark batch {part} --rois {size.rois} --frames {size.frames} --samples {size.samples} "
+            f"--kills {size.kills} --cluster-rois {size.cluster_rois} --seed {found['seed']}`, "
+            f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}",
+            "",
+            "| | | |",
+            "|---|---|---|",
+        ]
+        for row in found["rows"]:
+            value = row["value"]
+            shown = ("yes" if value else "**no**") if isinstance(value, bool) else f"{value:.4g} {row['unit']}"
+            lines.append(f"| {row['part']} | {row['what']} | {shown} |")
     return "\n".join(lines) + "\n"

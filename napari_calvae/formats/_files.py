@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from napari_calvae.conversion import json_default
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces, Unit
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
@@ -24,6 +25,8 @@ def existing(path: str | Path) -> Path:
     file = Path(path).expanduser()
     if not file.exists():
         raise FileNotFoundError(f"{file}: expected a file, found nothing there. Check the path.")
+    if not os.access(file, os.R_OK):
+        raise PermissionError(f"{file}: expected a file that you may read, got one without permission. Ask its owner.")
     return file
 
 
@@ -134,21 +137,12 @@ def provenance_json(value: SpikeInference | Traces) -> str:
         found = {"traces": dict(value.provenance)}
     else:
         found = {"inference": dict(value.provenance), "traces": dict(value.traces.provenance)}
-    return json.dumps(found, indent=1, default=_plain)
+    return json.dumps(found, indent=1, default=json_default)
 
 
 def plain(value: Any) -> Any:
     """Turn JSON-like values, arrays and mappings of all kinds among them, into what JSON knows."""
-    return json.loads(json.dumps(value, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    """Turn what JSON does not know into what it does."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    return str(value)
+    return json.loads(json.dumps(value, default=json_default))
 
 
 def _single(value: np.ndarray, name: str, file: Path) -> Any:

@@ -14,11 +14,14 @@ SUFFIXES = (".h5", ".hdf5")
 
 
 def matches(path: Path) -> bool:
-    """Tell whether this is an HDF5 file with an array of traces at its top."""
-    if path.suffix.lower() not in SUFFIXES or not h5py.is_hdf5(path):
+    """Tell whether this is an HDF5 file with an array of traces at its top, or one that cannot be read at all."""
+    if path.suffix.lower() not in SUFFIXES:
         return False
-    with h5py.File(path) as file:
-        return any(isinstance(file.get(name), h5py.Dataset) for name in TRACE_NAMES)
+    try:
+        with h5py.File(path) as file:
+            return any(isinstance(file.get(name), h5py.Dataset) for name in TRACE_NAMES)
+    except OSError:
+        return True  # `read` says what is the matter
 
 
 def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
