@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -20,8 +21,9 @@ from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_fram
 #: Neuropil ring: pixels left free around the ROI, the least number of pixels that it grows to, and the number below
 #: which a ring is not used at all.
 RING_GAP, RING_PIXELS, RING_LEAST = 2.0, 350, 20
-#: Bytes of a movie that are read at a time, and of the part of it that should stay in a core's cache.
-READ_BYTES, CACHE_BYTES = 32 << 20, 1 << 20
+#: Bytes of a movie that are read at a time, less than a chunk usually has (several would have to be copied into one),
+#: and of the part of it that should stay in a core's cache.
+READ_BYTES, CACHE_BYTES = 8 << 20, 1 << 20
 #: Up to this many ROIs are read one by one from their bounding boxes; more of them share one sparse product.
 FEW_ROIS = 8
 #: Images of at least so many pixels are multiplied one by one, and by so many threads.
@@ -205,7 +207,10 @@ class _Means:
             for weights, ring in zip(masks.weights, rings, strict=True)
         )
         self.share = np.concatenate(list(itertools.chain.from_iterable(shares)))
-        self.box = tuple(slice(int(side.min()), int(side.max()) + 1) for side in (self.y, self.x))
+        rows, columns = (slice(int(side.min()), int(side.max()) + 1) for side in (self.y, self.x))
+        self.box = (rows, columns)
+        if math.prod(side.stop - side.start for side in self.box) > 0.75 * math.prod(masks.shape):
+            self.box = (slice(0, masks.shape[0]), slice(0, masks.shape[1]))  # whole images are read faster than rows
         self.few = len(masks) <= FEW_ROIS
         self.values = np.zeros((n_frames, len(parts)), np.float32)
         self.lost: np.ndarray | None = None  # (time, column) missing pixels, once there are some
@@ -272,7 +277,8 @@ class _Tile:
         if not few and shape[0] * shape[1] < FRAME_PIXELS:
             self.used, pixels = np.unique(pixels, return_inverse=True)
         size = shape[0] * shape[1] if self.used is None else len(self.used)
-        self.matrix = None if few else sparse.csr_array((shares, pixels, offsets), (n_columns, size))
+        self.few = few
+        self.matrix: Any = None if few else sparse.csr_array((shares, pixels, offsets), (n_columns, size))
 
     def of(self, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Flat pixels of a ROI or a ring and their weights."""
@@ -281,7 +287,7 @@ class _Tile:
 
     def read(self, block: np.ndarray, out: np.ndarray, workers: Executor | None) -> None:
         """Write the sums of a (time, y, x) block into ``out`` (time, 2 · roi), which is 0 where there are no pixels."""
-        if self.matrix is None:
+        if self.few:
             for box in self.boxes:
                 box.read(block[(slice(None), *box.slices)], out[:, box.columns])
         elif self.used is not None:

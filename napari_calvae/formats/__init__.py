@@ -27,10 +27,10 @@ from napari_calvae.formats import (
     suite2p,
 )
 from napari_calvae.formats._files import check_output, existing, whole_files
+from napari_calvae.formats.movies import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.pulses import read_stimulation
 from napari_calvae.formats.store import StoredInference
-from napari_calvae.formats.tiff import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 from napari_calvae.trace_source import TraceSource
 
@@ -63,9 +63,9 @@ FORMATS: dict[str, ModuleType] = {
     "numpy": numpy_table,
     "csv": csv_table,
     "parquet": parquet,
+    "roiextractors": extractors,
     "matlab": matlab,
     "hdf5": hdf5,
-    "roiextractors": extractors,
 }
 
 
@@ -101,7 +101,7 @@ def _reader_of(file: Path) -> ModuleType:
     for module in FORMATS.values():
         if module.matches(file):
             return module
-    patterns = ", ".join(p for module in FORMATS.values() for p in module.PATTERNS)
+    patterns = ", ".join(dict.fromkeys(p for module in FORMATS.values() for p in module.PATTERNS))
     raise RecordingError(
         f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
         "Movies need a label image with them, --rois on the command line."
@@ -114,12 +114,14 @@ def open_result(path: str | Path) -> StoredInference:
 
 
 def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
-    """Known spikes, per ROI id its spike times (s): an ``.npz`` as ``calvae simulate`` writes it, or a ``.csv``.
+    """Known spikes, per ROI id its spike times (s): ``.npz`` as ``calvae simulate`` writes it, ``.csv``, or ``.mat``.
 
-    The table has a row per spike, with columns ``roi`` and ``time_s`` or alike.
+    A table has a row per spike, with columns ``roi`` and ``time_s`` or alike; ``.mat`` is ground truth in the layout of
+    CASCADE or of C-SPIKES.
     """
     file = existing(path)
-    return (csv_table if csv_table.matches(file) else numpy_table).read_spikes(file)
+    module = next((m for m in (csv_table, matlab) if m.matches(file)), numpy_table)
+    return module.read_spikes(file)
 
 
 def write(value: SpikeInference | Traces, path: str | Path, overwrite: bool = False, append: bool = False) -> None:
@@ -130,7 +132,8 @@ def write(value: SpikeInference | Traces, path: str | Path, overwrite: bool = Fa
     value
         What ``infer`` returned, or traces as ``extract`` or ``read`` return them.
     path
-        Its name says the format; see ``FORMATS``. ``.csv`` puts events, one row per ROI and the provenance into files
+        Its name says the format: ``.zarr``, ``.nwb``, ``.npz``, ``.csv``, ``.parquet``, ``.mat``, ``.h5``, or
+        ``spks.npy`` for suite2p. ``.csv`` and ``.parquet`` put events, one row per ROI and the provenance into files
         beside it.
     overwrite
         Replace what is there; without it an existing file is an error.

@@ -1,4 +1,4 @@
-"""Movies and label images: TIFF files, compressed or not, and ``.npy``; opened without being loaded.
+"""TIFF movies, compressed or not: of ImageJ, OME (in several files, too), ScanImage; opened without being loaded.
 
 A frame rate is taken from where a file states it (ImageJ's frame interval, OME's time increment, ScanImage's frame
 rate) and else is None: it is asked for, never guessed. ImageJ's ``fps`` is the speed of playback and says nothing about
@@ -7,82 +7,47 @@ time.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import threading
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 
-from napari_calvae.formats._files import check_output, existing, whole_files
+from napari_calvae.formats._files import check_output, whole_files
+from napari_calvae.formats._lazy import CHUNK_BYTES, SECONDS, MappedMovie, lazy, positive, readable
 from napari_calvae.recording import RecordingError
 
-PATTERNS = ("*.tif", "*.tiff")
+MOVIE_PATTERNS = ("*.tif", "*.tiff")
 
-#: Bytes of a compressed movie that are decoded at a time.
-CHUNK_BYTES = 16 << 20
-#: What tifffile and the codecs raise for files that are cut short, damaged or of another kind.
-_DAMAGE = (tifffile.TiffFileError, ValueError, IndexError, KeyError, struct.error, zlib.error)
-_SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "us": 1e-6, "µs": 1e-6}
-_SECONDS |= {"min": 60.0, "minutes": 60.0, "h": 3600.0, "hours": 3600.0}
+_KIND, _HINT = "a TIFF movie", "Save it again, for example with Fiji."
+#: What tifffile and the codecs raise for a page that is damaged.
+_DAMAGE = (ValueError, LookupError, TypeError, OSError, RuntimeError, struct.error, zlib.error)
 
 
-def is_movie(path: str | Path) -> bool:
-    """Tell whether a file's name and content are those of a movie rather than of a table of traces."""
-    file = Path(path)
-    if file.suffix.lower() == ".npy" and file.exists():
-        return _open_npy(file).ndim > 2
-    return file.suffix.lower() in (".tif", ".tiff")
+def is_movie(path: Path) -> bool:
+    """Tell whether the name is that of a TIFF file."""
+    return path.suffix.lower() in (".tif", ".tiff")
 
 
-def read_movie(path: str | Path) -> tuple[Any, float | None]:
-    """Open a movie.
+def open_movie(path: Path) -> tuple[Any, float | None]:
+    """Open the movie: memory-mapped where its pixels lie in one row in the file, else as a dask array.
 
-    Returns
-    -------
-    movie : array
-        (time, y, x) memory-mapped array, or a dask array where frames are compressed; nothing is loaded yet. Files
-        with more or fewer dimensions come as they are.
-    frame_rate : float or None
-        Frames per second (Hz) if the file states it.
+    Files with more or fewer than three dimensions come as they are; ScanImage's as (time, plane, channel, y, x), with
+    planes or channels only where there are several.
     """
-    file = existing(path)
-    if file.suffix.lower() == ".npy":
-        return _open_npy(file), None
-    if file.suffix.lower() not in (".tif", ".tiff"):
-        raise RecordingError(f"{file.name}: expected a movie in one of the formats *.tif, *.tiff, *.npy. Convert it.")
-    try:
-        pages = _Pages(file)
+    with readable(path, _KIND, _HINT):
+        pages = _Pages(path)
         if pages.mapped:
-            return tifffile.memmap(file, series=0, mode="r"), pages.frame_rate
-        import dask.array as da
-
+            return MappedMovie(path, pages.dtype, "r", pages.offset, pages.full_shape), pages.frame_rate
         pages[0:1]  # a file that cannot be decoded says so now
-        step = max(CHUNK_BYTES // (pages.dtype.itemsize * pages.shape[1] * pages.shape[2]), 1)
-        stack = da.from_array(pages, chunks=(step, -1, -1), asarray=False, name=False)
-        movie = stack if pages.full_shape == pages.shape else stack.reshape(pages.full_shape)
-    except RecordingError:
-        raise
-    except _DAMAGE as error:
-        raise RecordingError(
-            f"{file.name}: expected a TIFF movie, got one that cannot be read ({error}). "
-            "Save it again, for example with Fiji."
-        ) from error
-    return movie, pages.frame_rate
-
-
-def read_labels(path: str | Path) -> np.ndarray:
-    """Read a (y, x) label image from ``.tif`` or ``.npy``: 0 is background, each ROI has one number."""
-    movie, _ = read_movie(path)
-    labels = np.asarray(movie)
-    if labels.ndim > 2 and labels.size == labels.shape[-1] * labels.shape[-2]:
-        labels = labels.reshape(labels.shape[-2:])
-    if labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)):
-        labels = labels.astype(np.int64)
-    return labels
+        stack = lazy(pages, (math.prod(pages.full_shape[1:-2]), *pages.shape[1:]), CHUNK_BYTES)
+        return stack.reshape(pages.full_shape), pages.frame_rate
 
 
 def write_movie(movie: np.ndarray, path: str | Path, frame_rate: float | None, overwrite: bool = False) -> Path:
@@ -101,15 +66,6 @@ def write_movie(movie: np.ndarray, path: str | Path, frame_rate: float | None, o
     return target
 
 
-def _open_npy(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise RecordingError(
-            f"{file.name}: expected a NumPy file of plain numbers, got one that cannot be read ({error})."
-        ) from error
-
-
 class _Pages:
     """The pages of a TIFF file as a (page, y, x) array that decodes what is asked for."""
 
@@ -123,10 +79,33 @@ class _Pages:
             series = self.tiff.series[0]
             self.frame_rate = _frame_rate(self.tiff)
             self.full_shape, self.dtype = series.shape, np.dtype(series.dtype)
-            self.mapped = series.dataoffset is not None
+            # Which pages there are, in which order.
+            self.pages = np.arange(len(series.pages))
             page = series.keyframe.shape
-            self.shape = (len(series.pages), *page[:2])
-        if not self.mapped and (len(page) != 2 or np.prod(self.shape) != np.prod(self.full_shape)):
+            if self.tiff.is_scanimage:
+                self.pages, axes = _scanimage_axes(self.tiff, len(self.pages))
+                self.full_shape = (*axes, *page)
+            elif "FileName" in (self.tiff.ome_metadata or "") and any(found is None for found in series.pages):
+                raise RecordingError(
+                    f"{file.name}: expected the other files of this OME-TIFF beside it, got some only. Copy them all."
+                )
+            whole = math.prod(self.full_shape) == math.prod(series.shape)
+            self.offset, self.mapped = series.dataoffset or 0, series.dataoffset is not None and whole
+            self.shape = (len(self.pages), *page[:2])
+            if self.mapped:
+                self.dtype = self.dtype.newbyteorder(self.tiff.byteorder)
+                missing = self.offset + math.prod(self.full_shape) * self.dtype.itemsize - file.stat().st_size
+                if missing > 0:
+                    raise RecordingError(
+                        f"{file.name}: expected a TIFF movie of the shape {self.full_shape}, got a file that is "
+                        f"{missing} bytes too short. Copy it again."
+                    )
+        if not self.mapped and len(page) == 2 and math.prod(self.shape) < math.prod(self.full_shape):
+            raise RecordingError(
+                f"{file.name}: expected a TIFF movie of the shape {self.full_shape}, got a file that ends after "
+                f"{self.shape[0]} images. Copy it again."
+            )
+        if len(page) != 2 or (not self.mapped and math.prod(self.shape) != math.prod(self.full_shape)):
             raise RecordingError(
                 f"{file.name}: expected one grey image per frame, got pages of shape {page} in a series of shape "
                 f"{self.full_shape}. Convert it to a grey-scale stack."
@@ -138,10 +117,14 @@ class _Pages:
     def __getitem__(self, key: Any) -> np.ndarray:
         frames, *rest = key if isinstance(key, tuple) else (key,)
         pages = np.arange(self.shape[0])[frames]
-        wanted = np.atleast_1d(pages).tolist()
+        wanted = self.pages[np.atleast_1d(pages)].tolist()
         with self.lock, self.tiff.filehandle as handle:
             handle.open()
+            # A single page that is in another file of the series is read from there, multiple ones open it themselves.
+            other = self.tiff.series[0].pages[wanted[0]].parent.filehandle if len(wanted) == 1 else handle
             try:
+                if other is not handle:
+                    other.open()
                 stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
             except _DAMAGE as error:
                 hint = "Install imagecodecs" if "imagecodecs" in str(error) else "Copy or save it again"
@@ -149,6 +132,9 @@ class _Pages:
                     f"{self.file.name}: expected a TIFF movie of {self.shape[0]} frames, got one of which frames "
                     f"{wanted[0]} to {wanted[-1]} cannot be decoded ({error}). {hint}."
                 ) from error
+            finally:
+                if other is not handle:
+                    other.close()
         stack = stack.reshape(len(wanted), *self.shape[1:])
         return stack[(slice(None) if pages.ndim else 0, *rest)]
 
@@ -158,23 +144,65 @@ def _frame_rate(tiff: tifffile.TiffFile) -> float | None:
     interval = _imagej_interval(tiff) or _ome_interval(tiff)
     if interval:
         return 1 / interval
+    scan = _scanimage(tiff)
+    rate = positive(scan.get("hRoiManager.scanFrameRate") or scan.get("scanFrameRate") or scan.get("acq.frameRate"))
+    if rate:
+        volumes = positive(scan.get("hRoiManager.scanVolumeRate"))
+        if _n_planes(scan) > 1 and volumes:
+            return volumes
+        return rate / (positive(scan.get("hScan2D.logAverageFactor")) or 1)
+    shaped = (tiff.shaped_metadata or [{}])[0]
+    return positive(shaped.get("frame_rate") or shaped.get("fps"))
+
+
+def _scanimage(tiff: tifffile.TiffFile) -> dict[str, str]:
+    """What ScanImage noted, by name without the name of the program ("SI", "SI4", "state")."""
     page = tiff.pages.first
     text = f"{page.software}\n{page.description}"
-    found = re.search(
-        r"(?:hRoiManager\.scanFrameRate|SI\d*\.scanFrameRate|state\.acq\.frameRate)\s*=\s*([\d.eE+-]+)", text
+    return dict(re.findall(r"^(?:scanimage\.)?(?:SI\d*|state)\.(\S+?)\s*=\s*(.*?)\s*$", text.replace("\r", "\n"), re.M))
+
+
+def _number(scan: Mapping[str, str], *names: str) -> int:
+    """First of some numbers that are noted, or 0."""
+    return next((int(value) for name in names if (value := positive(scan.get(name)))), 0)
+
+
+def _n_planes(scan: Mapping[str, str]) -> int:
+    """Planes of a volume that is scanned again and again; a stack with several frames per plane is none."""
+    enabled = any(scan.get(f"{part}.enable") in ("true", "1") for part in ("hStackManager", "hFastZ"))
+    if not enabled or _number(scan, "hStackManager.framesPerSlice") > 1:
+        return 1
+    return max(
+        _number(scan, "hStackManager.actualNumSlices", "hStackManager.numSlices", "hFastZ.numFramesPerVolume"), 1
     )
-    if found:
-        averaged = re.search(r"hScan2D\.logAverageFactor\s*=\s*(\d+)", text)
-        return _positive(float(found[1]) / max(int(averaged[1]) if averaged else 1, 1))
-    shaped = (tiff.shaped_metadata or [{}])[0]
-    return _positive(shaped.get("frame_rate") or shaped.get("fps"))
+
+
+def _scanimage_axes(tiff: tifffile.TiffFile, n_pages: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Pages of ScanImage in the order (time, plane, channel), and the lengths of these axes unless they are 1.
+
+    Images that were taken while the focus returned, and an incomplete last volume, are left out.
+    """
+    scan = _scanimage(tiff)
+    n_channels = max(len(re.findall(r"\d+", scan.get("hChannels.channelSave", "1"))), 1)
+    n_planes = _n_planes(scan)
+    flyback = scan.get("hFastZ.discardFlybackFrames") in ("true", "1")
+    n_images = _number(scan, "hStackManager.numFramesPerVolumeWithFlyback") if n_planes > 1 else 1
+    n_images = n_images or n_planes + (_number(scan, "hFastZ.numDiscardFlybackFrames") if flyback else 0)
+    n_times = n_pages // (n_images * n_channels)
+    pages = np.arange(n_times * n_images * n_channels).reshape(n_times, n_images, n_channels)[:, :n_planes]
+    if not pages.size:
+        raise RecordingError(
+            f"{tiff.filename}: expected at least one volume of {n_images} images and {n_channels} channels, got "
+            f"{n_pages} pages. The file is incomplete."
+        )
+    return pages.ravel(), (n_times, *(n for n in (n_planes, n_channels) if n > 1))
 
 
 def _imagej_interval(tiff: tifffile.TiffFile) -> float | None:
     """Seconds per frame that ImageJ noted."""
     found = tiff.imagej_metadata or {}
-    interval = _positive(found.get("finterval"))
-    return interval and interval * _SECONDS.get(str(found.get("tunit", "s")).strip().lower(), 1.0)
+    interval = positive(found.get("finterval"))
+    return interval and interval * SECONDS.get(str(found.get("tunit", "s")).strip().lower(), 1.0)
 
 
 def _ome_interval(tiff: tifffile.TiffFile) -> float | None:
@@ -183,14 +211,5 @@ def _ome_interval(tiff: tifffile.TiffFile) -> float | None:
         return None
     image = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", {})
     pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
-    interval = _positive(pixels.get("TimeIncrement"))
-    return interval and interval * _SECONDS.get(str(pixels.get("TimeIncrementUnit", "s")), 1.0)
-
-
-def _positive(value: Any) -> float | None:
-    """Return the value as a number above 0, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) and number > 0 else None
+    interval = positive(pixels.get("TimeIncrement"))
+    return interval and interval * SECONDS.get(str(pixels.get("TimeIncrementUnit", "s")), 1.0)

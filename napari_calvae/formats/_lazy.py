@@ -1,0 +1,118 @@
+"""What all movie files share: arrays that stay in their file, frame rates among attributes, errors in plain words."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from napari_calvae.recording import RecordingError
+
+#: Bytes of a movie that are read from its file at a time.
+CHUNK_BYTES = 16 << 20
+#: Names under which files keep a movie, in the order in which they are preferred.
+MOVIE_NAMES = ("mov", "movie", "data", "imaging", "images")
+#: Attributes that state frames per second (Hz).
+_RATE_NAMES = ("frame_rate", "framerate", "fr", "fs", "fps", "imaging_rate", "sampling_rate", "rate")
+#: Seconds of each unit of time that files name.
+SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3}
+SECONDS |= {"us": 1e-6, "µs": 1e-6, "microsecond": 1e-6, "min": 60.0, "minute": 60.0, "minutes": 60.0}
+SECONDS |= {"h": 3600.0, "hour": 3600.0, "hours": 3600.0}
+#: What libraries raise for files that are cut short, damaged or of another kind (``SyntaxError``: bad XML).
+_DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_DAMAGE += (EOFError, SyntaxError, NotImplementedError, struct.error, zlib.error)
+
+
+@contextmanager
+def readable(file: Path, kind: str, hint: str = "Copy it again, or save it once more.") -> Iterator[None]:
+    """Say it in one way when a file, said to be of a ``kind``, cannot be read."""
+    try:
+        yield
+    except RecordingError:
+        raise
+    except PermissionError as error:
+        raise RecordingError(
+            f"{file.name}: expected {kind} that may be read, got no permission ({error}). "
+            "Change the permissions of the file, or ask whoever owns it."
+        ) from error
+    except _DAMAGE as error:
+        raise RecordingError(f"{file.name}: expected {kind}, got one that cannot be read ({error}). {hint}") from error
+
+
+def lazy(source: Any, stored: Sequence[int], n_bytes: int = CHUNK_BYTES) -> Any:
+    """Dask array over a ``source`` that reads parts of a file when indexed, and that other processes can get.
+
+    Its chunks hold whole chunks of the file, of the shape ``stored``: as many, in x, y and then time, as make
+    ``n_bytes``.
+    """
+    import dask.array as da
+
+    chunks = list(stored)
+    for axis in reversed(range(len(chunks))):
+        size = source.dtype.itemsize * math.prod(chunks)
+        chunks[axis] = min(chunks[axis] * max(n_bytes // size, 1), source.shape[axis])
+    return da.from_array(source, chunks=tuple(chunks), asarray=False, name=False)
+
+
+class MappedMovie(np.memmap):
+    """Memory-mapped movie; what other processes get of it is where it lies, not its pixels."""
+
+    def __reduce__(self) -> Any:
+        """Name the file, as long as this is all of it."""
+        if isinstance(self.base, mmap.mmap):
+            order = "C" if self.flags.c_contiguous else "F"
+            return MappedMovie, (self.filename, self.dtype, "r", self.offset, self.shape, order)
+        return np.array(self).__reduce__()
+
+
+def choose(shapes: Mapping[str, tuple[int, ...]], file: Path) -> str:
+    """Name of the movie among the arrays of a file: one with a usual name, or the only one of three or more axes."""
+    if not shapes:
+        raise RecordingError(
+            f"{file.name}: expected a movie, an array of numbers (time, y, x), got none with three or more axes."
+        )
+    for usual in MOVIE_NAMES:
+        found = [name for name in shapes if name.rsplit("/", 1)[-1].lower() == usual]
+        if len(found) == 1:
+            return found[0]
+    flat = [name for name, shape in shapes.items() if len(shape) == 3]
+    for found in (list(shapes), flat):
+        if len(found) == 1:
+            return found[0]
+    listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    raise RecordingError(
+        f"{file.name}: expected one movie, or one named {', '.join(MOVIE_NAMES)}, got {len(shapes)} arrays: {listed}. "
+        "Rename the one that is meant, or copy it into a file of its own."
+    )
+
+
+def is_numeric(shape: Sequence[int], dtype: Any) -> bool:
+    """Tell whether an array has as many axes as a movie, and numbers in it."""
+    return len(shape) >= 3 and min(shape) > 0 and getattr(dtype, "kind", "O") in "biuf"
+
+
+def stated_rate(*attributes: Mapping[str, Any]) -> float | None:
+    """Frames per second (Hz) that the first of some attributes state."""
+    for found in attributes:
+        names = {str(name).lower(): name for name in found}
+        for name in _RATE_NAMES:
+            rate = positive(found[names[name]]) if name in names else None
+            if rate:
+                return rate
+    return None
+
+
+def positive(value: Any) -> float | None:
+    """Return the value as a number above 0, or None."""
+    try:
+        number = float(np.asarray(value).reshape(()) if np.size(value) == 1 else value)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) and number > 0 else None
