@@ -345,3 +345,10 @@ def test_movies_of_a_folder_find_their_rois_beside_them(tmp_path, recording, mod
     words = ("infer", tmp_path, "--pattern", "*/movie.tif", "--rois", "rois.tif", "-o", tmp_path / "out")
     assert "2 of 2" in calvae(*words, "--model", model, "--samples", 3, "--suffix", ".csv").stdout
     assert (tmp_path / "out" / "one_movie.csv").is_file()
+
+
+def test_suite2p_gets_its_spikes_in_a_folder_of_their_own(tmp_path, shared, model):
+    folder = shared / "formats" / "suite2p"
+    assert "13 ROIs" in calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model).stdout
+    assert np.load(tmp_path / "new" / "spks.npy").shape == np.load(folder / "plane0" / "F.npy").shape
+    assert not list(tmp_path.glob(".*"))

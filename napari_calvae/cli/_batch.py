@@ -175,8 +175,9 @@ def _names(found: list[Path], folder: Path, output: Path, suffix: str) -> list[P
 
 @contextlib.contextmanager
 def _beside(output: Path) -> Iterator[Path]:
-    """Name of a store for the time being, on the same disk as the output."""
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+    """Name of a store for the time being, on the same disk as the output, whose own folder may be still to make."""
+    there = next(parent for parent in output.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=there) as folder:
         yield Path(folder) / "result.zarr"
 
 
