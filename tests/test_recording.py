@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces
+from napari_calvae.trace_source import TraceSource
 
 
 def a_result(n_rois: int = 2, n_frames: int = 40, n_samples: int = 3, seed: int = 0) -> SpikeInference:
@@ -114,3 +115,86 @@ def test_blocks_join_to_the_whole():
 def test_intervals_refuse(level, window):
     with pytest.raises(RecordingError, match=r"level: expected|window: expected"):
         a_result().interval(level, window)
+
+
+def some_traces(n_rois=5, n_frames=40):
+    values = np.random.default_rng(0).standard_normal((n_rois, n_frames))
+    rois = RoiMasks.from_discs([(4.0, 4.0 * k + 2) for k in range(n_rois)], 3.0, (9, 40))
+    rois = RoiMasks(
+        rois.shape, rois.pixels, tuple(range(7, 7 + n_rois)), rois.weights, tuple(k % 2 for k in range(n_rois))
+    )
+    return Traces(values, 10.0, "raw", rois.ids, 0.5, rois=rois, accepted=np.arange(n_rois) % 2 == 0)
+
+
+def test_rois_and_judgements_travel_with_their_traces():
+    traces = some_traces()
+    part = traces.select([3, 0])
+    assert part.rois.ids == part.roi_ids == (10, 7)
+    assert part.rois.planes == (1, 0)
+    assert part.accepted.tolist() == [False, True]
+    np.testing.assert_array_equal(part.rois.pixels[0], traces.rois.pixels[3])
+    whole = Traces.concatenate([traces.select([0, 1]), traces.select([2, 3, 4])])
+    np.testing.assert_array_equal(whole.values, traces.values)
+    assert whole.rois.ids == traces.roi_ids
+    assert whole.rois.planes == traces.rois.planes
+    assert whole.accepted.tolist() == traces.accepted.tolist()
+    assert Traces.concatenate([traces.select([0]), traces.select([1]).replace(rois=None)]).rois is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rois": RoiMasks((3, 3), (np.array([0]),))}, "rois: expected the ROIs"),
+        ({"accepted": [True, False]}, "accepted: expected one value per ROI, 5"),
+    ],
+)
+def test_rois_and_judgements_that_do_not_fit(change, message):
+    with pytest.raises(RecordingError, match=message):
+        some_traces().replace(**change)
+
+
+def test_rois_of_other_planes_cannot_be_joined():
+    a = RoiMasks((3, 3), (np.array([0]),))
+    with pytest.raises(RecordingError, match="expected planes of one shape"):
+        RoiMasks.concatenate([a, RoiMasks((4, 3), (np.array([0]),))])
+    with pytest.raises(RecordingError, match="2 planes"):
+        RoiMasks((3, 3), (np.array([0]),), planes=(0, 1))
+
+
+def test_a_source_gives_the_rows_that_are_asked_for():
+    traces = some_traces()
+    asked = []
+
+    def fetch(rows):
+        asked.append(rows.tolist())
+        return traces.values[rows]
+
+    names = ("frame_rate", "unit", "roi_ids", "t0", "rois", "accepted")
+    source = TraceSource(fetch, 5, 40, **{name: getattr(traces, name) for name in names})
+    assert not asked
+    some = source.select([1, 4])
+    np.testing.assert_array_equal(some.values, traces.values[[1, 4]])
+    assert (some.roi_ids, some.rois.ids, some.accepted.tolist()) == ((8, 11), (8, 11), [False, True])
+    part = source.part(slice(2, 4))
+    assert asked == [[1, 4]]
+    assert (part.n_rois, part.roi_ids, part.rois.ids) == (2, (9, 10), (9, 10))
+    np.testing.assert_array_equal(part.load().values, traces.values[2:4])
+    assert asked[-1] == [2, 3]
+    np.testing.assert_array_equal(part.part(slice(1, 2)).load().values, traces.values[3:4])
+    back = TraceSource.of(traces)
+    np.testing.assert_array_equal(back.part(slice(1, 3)).load().values, traces.values[1:3])
+    assert back.duration == traces.duration
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 10, 5.0), "at least one ROI and one frame"),
+        ((2, 0, 5.0), "at least one ROI and one frame"),
+        ((2, 10, None), "frame_rate: expected the frames per second"),
+        ((2, 10, 5.0, "raw", (1, 1)), "1 different ids"),
+    ],
+)
+def test_sources_that_cannot_be(arguments, message):
+    with pytest.raises(RecordingError, match=message):
+        TraceSource(lambda rows: rows, *arguments)
