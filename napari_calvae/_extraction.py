@@ -108,7 +108,8 @@ def iter_extract(
         for done, (piece, block) in enumerate(iter_blocks(movie, parts), 1):
             means.add(piece, block, workers)
             yield done / len(parts)
-    inside, around = (means.finish()[:, i::2].T for i in (0, 1))
+    found = means.finish()
+    inside, around = found[:, ::2].T, found[:, 1::2].T
     without = [roi for roi, ring in zip(masks.ids, rings, strict=True) if not len(ring)]
     values = np.ascontiguousarray(inside)
     for row, ring in enumerate(rings):
@@ -344,4 +345,5 @@ class _Box:
             part = block[start : start + step]
             floats = piece[: len(part)]
             np.copyto(floats, part, casting="unsafe")
-            out[start : start + step] = floats.reshape(len(part), -1) @ self.weights
+            with np.errstate(invalid="ignore"):  # infinity times 0: put right later
+                out[start : start + step] = floats.reshape(len(part), -1) @ self.weights

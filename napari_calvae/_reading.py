@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
+#: Pieces that are read at the same time: one copies or decodes what it has got while the other waits for the disk.
+N_READERS = 2
 #: Bytes of a memory-mapped file that may count as this process's memory before they are given back.
 MAPPED_BYTES = 256 << 20
 
@@ -67,31 +70,64 @@ def _spans(movie: Any, axis: int, whole: slice, wanted: float) -> list[slice]:
 
 
 def iter_blocks(movie: Any, parts: Sequence[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Yield each piece with its pixels; while one is in use, a thread reads the next.
+    """Yield each piece with its pixels; while one is in use, threads read the next ones.
 
     What is in memory or mapped into it comes as a view: whoever uses it reads it.
     """
     if isinstance(movie, np.ndarray):
-        yield from _iter_views(movie, parts)
-        return
+        plain = _FileFrames.of(movie) if len(parts) > 1 and all(part[1:] == _image(movie) for part in parts) else None
+        if plain is None:
+            yield from _iter_views(movie, parts)
+            return
+        movie = plain
     if len(parts) == 1:
         yield parts[0], np.asarray(movie[tuple(parts[0])])
         return
-    reader = ThreadPoolExecutor(1, thread_name_prefix="movie")
+    readers = ThreadPoolExecutor(N_READERS, thread_name_prefix="movie")
     try:
-        coming = reader.submit(_read, movie, parts[0])
-        for piece, following in itertools.zip_longest(parts, parts[1:]):
-            block = coming.result()
+        coming = deque(readers.submit(_read, movie, piece) for piece in parts[:N_READERS])
+        for piece, following in itertools.zip_longest(parts, parts[N_READERS:]):
+            block = coming.popleft().result()
             if following is not None:
-                coming = reader.submit(_read, movie, following)
+                coming.append(readers.submit(_read, movie, following))
             yield piece, block
             del block
     finally:
-        reader.shutdown(cancel_futures=True)
+        readers.shutdown(cancel_futures=True)
+
+
+def _image(movie: Any) -> tuple[slice, slice]:
+    return slice(0, movie.shape[1]), slice(0, movie.shape[2])
+
+
+class _FileFrames:
+    """Whole frames of a memory-mapped movie, read from its file: faster than page by page, and in known memory."""
+
+    def __init__(self, movie: np.memmap):
+        self.movie = movie
+
+    @classmethod
+    def of(cls, movie: np.ndarray) -> _FileFrames | None:
+        """Frames of a movie that is all of a map, and cannot be written to; else None."""
+        whole = isinstance(movie, np.memmap) and isinstance(movie.base, mmap.mmap) and movie.flags.c_contiguous
+        return cls(movie) if whole and movie.mode == "r" and movie.filename is not None else None
+
+    def __getitem__(self, key: tuple[slice, slice, slice]) -> np.ndarray:
+        movie, frames = self.movie, key[0]
+        shape = (frames.stop - frames.start, *movie.shape[1:])
+        start = movie.offset + frames.start * math.prod(movie.shape[1:]) * movie.itemsize
+        try:
+            return np.fromfile(movie.filename, movie.dtype, math.prod(shape), offset=start).reshape(shape)
+        except (OSError, ValueError):  # moved since it was opened
+            return movie[key]
 
 
 def _read(movie: Any, piece: Piece) -> np.ndarray:
-    return np.asarray(movie[tuple(piece)])
+    part = movie[tuple(piece)]
+    if hasattr(part, "to_delayed") and part.npartitions == 1 and piece[1:] == _image(movie):
+        # One chunk of a dask array: as it is, without the copy that dask makes of results.
+        part = part.to_delayed(optimize_graph=False).item().compute()
+    return np.asarray(part)
 
 
 def _iter_views(movie: np.ndarray, parts: Sequence[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
