@@ -341,9 +341,9 @@ class _Box:
         """Weighted sums over the (time, y, x) pixels of the box, in pieces that stay in the cache."""
         step = max(CACHE_BYTES // (4 * len(self.weights)), 1)
         piece = np.empty((min(step, len(block)), *block.shape[1:]), np.float32)
-        for start in range(0, len(block), step):
-            part = block[start : start + step]
-            floats = piece[: len(part)]
-            np.copyto(floats, part, casting="unsafe")
-            with np.errstate(invalid="ignore"):  # infinity times 0: put right later
+        with np.errstate(invalid="ignore"):  # infinity times 0: put right later
+            for start in range(0, len(block), step):
+                part = block[start : start + step]
+                floats = piece[: len(part)]
+                np.copyto(floats, part, casting="unsafe")
                 out[start : start + step] = floats.reshape(len(part), -1) @ self.weights

@@ -103,21 +103,22 @@ def _image(movie: Any) -> tuple[slice, slice]:
 class _FileFrames:
     """Whole frames of a memory-mapped movie, read from its file: faster than page by page, and in known memory."""
 
-    def __init__(self, movie: np.memmap):
-        self.movie = movie
+    def __init__(self, movie: np.memmap, filename: str):
+        self.movie, self.filename = movie, filename
 
     @classmethod
     def of(cls, movie: np.ndarray) -> _FileFrames | None:
         """Frames of a movie that is all of a map, and cannot be written to; else None."""
-        whole = isinstance(movie, np.memmap) and isinstance(movie.base, mmap.mmap) and movie.flags.c_contiguous
-        return cls(movie) if whole and movie.mode == "r" and movie.filename is not None else None
+        if not isinstance(movie, np.memmap) or not isinstance(movie.base, mmap.mmap) or not movie.flags.c_contiguous:
+            return None
+        return cls(movie, movie.filename) if movie.mode == "r" and movie.filename is not None else None
 
     def __getitem__(self, key: tuple[slice, slice, slice]) -> np.ndarray:
         movie, frames = self.movie, key[0]
         shape = (frames.stop - frames.start, *movie.shape[1:])
         start = movie.offset + frames.start * math.prod(movie.shape[1:]) * movie.itemsize
         try:
-            return np.fromfile(movie.filename, movie.dtype, math.prod(shape), offset=start).reshape(shape)
+            return np.fromfile(self.filename, movie.dtype, math.prod(shape), offset=start).reshape(shape)
         except (OSError, ValueError):  # moved since it was opened
             return movie[key]
 

@@ -96,6 +96,23 @@ def speed(
 
 
 @benchmark.command()
+def extraction(
+    gigabytes: Annotated[float, typer.Option(min=0.01, help="Size of the movie (10⁹ bytes)")] = 10.0,
+    rois: Annotated[int, typer.Option(min=1, help="ROIs on a grid, with a neuropil ring each")] = 200,
+    folder: Annotated[Path | None, typer.Option(help="Where the movie is written and removed again")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,
+) -> None:
+    """Speed of extraction from TIFF, HDF5 and Zarr beside that of the disk, its memory, and rivals."""
+    from napari_calvae.benchmark.extraction import extraction as measure
+    from napari_calvae.benchmark.extraction import write_extraction
+
+    record = measure(gigabytes, rois, folder)
+    if out is not None:
+        write_extraction(record, out)
+    show(record["rows"])
+
+
+@benchmark.command()
 def paper(
     proofs: Annotated[list[str] | None, typer.Argument(help="Proofs to run, by name; all without")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of ground truth, for those on real recordings")] = None,
@@ -130,7 +147,9 @@ def click(
 
 
 @benchmark.command()
-def batch(
+def batch(  # noqa: PLR0913 - every option is a word of the documented command line
+    parts: Annotated[list[str] | None, typer.Argument(help="cluster, large; both without")] = None,
+    *,
     folder: Annotated[Path, typer.Option(help="Where the recordings are written; some 30 GB at the sizes below")],
     rois: Annotated[int, typer.Option(min=1, help="ROIs of the large recording")] = 20_000,
     frames: Annotated[int, typer.Option(min=100, help="Frames of the recordings")] = 20_000,
@@ -143,4 +162,5 @@ def batch(
     """Inference out of core: memory, what kills cost and change, what a Dask cluster costs and gives."""
     from napari_calvae.benchmark.batch import Size, iter_batch_rows
 
-    show(iter_batch_rows(folder, Size(rois, frames, samples, kills, cluster_rois), out, seed))
+    size = Size(rois, frames, samples, kills, cluster_rois)
+    show(iter_batch_rows(folder, size, out, seed, parts or ("cluster", "large")))
