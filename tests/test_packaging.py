@@ -28,6 +28,28 @@ def test_every_command_can_be_imported():
         assert callable(_load(command.python_name))
 
 
+def test_files_that_are_read_are_offered_to_napari():
+    from napari_calvae._napari.reading import MOVIE_PATTERNS
+    from napari_calvae.formats import FORMATS
+
+    manifest = npe2.PluginManifest.from_distribution("napari-calvae")
+    (reader,) = manifest.contributions.readers
+    traces = {pattern for module in FORMATS.values() for pattern in module.PATTERNS}
+    assert set(reader.filename_patterns) == traces | set(MOVIE_PATTERNS)
+    assert reader.accepts_directories
+
+
+def test_files_that_are_written_are_offered_to_napari():
+    from napari_calvae.formats import FORMATS
+
+    manifest = npe2.PluginManifest.from_distribution("napari-calvae")
+    able = {suffix for module in FORMATS.values() for suffix in getattr(module, "SUFFIXES", ())}
+    assert [writer.layer_types for writer in manifest.contributions.writers] == [["labels"], ["shapes"], ["points"]]
+    for writer in manifest.contributions.writers:
+        # suite2p's output is more than a name that ends in .npy.
+        assert set(writer.filename_extensions) == able - {"spks.npy"}
+
+
 def test_the_manifest_at_the_top_is_that_of_the_package():
     assert (ROOT / "napari.yaml").read_bytes() == (ROOT / "napari_calvae" / "napari.yaml").read_bytes()
     assert (ROOT / "sample_data" / "movie.tif").samefile(ROOT / "napari_calvae" / "sample_data" / "movie.tif")

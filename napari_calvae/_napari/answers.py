@@ -10,33 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import napari_calvae as calvae
+from napari_calvae._napari import stored
+from napari_calvae._napari.file_rois import FileFrames, over_baseline
 from napari_calvae._napari.session import explain
+from napari_calvae._napari.settings import Settings
+from napari_calvae._napari.stored import FromStore
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a result besides movie and ROIs; equal settings give equal results.
-
-    Baseline percentile and window (s) are those that the model was trained with where they are None; the amplitude
-    (ΔF/F per spike) is unknown where it is None.
-    """
-
-    frame_rate: float
-    neuropil_coefficient: float = 0.7
-    n_samples: int = 50
-    model: str = "universal"
-    device: str = "auto"
-    seed: int = 0
-    baseline_percentile: float | None = None
-    baseline_window: float | None = None
-    amplitude: float | None = None
-
-    @property
-    def own_baseline(self) -> bool:
-        """Whether the user wants another baseline than the model's."""
-        return self.baseline_percentile is not None or self.baseline_window is not None
 
 
 class Key(NamedTuple):
@@ -80,6 +60,15 @@ class Answer:
     inference: calvae.SpikeInference
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Posteriors that are in a store already, or are coming into it; ``rows`` have come since the last such message."""
+
+    number: int
+    results: FromStore
+    rows: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Failure:
     """A request that could not be answered, and the sentence to show."""
@@ -112,7 +101,7 @@ class Peak:
     place: tuple[float, float]
 
 
-Message = Progress | Answer | Failure | Ready | Rival | Peak
+Message = Progress | Answer | Found | Failure | Ready | Rival | Peak
 
 
 class Requests:
@@ -140,8 +129,8 @@ class Results:
     """
 
     key: Key | None = None
-    rows: dict[int, tuple[calvae.SpikeInference, int]] = field(default_factory=dict)
-    _kept: dict[tuple[int, int], tuple[int, calvae.SpikeInference, int]] = field(default_factory=dict)
+    rows: dict[int, tuple[calvae.SpikeInference | FromStore, int]] = field(default_factory=dict)
+    _kept: dict[tuple[int, int], tuple[int, calvae.SpikeInference | FromStore, int]] = field(default_factory=dict)
     _base: tuple[int, Settings] | None = None
 
     def get(self, key: Key, roi: int) -> calvae.SpikeInference | None:
@@ -149,11 +138,14 @@ class Results:
         self._turn(key)
         return one_roi(*self.rows[roi]) if roi in self.rows else None
 
-    def add(self, key: Key, inference: calvae.SpikeInference) -> None:
-        """Keep the posteriors of all ROIs of ``inference``, which were asked for under ``key``."""
+    def add(
+        self, key: Key, inference: calvae.SpikeInference | FromStore, rows: Mapping[int, int] | None = None
+    ) -> None:
+        """Keep the posteriors of all ROIs of ``inference``, asked for under ``key``; or of ``rows``, by ROI id."""
         if self._base != key[2:]:
             self._kept, self._base = {}, key[2:]
-        for row, roi in enumerate(inference.roi_ids):
+        taken = {roi: row for row, roi in enumerate(inference.roi_ids)} if rows is None else rows
+        for roi, row in taken.items():
             self._kept[key.plane, roi] = key.marks[roi], inference, row
         self._look(self.key if self.key is not None and self.key[2:] == key[2:] else key)
 
@@ -179,8 +171,10 @@ class Results:
                     self.rows[roi] = kept[1:]
 
 
-def one_roi(inference: calvae.SpikeInference, row: int) -> calvae.SpikeInference:
+def one_roi(inference: calvae.SpikeInference | FromStore, row: int) -> calvae.SpikeInference:
     """Posterior of one ROI (row) as a result of its own."""
+    if isinstance(inference, FromStore):
+        return inference.one(row)
     if inference.rate.shape[0] == 1:
         return inference
     events = inference.events_of(row).copy()
@@ -217,7 +211,8 @@ def iter_ready(number: int = 0) -> Iterator[Message]:
 
 def device_of(inference: calvae.SpikeInference) -> str:
     """Device on which a result was computed, as far as its provenance says."""
-    return str(inference.provenance.get("settings", {}).get("device", ""))
+    device = str(inference.provenance.get("settings", {}).get("device", ""))
+    return "" if device == "auto" else device  # a store does not tell where its blocks were computed
 
 
 def iter_answers(request: Request) -> Iterator[Message]:
@@ -225,19 +220,16 @@ def iter_answers(request: Request) -> Iterator[Message]:
     number, settings = request.number, request.settings
     try:
         yield Progress(number, 0.0, "reading the traces")
+        known = _in_store(request)
+        if known is not None:
+            yield Found(number, known, tuple(known.row_of[roi] for roi in request.wanted if roi in known.row_of))
+            request = replace(request, wanted=tuple(roi for roi in request.wanted if roi not in known.row_of))
+        if not request.wanted:
+            return
         traces = yield from iter_traces(request)
         yield Progress(number, 0.5, "inferring spikes")
-        given = {} if settings.amplitude is None else {"amplitude": settings.amplitude}
-        parts = calvae.iter_infer(
-            traces,
-            model=settings.model,
-            n_samples=settings.n_samples,
-            seed=settings.seed,
-            device=settings.device,
-            **given,
-        )
         done = 0
-        for part in parts:
+        for part in calvae.iter_infer(traces, **settings.for_inference):
             done += part.traces.n_rois
             yield Answer(number, part)
             yield Progress(number, 0.5 + 0.5 * done / len(request.wanted), "inferring spikes")
@@ -246,15 +238,29 @@ def iter_answers(request: Request) -> Iterator[Message]:
         yield Failure(number, explain(error))
 
 
-def with_baseline(traces: calvae.Traces, settings: Settings) -> calvae.Traces:
-    """ΔF/F over the baseline that the user wants; what was left open is as the model was trained."""
+def _in_store(request: Request) -> FromStore | None:
+    """Results of unedited ROIs in the file that they came from, if it holds what is asked for."""
+    frames = request.movie
+    if not isinstance(frames, FileFrames) or frames.traces.stored is None:
+        return None
+    if not stored.agrees(frames.traces.stored, request.settings):
+        return None
+    return FromStore(frames.traces.stored, frames.traces.unedited(request.rois, frames.plane))
+
+
+def baseline_of(settings: Settings) -> tuple[float, float]:
+    """Window (s) and percentile of the baseline that the user wants; what was left open is as the model was trained."""
     assumed = calvae.load_model(settings.model).preprocessing
     window, percentile = settings.baseline_window, settings.baseline_percentile
-    return calvae.delta_f_over_f(
-        traces,
+    return (
         assumed.baseline_window if window is None else window,
         assumed.baseline_percentile if percentile is None else percentile,
     )
+
+
+def with_baseline(traces: calvae.Traces, settings: Settings) -> calvae.Traces:
+    """ΔF/F over the baseline that the user wants; what was left open is as the model was trained."""
+    return calvae.delta_f_over_f(traces, *baseline_of(settings))
 
 
 def iter_peak(number: int, movie: Any, click: tuple[float, float], diameter: float) -> Iterator[Message]:
@@ -277,6 +283,30 @@ def iter_rival(number: int, traces: calvae.Traces) -> Iterator[Message]:
 
 def iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
     """Read the traces of the wanted ROIs, raw or over the baseline that the user wants; yields how far, to one half."""
+    settings, frames = request.settings, request.movie
+    if not isinstance(frames, FileFrames):
+        traces = yield from _iter_extracted(request)
+        return with_baseline(traces, settings) if settings.own_baseline else traces
+    known, others = frames.split(request.rois, request.wanted)
+    parts = [frames.read(known, settings.frame_rate)] if known else []
+    if others:
+        parts.append((yield from _iter_extracted(replace(request, movie=frames.movie, wanted=others))))
+    if settings.own_baseline or len({part.unit for part in parts}) > 1:
+        parts = [with_baseline(part, settings) for part in parts]
+    traces = calvae.Traces.concatenate(parts)
+    return traces.select([traces.index(roi) for roi in request.wanted if roi in traces.roi_ids])
+
+
+def source_of(request: Request) -> calvae.TraceSource | None:
+    """All traces of the file that the ROIs came from, over the baseline that the user wants; None for a movie."""
+    frames, settings = request.movie, request.settings
+    if not isinstance(frames, FileFrames):
+        return None
+    source = frames.traces.with_rate(settings.frame_rate)
+    return over_baseline(source, *baseline_of(settings)) if settings.own_baseline else source
+
+
+def _iter_extracted(request: Request) -> Generator[Progress, None, calvae.Traces]:
     settings = request.settings
     steps = calvae.iter_extract(
         request.movie,
@@ -289,5 +319,5 @@ def iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
         try:
             fraction = next(steps)
         except StopIteration as end:
-            return with_baseline(end.value, settings) if settings.own_baseline else end.value
+            return end.value
         yield Progress(request.number, 0.5 * fraction, "reading the traces")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from napari.utils import progress
 from qtpy.QtCore import QObject, Signal
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers
+from napari_calvae._napari import answers, running
 from napari_calvae._napari.controls import Controls
 from napari_calvae._napari.work import Worker
 
@@ -20,7 +21,8 @@ _STEPS = 100
 class Batch(QObject):
     """One request for many ROIs at a time.
 
-    ``answered`` is emitted with each part, ``failed`` with a sentence, ``idle`` when nothing is left to do.
+    ``answered`` is emitted with each part, ``found`` with what has come into a store, ``ran`` with how far a run into
+    a store is, None at its end, ``failed`` with a sentence, ``idle`` when nothing is left to do.
 
     Parameters
     ----------
@@ -31,6 +33,8 @@ class Batch(QObject):
     """
 
     answered = Signal(object, object)
+    found = Signal(object, object)
+    ran = Signal(object)
     failed = Signal(str)
     idle = Signal()
 
@@ -38,7 +42,7 @@ class Batch(QObject):
         super().__init__(parent)
         self._controls = controls
         self._requests = answers.Requests()
-        self._key: answers.Key | None = None
+        self._targets: list[tuple[answers.Key, set[int]]] = []
         self._began = 0.0
         self._bar: progress | None = None
         self.worker = Worker(self)
@@ -58,13 +62,22 @@ class Batch(QObject):
 
     def start(self, key: answers.Key, movie: Any, masks: calvae.RoiMasks, wanted: tuple[int, ...]) -> None:
         """Infer the ROIs ``wanted`` of a movie."""
-        self._end_bar()
-        self._key, self._began = key, time.monotonic()
-        # Messages are few: each of them may tell the time left.
-        self._bar = progress(total=_STEPS, desc=f"Spikes of {len(wanted)} ROIs", mininterval=0, miniters=1)
-        self._controls.set_running(True)
+        self._begin([(key, set(wanted))], f"Spikes of {len(wanted)} ROIs")
         request = answers.Request(self._requests.new(), movie, masks, wanted, key.settings)
         self.worker.start(answers.iter_answers(request))
+
+    def run(self, targets: list[tuple[answers.Key, set[int]]], order: running.Order) -> None:
+        """Infer ROIs into a store; ``targets`` are those of each plane whose results these are, the shown one last."""
+        self._begin(targets, f"Spikes into {order.out.name}")
+        numbered = replace(order, request=replace(order.request, number=self._requests.new()))
+        self.worker.start(running.iter_run(numbered))
+
+    def _begin(self, targets: list[tuple[answers.Key, set[int]]], words: str) -> None:
+        self._end_bar()
+        self._targets, self._began = targets, time.monotonic()
+        # Messages are few: each of them may tell the time left.
+        self._bar = progress(total=_STEPS, desc=words, mininterval=0, miniters=1)
+        self._controls.set_running(True)
 
     def stop(self) -> None:
         """Stop; what was inferred stays."""
@@ -78,19 +91,24 @@ class Batch(QObject):
         self.worker.close()
         self._on_idle()
 
-    def _on_message(self, message: answers.Message) -> None:
+    def _on_message(self, message: answers.Message | running.Message) -> None:
         if isinstance(message, answers.Ready) or not self._requests.wants(message.number):
             return
-        if isinstance(message, answers.Progress):
+        if isinstance(message, answers.Progress | running.Running):
             self._controls.set_running(True, message.fraction)
-            if self._bar is not None:
+            if isinstance(message, running.Running):
+                self.ran.emit(message)
+            if self._bar is not None:  # last: napari handles further messages meanwhile
                 self._bar.update(round(_STEPS * message.fraction) - self._bar.n)
+        elif isinstance(message, answers.Found):
+            self.found.emit(self._targets, message)
         elif isinstance(message, answers.Failure):
             self.failed.emit(message.sentence)
         elif isinstance(message, answers.Answer):
-            self.answered.emit(self._key, message.inference)
+            self.answered.emit(self._targets[-1][0], message.inference)
 
     def _on_idle(self) -> None:
+        self.ran.emit(None)
         self._controls.set_running(False)
         self._end_bar()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from napari.components import ViewerModel
-from napari.layers import Image, Layer
+from napari.layers import Image, Labels, Layer
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, picking, roi_reader, session
 from napari_calvae._napari.controls import Controls
+from napari_calvae._napari.file_rois import KEY, FileFrames, FileTraces, time_axis
 
 
 class Choices:
@@ -19,14 +22,44 @@ class Choices:
     def __init__(self, controls: Controls, viewer: ViewerModel):
         self._controls, self._viewer = controls, viewer
         self._rates = picking.FrameRates()
-        self._data: object = None
+        self._typed: WeakKeyDictionary[Layer, float] = WeakKeyDictionary()
+        self._stages: WeakKeyDictionary[Layer, Image] = WeakKeyDictionary()
+        self._data: tuple[object, object] = (None, None)
         self._version = 0
         self._reader = roi_reader.RoiReader()
 
     @property
+    def traces(self) -> FileTraces | None:
+        """Traces of the chosen ROIs, if these come from a file that has them."""
+        layer = self.roi_layer
+        found = layer.metadata.get(KEY) if isinstance(layer, Labels) else None
+        return found if isinstance(found, FileTraces) else None
+
+    @property
+    def real_movie(self) -> Image | None:
+        """The chosen movie; None if the chosen ROIs have traces of their own and it cannot be that of these traces."""
+        movie, given = self._controls.movie.currentData(), self.traces
+        if movie is None or given is None:
+            return movie
+        data = movie.data[0] if movie.multiscale else movie.data
+        return movie if tuple(data.shape) == given.movie_shape else None
+
+    @property
     def movie(self) -> Image | None:
-        """The chosen movie."""
-        return self._controls.movie.currentData()
+        """The chosen movie, or what stands for it, outside the viewer, where ROIs have traces of their own."""
+        movie, layer, given = self.real_movie, self.roi_layer, self.traces
+        if movie is not None or layer is None or given is None:
+            return movie
+        stage = self._stages.get(layer)
+        if stage is None:
+            empty = np.broadcast_to(np.uint8(0), given.movie_shape)
+            stage = self._stages[layer] = Image(empty, contrast_limits=(0, 1), **time_axis(given.rate, empty.ndim))
+        # It lies where the ROIs are.
+        places = {"scale": (1 / (given.rate or 1.0), *layer.scale), "translate": (0.0, *layer.translate)}
+        for name, place in places.items():
+            if not np.array_equal(getattr(stage, name), place):
+                setattr(stage, name, place)
+        return stage
 
     def chosen_movie(self) -> Image:
         """Return the chosen movie, or raise the sentence that asks for one."""
@@ -44,8 +77,10 @@ class Choices:
 
     @property
     def frames(self) -> Any:
-        """(time, y, x) array of the plane that the viewer shows."""
-        return session.MoviePlane(self.array, self.plane) if self.chosen_movie().ndim == 4 else self.array
+        """(time, y, x) array of the plane that the viewer shows; with the ROIs' own traces, if they have any."""
+        plane = session.MoviePlane(self.array, self.plane) if self.chosen_movie().ndim == 4 else self.array
+        given = self.traces
+        return plane if given is None else FileFrames(given, self.plane, None if self.real_movie is None else plane)
 
     @property
     def n_planes(self) -> int:
@@ -80,12 +115,20 @@ class Choices:
         return session.Clock(rate.hz, self.array.shape[0], float(movie.scale[0]), float(movie.translate[0]))
 
     def frame_rate(self) -> session.FrameRate:
-        """Frame rate of the chosen movie and its source."""
+        """Frame rate of the chosen movie, or of the ROIs' own traces, and where it comes from."""
+        layer, given = self.roi_layer, self.traces
+        if layer is not None and given is not None:
+            typed = self._typed.get(layer)
+            known = given.rate is not None
+            return session.FrameRate(typed or given.rate, "typed" if typed else "file" if known else "unknown")
         return session.FrameRate(None, "unknown") if self.movie is None else self._rates.of(self.movie)
 
     def type_frame_rate(self, hz: float) -> None:
-        """Believe the user about the chosen movie."""
-        self._rates.type(self.movie, hz)
+        """Believe the user about the chosen movie, or about the ROIs' own traces."""
+        if self.roi_layer is not None and self.traces is not None:
+            self._typed[self.roi_layer] = hz
+        else:
+            self._rates.type(self.movie, hz)
 
     def settings(self) -> answers.Settings:
         """Everything that decides a result besides movie and ROIs."""
@@ -105,12 +148,34 @@ class Choices:
 
     def rois(self) -> tuple[answers.Key, np.ndarray, calvae.RoiMasks]:
         """Key of the results that hold for the present choices, the label image and the masks, all of the plane."""
-        settings, movie, layer = self.settings(), self.chosen_movie(), self.roi_layer
+        return self._rois(self.view)
+
+    def _rois(self, view: roi_reader.View) -> tuple[answers.Key, np.ndarray, calvae.RoiMasks]:
+        settings, movie, layer, given = self.settings(), self.chosen_movie(), self.roi_layer, self.traces
         if layer is None:
             raise session.NoRois(
                 "ROIs: expected a Labels, Shapes or Points layer, got none. Add one, or tick “click adds a disc”."
             )
-        if movie.data is not self._data:
-            self._data, self._version = movie.data, self._version + 1
-        marks, labels, masks = self._reader.read(layer, self.view, settings.neuropil_coefficient > 0)
-        return answers.Key(marks, self.plane, self._version, settings), labels, masks
+        if movie.data is not self._data[0] or given is not self._data[1]:
+            self._data, self._version = (movie.data, given), self._version + 1
+        neuropil = settings.neuropil_coefficient > 0 and given is None
+        marks, labels, masks = self._reader.read(layer, view, neuropil)
+        return answers.Key(marks, view.plane, self._version, settings), labels, masks
+
+    def planes(self) -> list[tuple[answers.Key, calvae.RoiMasks]]:
+        """Key and masks of every plane that has ROIs, the shown one last."""
+        view, found = self.view, []
+        for plane in [*(p for p in range(self.n_planes) if p != view.plane), view.plane]:
+            try:
+                key, _, masks = self._rois(replace(view, plane=plane))
+            except session.NoRois:
+                continue
+            found.append((key, masks))
+        return found
+
+    def unanswerable(self, masks: calvae.RoiMasks) -> set[int]:
+        """Ids of ROIs of the shown plane that were drawn or edited where there are only traces, no movie."""
+        given = self.traces
+        if given is None or self.real_movie is not None:
+            return set()
+        return set(masks.ids) - given.unedited(masks, self.plane)

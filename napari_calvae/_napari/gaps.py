@@ -11,6 +11,7 @@ import numpy as np
 import napari_calvae as calvae
 from napari_calvae._napari import answers, drawing
 from napari_calvae._napari.session import explain
+from napari_calvae._napari.stored import FromStore
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ COLUMN = ("amortization_gap", "gap", "What refining this cell's posterior gains 
 #: Longest stretch (s) that is refined.
 LONGEST = 60.0
 
-Rows = Mapping[int, tuple[calvae.SpikeInference, int]]
+Rows = Mapping[int, tuple[calvae.SpikeInference | FromStore, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Gap:
 
     number: int
     roi: int
-    inference: calvae.SpikeInference
+    inference: calvae.SpikeInference | FromStore
     value: float
     left: int
 
@@ -48,12 +49,13 @@ class KnownGaps:
         return {roi: g.value for roi, g in self._known.items() if roi in rows and rows[roi][0] is g.inference}
 
 
-def busiest(inference: calvae.SpikeInference, row: int) -> calvae.Traces:
+def busiest(inference: calvae.SpikeInference | FromStore, row: int) -> calvae.Traces:
     """Trace of a row in the stretch of at most `LONGEST` seconds in which most spikes were inferred."""
-    frames = min(round(LONGEST * inference.frame_rate), inference.rate.shape[1])
-    total = np.concatenate([[0.0], np.cumsum(inference.rate[row], dtype=float)])
+    one = answers.one_roi(inference, row)
+    frames = min(round(LONGEST * one.frame_rate), one.rate.shape[1])
+    total = np.concatenate([[0.0], np.cumsum(one.rate[0], dtype=float)])
     first = int(np.argmax(total[frames:] - total[:-frames]))
-    return drawing.stretch(answers.one_roi(inference, row), first, first + frames).traces
+    return drawing.stretch(one, first, first + frames).traces
 
 
 def iter_gaps(number: int, rows: Rows, wanted: Sequence[int], model: str) -> Iterator[Gap | answers.Failure]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +16,7 @@ from qtpy.QtCore import QTimer, Signal
 from qtpy.QtWidgets import QHBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, picking, remembering, session
+from napari_calvae._napari import answers, picking, remembering, running, session, writing
 from napari_calvae._napari.batch import Batch
 from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import Controls
@@ -37,12 +39,14 @@ class InferenceWidget(QWidget):
     """Spike inference on the ROIs of a movie.
 
     ``shown`` is emitted with the ROI's id when its posterior is on the screen, ``failed`` with the sentence that tells
-    why there is none, ``results_changed`` when posteriors were added or no longer hold.
+    why there is none, ``results_changed`` when posteriors were added or no longer hold, ``ran`` with a
+    ``running.Running`` while all ROIs are inferred into a store, with None when nothing is any more.
     """
 
     shown = Signal(int)
     failed = Signal(str)
     results_changed = Signal()
+    ran = Signal(object)
 
     @classmethod
     def of(cls, viewer: Viewer) -> InferenceWidget:
@@ -99,6 +103,8 @@ class InferenceWidget(QWidget):
         self.overlays.failed.connect(lambda sentence: self.controls.say(sentence, error=True))
         self._clicked.message.connect(self._on_message)
         self._batch.answered.connect(self._on_many)
+        self._batch.found.connect(self._on_found)
+        self._batch.ran.connect(self._on_ran)
         self._batch.failed.connect(self._fail)
         self._placing.placed.connect(self._try)
         self._placing.failed.connect(self._fail)
@@ -175,13 +181,34 @@ class InferenceWidget(QWidget):
         try:
             key, _, masks = self.choices.rois()
             known = self.results.known(key)
-            wanted = tuple(roi for roi in masks.ids if roi not in known)
+            left_out = self.choices.unanswerable(masks)
+            wanted = tuple(roi for roi in masks.ids if roi not in known and roi not in left_out)
             if not wanted:
-                self.controls.say(f"All {len(masks)} ROIs are inferred already: click any of them.")
+                drawn = f" {len(left_out)} were drawn or edited and need the movie." if left_out else ""
+                self.controls.say(f"All {len(known)} ROIs are inferred already: click any of them.{drawn}")
                 return
             self._batch.start(key, self.choices.frames, masks, wanted)
         except (calvae.RecordingError, ValueError) as error:
             self._fail(session.explain(error))
+
+    def infer_into(self, out: str | Path, scheduler: str | None = None) -> bool:
+        """Infer all ROIs into a store (``.zarr``), here or on a cluster; what is in it already is not done again.
+
+        Returns whether that was begun.
+        """
+        try:
+            if self._batch.busy:
+                raise calvae.RecordingError("ROIs are being inferred. Cancel that first, or wait for its end.")
+            key, _, masks = self.choices.rois()
+            given = self.choices.traces
+            planes = [(key, masks)] if given is None else self.choices.planes()
+            targets = [(k, set(m.ids) if given is None else given.unedited(m, k.plane)) for k, m in planes]
+            request = answers.Request(0, self.choices.frames, masks, masks.ids, key.settings)
+            self._batch.run(targets, running.Order(request, Path(out).expanduser().absolute(), scheduler))
+        except (calvae.RecordingError, ValueError) as error:
+            self._fail(session.explain(error))
+            return False
+        return True
 
     def cancel(self) -> None:
         """Stop inferring all ROIs; what was inferred stays."""
@@ -199,8 +226,27 @@ class InferenceWidget(QWidget):
         elif isinstance(message, answers.Answer) and self._asked is not None:
             self._keep(self._asked, message.inference)
             self._show(answers.one_roi(message.inference, 0))
+        elif isinstance(message, answers.Found) and self._asked is not None:
+            self._on_found([(self._asked, set(self._asked.marks))], message)
+            known = None if self.picked_roi is None else self.results.get(self._asked, self.picked_roi)
+            if known is not None:
+                self._show(known)
         elif isinstance(message, answers.Failure):
             self._fail(message.sentence)
+
+    def _on_found(self, targets: Sequence[tuple[answers.Key, set[int]]], message: answers.Found) -> None:
+        """Keep what is in a store, as far as it is of the ROIs that were asked for; it is read ROI by ROI."""
+        if not self._still_holds(targets[-1][0]):
+            return  # it is in the store all the same
+        ids = message.results.roi_ids
+        for key, rois in targets:
+            self.results.add(key, message.results, {ids[row]: row for row in message.rows if ids[row] in rois})
+        self._on_kept()
+
+    def _on_ran(self, state: running.Running | None) -> None:
+        if state is not None:
+            self.controls.say(state.words)
+        self.ran.emit(state)
 
     def _on_many(self, key: answers.Key, inference: calvae.SpikeInference) -> None:
         """Keep a part of the answer for all ROIs; those edited meanwhile are told apart by their marks."""
@@ -213,6 +259,11 @@ class InferenceWidget(QWidget):
 
     def _keep(self, key: answers.Key, inference: calvae.SpikeInference) -> None:
         self.results.add(key, inference)
+        self._on_kept()
+
+    def _on_kept(self) -> None:
+        if self.choices.roi_layer is not None:
+            self.choices.roi_layer.metadata[writing.KEY] = writing.Results(self, self.choices.roi_layer)
         self.overlays.on_results_changed()
         self.results_changed.emit()
 
@@ -309,8 +360,9 @@ class InferenceWidget(QWidget):
 
     def _on_layers_chosen(self) -> None:
         self._follower.follow((self.choices.movie, self.choices.roi_layer))
-        rate = self.choices.frame_rate()
+        rate, given = self.choices.frame_rate(), self.choices.traces
         self.controls.show_frame_rate(rate)
+        self.controls.movie.setPlaceholderText("none" if given is None else f"none: traces of {given.path.name}")
         if self.choices.movie is not None and rate.hz is None:
             self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
         elif self.choices.movie is not None and self.choices.roi_layer is not None:
@@ -339,7 +391,7 @@ class InferenceWidget(QWidget):
 
     def _on_moment_picked(self, seconds: float) -> None:
         clock = self.choices.clock
-        if clock is not None:
+        if clock is not None and self.choices.time_axis >= 0:
             self._viewer.dims.set_point(self.choices.time_axis, clock.point(seconds))
 
     def _on_theme(self, *_: object) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 import napari_calvae as calvae
+from napari_calvae._napari.stored import FromStore
 
 ACCEPTED, REJECTED, UNJUDGED = "accepted", "rejected", ""
 #: What can be shown: all ROIs, or those with one verdict.
@@ -169,8 +170,10 @@ class Counts:
     def __init__(self) -> None:
         self._known: dict[int, tuple[calvae.SpikeInference, tuple[float, float]]] = {}
 
-    def of(self, roi: int, inference: calvae.SpikeInference, row: int) -> tuple[float, float]:
+    def of(self, roi: int, inference: calvae.SpikeInference | FromStore, row: int) -> tuple[float, float]:
         """Posterior mean of the number of spikes, and the width of its 90 % interval over that mean."""
+        if isinstance(inference, FromStore):
+            return inference.count(row)
         known = self._known.get(roi)
         if known is None or known[0] is not inference:
             events = inference.events_of(row)
@@ -183,7 +186,7 @@ class Counts:
 
 def tabulate(
     rois: Sequence[int],
-    rows: Mapping[int, tuple[calvae.SpikeInference, int]],
+    rows: Mapping[int, tuple[calvae.SpikeInference | FromStore, int]],
     counts: Counts | None = None,
     more: Mapping[Column, Mapping[int, float]] | None = None,
 ) -> Table:

@@ -113,7 +113,12 @@ class Overlays(QObject):
         if not rows or not self._plots.activity_button.isChecked():
             return
         movie = self._choices.chosen_movie()
-        data, top = activity.paint(rows, labels), activity.brightest(rows)
+        try:
+            data, top = activity.paint(rows, labels), activity.brightest(rows)
+        except calvae.RecordingError as error:
+            self._plots.activity_button.setChecked(False)
+            self.failed.emit(str(error))
+            return
         translate = np.array(movie.translate, float)
         if movie.ndim == 4:  # lies on the plane of its cells, and is not seen on others
             data, translate[1] = data[:, None], translate[1] + key.plane * movie.scale[1]

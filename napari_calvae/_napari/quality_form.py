@@ -22,6 +22,7 @@ from qtpy.QtWidgets import (
 
 from napari_calvae._napari import judging
 from napari_calvae._napari.distribution import Distribution
+from napari_calvae._napari.run_on import RunLine, RunOn
 
 WIDTH = 300
 _ERROR = "color: #ff6b6b;"
@@ -116,6 +117,7 @@ class QualityForm(QWidget):
         self.distribution = Distribution()
         self.every = _button("▥", "Distributions of all numbers, in a window of their own", tool=True)
         self.infer_all = _button("Infer all", "Infer every ROI that has no numbers yet")
+        self.run_on, self.run_line = RunOn(), RunLine()
         self.gap = _button(
             "Gap", "Refine the chosen cells to see how much the network's answer misses (nats/s): seconds each"
         )
@@ -139,8 +141,11 @@ class QualityForm(QWidget):
         layout.addLayout(_line(self.accept, self.reject, self.clear, self.undo, self.redo, stretch=None))
         layout.addLayout(_line(self.note, self.worst, self.next, stretch=self.note))
         layout.addLayout(
-            _line(QLabel("Colour by"), self.colour, self.every, self.gap, self.infer_all, stretch=self.colour)
+            _line(
+                QLabel("Colour by"), self.colour, self.every, self.gap, self.infer_all, self.run_on, stretch=self.colour
+            )
         )
+        layout.addWidget(self.run_line)
         layout.addWidget(self.distribution)
         layout.addLayout(_line(self.csv, self.python, self.figure, stretch=None))
         layout.addWidget(self.status)
@@ -153,6 +158,7 @@ class QualityForm(QWidget):
             self.colour,
             self.gap,
             self.infer_all,
+            self.run_on,
             self.csv,
             self.python,
         ]

@@ -23,6 +23,7 @@ from napari_calvae._napari.keys import KEYS, Keys
 from napari_calvae._napari.plot_items import Palette
 from napari_calvae._napari.quality_form import QualityForm
 from napari_calvae._napari.quality_model import QualityModel
+from napari_calvae._napari.run_on import Runs
 from napari_calvae._napari.work import Worker
 
 #: Milliseconds within which changes are gathered: results may come ROI by ROI.
@@ -45,6 +46,7 @@ class QualityWidget(QWidget):
         self.rois = roi_layer.JudgedRois(self._later_refresh)
         self.current: int | None = None
         self.form = QualityForm()
+        self.runs = Runs(self.form.run_on, self.form.run_line)
         self.dashboard = Dashboard(self, Palette.on("#262930", "#f0f1f2"))
         self.model = QualityModel(self._on_sort, self._on_cell_note)
         self.form.table.setModel(self.model)
@@ -323,7 +325,7 @@ class QualityWidget(QWidget):
         """Infer all ROIs that have no numbers yet; opens the inference widget if it was closed."""
         self._link()
         if self._inference is not None:
-            self._inference.infer_all()
+            self.runs.start(self._inference)
 
     def ask_gaps(self) -> None:
         """Refine the chosen cells, one after the other, and add what that gains to the table."""
@@ -419,6 +421,7 @@ class QualityWidget(QWidget):
         return [
             *((signal, self._later_refresh) for signal in gathered),
             (inference.shown, self._on_shown),
+            (inference.ran, self.runs.show),
             (inference.destroyed, self._on_inference_gone),
         ]
 
@@ -428,12 +431,14 @@ class QualityWidget(QWidget):
         if inference is self._inference:
             return
         self._inference = inference
+        self.runs.follow(inference)
         for signal, slot in self._inference_slots(inference):
             signal.connect(slot)
         self.refresh()
 
     def _on_inference_gone(self, *_: object) -> None:
         self._inference = None
+        self.runs.follow(None)
         if self._closed:
             return
         self.table, self.current = judging.Table(), None
@@ -465,6 +470,7 @@ class QualityWidget(QWidget):
             for signal, slot in self._inference_slots(self._inference):
                 signal.disconnect(slot)
         self._inference = None
+        self.runs.follow(None)
 
     def close_down(self) -> None:
         """Leave nothing behind; the widget is of no use afterwards."""

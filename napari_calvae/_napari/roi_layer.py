@@ -40,6 +40,22 @@ def colours_of(table: judging.Table, judged: judging.Judgements, name: str) -> d
     return dict(zip(table.rois, colours.round(4).tolist(), strict=True))
 
 
+def verdicts(features: Any) -> dict[int, str]:
+    """Verdicts in a layer's features by ROI id; empty where there are none."""
+    if features is None or "verdict" not in features:
+        return {}
+    ids = features.get("index", pd.Series(range(len(features))))
+    return {
+        int(roi): text for roi, text in zip(ids, features["verdict"], strict=True) if isinstance(text, str) and text
+    }
+
+
+def judged_features(rois: Sequence[int], accepted: Sequence[bool]) -> pd.DataFrame:
+    """Features of a layer whose ROIs a file tells to be accepted or not."""
+    told = [judging.ACCEPTED if yes else judging.REJECTED for yes in accepted]
+    return pd.DataFrame({"index": list(rois), "verdict": told, "note": ""})
+
+
 def read_judgements(layer: Labels) -> dict[int, judging.Judgement]:
     """Judgements in the layer's features."""
     features = layer.features

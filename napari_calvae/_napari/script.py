@@ -15,21 +15,31 @@ import numpy as np
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers
+from napari_calvae._napari.file_rois import FileFrames, FileTraces
 
 _INFERRED = ("model", "n_samples", "seed", "device", "amplitude")
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where movie and ROIs come from: their files if they have any, and the label image (y, x) as it is now."""
+    """Where movie and ROIs come from: their files if they have any, and the label image (y, x) as it is now.
+
+    Or the ``traces`` of ROIs come from a file, all but those of the ROIs ``edited`` (ids).
+    """
 
     movie: Path | None
     rois: Path | None
     labels: np.ndarray
+    traces: FileTraces | None = None
+    edited: tuple[int, ...] = ()
 
 
 def source_of(movie: Any, frames: Any, rois: Any, labels: np.ndarray) -> Source:
     """Files that the layers ``movie`` and ``rois`` were read from, if the movie's still holds its ``frames``."""
+    if isinstance(frames, FileFrames):
+        masks = calvae.RoiMasks.from_labels(labels)
+        edited = set(masks.ids) - frames.traces.unedited(masks, frames.plane)
+        return Source(None, None, labels, frames.traces, tuple(sorted(edited)))
     path = _path_of(movie)
     return Source(path if path is not None and _shows(path, frames) else None, _path_of(rois), labels)
 
@@ -64,17 +74,8 @@ def write_whole(path: str | Path, text: str) -> None:
 def script(source: Source, settings: answers.Settings, rejected: Sequence[int] = ()) -> str:
     """Python that infers the same again; ROIs that are in no file are written into it."""
     lines = [f'"""Spikes as they were inferred with napari-calvae {calvae.__version__}."""', ""]
-    rois, imports = _rois(source)
-    lines += [*imports, "import napari_calvae as calvae", ""]
-    if source.movie is None:
-        lines += [
-            "# The movie came from no file. Save it first, in napari's console, with the layer's name:",
-            '# import numpy as np; np.save("movie.npy", viewer.layers["…"].data)',
-        ]
+    lines += _from_movie(source, settings) if source.traces is None else _from_traces(source, settings)
     lines += [
-        f"movie, _ = calvae.read_movie({str(source.movie or 'movie.npy')!r})",
-        *rois,
-        f"traces = calvae.extract(movie, labels, {_given(settings, 'frame_rate', 'neuropil_coefficient')})",
         *_baseline(settings),
         f"result = calvae.infer(traces, {_given(settings, *_INFERRED[: 4 if settings.amplitude is None else 5])})",
         "",
@@ -83,6 +84,39 @@ def script(source: Source, settings: answers.Settings, rejected: Sequence[int] =
         "kept = [row for row, roi in enumerate(result.roi_ids) if roi not in rejected]",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _from_movie(source: Source, settings: answers.Settings) -> list[str]:
+    """Lines that read movie and ROIs."""
+    rois, imports = _rois(source)
+    lines = [*imports, "import napari_calvae as calvae", ""]
+    if source.movie is None:
+        lines += [
+            "# The movie came from no file. Save it first, in napari's console, with the layer's name:",
+            '# import numpy as np; np.save("movie.npy", viewer.layers["…"].data)',
+        ]
+    return [
+        *lines,
+        f"movie, _ = calvae.read_movie({str(source.movie or 'movie.npy')!r})",
+        *rois,
+        f"traces = calvae.extract(movie, labels, {_given(settings, 'frame_rate', 'neuropil_coefficient')})",
+    ]
+
+
+def _from_traces(source: Source, settings: answers.Settings) -> list[str]:
+    """Lines that read the traces of a file."""
+    given = source.traces
+    if given is None:
+        raise TypeError("a source without traces")
+    lines = ["import numpy as np", "", "import napari_calvae as calvae", ""]
+    if source.edited:
+        some = ", ".join(map(str, source.edited))
+        lines += [f"# ROIs {some} were drawn or edited in napari: their traces are not those of the file."]
+    lines += [f"traces = calvae.read({str(given.path)!r}, {_given(settings, 'frame_rate')})"]
+    if given.renumbered:
+        lines += ["# Ids from 1, as labels in napari must be."]
+        lines += ["traces = traces.replace(roi_ids=tuple(range(1, traces.n_rois + 1)), rois=None)"]
+    return [*lines, "traces = traces.select(np.flatnonzero(np.nanstd(traces.values, axis=1) > 0))  # what changes"]
 
 
 def _baseline(settings: answers.Settings) -> list[str]:

@@ -1,0 +1,95 @@
+"""Results of the ROIs of a layer as files (File ▸ Save Selected Layers)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import numpy as np
+
+import napari_calvae as calvae
+from napari_calvae._napari import answers, judging, roi_layer
+from napari_calvae._napari.stored import FromStore
+
+if TYPE_CHECKING:
+    from napari.layers import Layer
+
+    from napari_calvae._napari.inference_widget import InferenceWidget
+
+#: Under this name the metadata of a layer of ROIs lead to their results.
+KEY = "calvae_results"
+_NONE = "Save: expected a layer of ROIs whose spikes are inferred, got none. Press “Infer all” first."
+
+
+class Results:
+    """Leads from a layer to its results, which live in the inference widget as long as that does."""
+
+    def __init__(self, widget: InferenceWidget, layer: Layer):
+        self._widget, self._layer = ref(widget), ref(layer)
+
+    def __deepcopy__(self, _memo: Any) -> Results:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _gone, ()  # a process of its own has no such widget
+
+    def collect(self) -> calvae.SpikeInference:
+        """All that holds of these ROIs now, those of all planes."""
+        widget, layer = self._widget(), self._layer()
+        if widget is None or layer is None or widget.choices.roi_layer is not layer:
+            name = "this layer" if layer is None else f"“{layer.name}”"
+            raise calvae.RecordingError(
+                f"Save: expected {name} as the ROIs of the spike inference widget, got others. Choose it there."
+            )
+        rows: dict[int, tuple[calvae.SpikeInference | FromStore, int]] = {}
+        for key, _masks in widget.choices.planes():
+            widget.results.known(key)
+            rows |= widget.results.rows
+        if not rows:
+            raise calvae.RecordingError(_NONE)
+        return joined(rows)
+
+
+def _gone() -> None:
+    return None
+
+
+def joined(rows: Mapping[int, tuple[calvae.SpikeInference | FromStore, int]]) -> calvae.SpikeInference:
+    """Results by ROI id as one, in the order of the ids."""
+    ids = sorted(rows)
+    by_store: dict[FromStore, list[int]] = {}
+    for roi in ids:
+        if isinstance(inference := rows[roi][0], FromStore):
+            by_store.setdefault(inference, []).append(roi)
+    places = dict(rows)
+    for store, members in by_store.items():  # together: its files hold many ROIs each
+        found = store.store.select(np.array([rows[roi][1] for roi in members]))
+        places |= {roi: (found, row) for row, roi in enumerate(members)}
+        if members == ids:
+            return found
+    return calvae.SpikeInference.concatenate([answers.one_roi(*places[roi]) for roi in ids])
+
+
+def judged(result: calvae.SpikeInference, features: Any) -> calvae.SpikeInference:
+    """The same result; which cells are accepted is as the verdicts in a layer's features have it."""
+    verdicts = roi_layer.verdicts(features)
+    if not verdicts:
+        return result
+    before = result.traces.accepted
+    accepted = np.ones(len(result.roi_ids), bool) if before is None else np.array(before, bool)
+    for row, roi in enumerate(result.roi_ids):
+        if verdicts.get(roi) in (judging.ACCEPTED, judging.REJECTED):
+            accepted[row] = verdicts[roi] == judging.ACCEPTED
+    return replace(result, traces=result.traces.replace(accepted=accepted))
+
+
+def write(path: str, _data: Any, meta: Mapping[str, Any]) -> list[str]:
+    """Write the results of a layer's ROIs, all of them or nothing; what is there already is never replaced."""
+    handle = meta.get("metadata", {}).get(KEY)
+    if not isinstance(handle, Results):
+        raise calvae.RecordingError(_NONE)
+    calvae.write(judged(handle.collect(), meta.get("features")), path)
+    return [str(Path(path))]
