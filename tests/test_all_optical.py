@@ -380,7 +380,8 @@ def small_experiment(seed: int, **changes) -> tuple[Traces, Stimulation, np.ndar
     return Traces(observed.numpy(), rate), stimulation, positions, theta, counts
 
 
-QUICK = {"n_start": 4, "n_settle": 24, "n_samples": 16}
+#: With fewer sweeps at the start the chain has not settled on some processors, whose roundings take it elsewhere.
+QUICK = {"n_start": 12, "n_settle": 24, "n_samples": 16}
 
 
 @pytest.fixture(scope="module")

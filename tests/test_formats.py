@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+from fnmatch import fnmatch
 
 import dask.array as da
 import h5py
@@ -27,7 +28,8 @@ def a_movie(n_frames=30):
 def test_every_format_says_what_it_reads():
     for module in formats.FORMATS.values():
         assert all(pattern.startswith("*.") for pattern in module.PATTERNS)
-        assert set(getattr(module, "SUFFIXES", ())) <= {pattern[1:] for pattern in module.PATTERNS}
+        for suffix in getattr(module, "SUFFIXES", ()):  # what it writes it can read
+            assert any(fnmatch(f"a{suffix}", pattern) for pattern in module.PATTERNS)
 
 
 @pytest.mark.parametrize("name", ["values", "dff", "F"])
@@ -110,7 +112,7 @@ def test_csv_from_pandas_without_clock_and_with_gaps(tmp_path):
         ("a.npy", b"junk", r"a\.npy: expected a NumPy file of plain numbers"),
         ("a.npz", b"junk", r"a\.npz: expected a NumPy file of plain numbers"),
         ("a.npy", b"", r"a\.npy: expected a NumPy file of plain numbers"),
-        ("a.h5", b"junk", r"expected traces in one of the formats \*\.npy, \*\.npz, \*\.csv"),
+        ("a.h5", b"junk", r"a\.h5: expected an HDF5 file, got one that cannot be read"),
         ("a.xyz", b"junk", r"a\.xyz: expected traces in one of the formats.*Movies need a label image"),
     ],
 )
@@ -222,8 +224,8 @@ def test_the_files_beside_a_text_result_are_as_safe(tmp_path):
 
 
 def test_where_results_cannot_go(tmp_path):
-    with pytest.raises(RecordingError, match=r"name that ends in \.npz, \.csv, \.h5, \.hdf5, got 'a.mat'"):
-        write(a_result(), tmp_path / "a.mat")
+    with pytest.raises(RecordingError, match=r"name that ends in .*\.npz, .*\.csv, .*\.h5, .*got 'a.xyz'"):
+        write(a_result(), tmp_path / "a.xyz")
     with pytest.raises(FileNotFoundError, match="expected an existing folder"):
         write(a_result(), tmp_path / "none" / "a.npz")
     (tmp_path / "b.npz").mkdir()
@@ -322,9 +324,9 @@ def test_movies_that_cannot_be_read(tmp_path):
     tifffile.imwrite(tmp_path / "d.tif", np.zeros((5, 12, 10, 3), np.uint8), photometric="rgb", compression="zlib")
     with pytest.raises(RecordingError, match=r"d\.tif: expected one grey image per frame"):
         read_movie(tmp_path / "d.tif")
-    (tmp_path / "e.avi").write_bytes(b"junk")
+    (tmp_path / "e.xyz").write_bytes(b"junk")
     with pytest.raises(RecordingError, match=r"expected a movie in one of the formats \*\.tif, \*\.tiff, \*\.npy"):
-        read_movie(tmp_path / "e.avi")
+        read_movie(tmp_path / "e.xyz")
     with pytest.raises(FileNotFoundError, match="found nothing there"):
         read_movie(tmp_path / "f.tif")
 

@@ -253,3 +253,38 @@ def test_any_number_of_cores_gives_the_same_samples(vae):
     np.testing.assert_array_equal(one.reconstruction, two.reconstruction)
     np.testing.assert_array_equal(one.reconstruction_std, two.reconstruction_std)
     assert set(one.events["sample"]) == set(range(23))
+
+
+def test_the_reconstruction_does_not_hang_on_the_samples(vae):
+    traces, _ = simulated(2)
+    few, many = (calvae.infer(traces, vae, n_samples=n, device="cpu").reconstruction for n in (0, 30))
+    np.testing.assert_array_equal(few, many)
+
+
+def test_a_sampled_train_has_the_amplitude_that_explains_the_fluorescence_best(vae):
+    counts = torch.zeros(3, 1, 300, dtype=torch.uint8)
+    counts[0, 0, [40, 150, 151]] = 2
+    counts[1, 0, [40, 150, 151]] = 1
+    theta = {name: torch.tensor([value]) for name, value in simulate_theta().items()}
+    expected = vae.generative.fluorescence(counts[0].float(), theta, 30.0)
+    missing = torch.arange(300) > 200
+    seen = inference.blocks._Seen(
+        torch.where(missing, torch.nan, expected), torch.tensor([1e-3]), counts[0].sum(-1).float()
+    )
+    shown = inference.blocks._render(counts, seen, vae.generative, theta, 30.0)
+    # Half the spikes, twice the response: both are the trace; without spikes there is the baseline alone.
+    torch.testing.assert_close(shown[0], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(shown[1], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(shown[2], torch.full((1, 300), 0.1))
+
+
+def simulate_theta():
+    return {"tau_rise": 0.05, "tau_decay": 0.5, "amplitude": 0.3, "baseline": 0.1, "noise_density": 0.01}
+
+
+def test_real_cells_are_explained(shared):
+    result = calvae.infer(calvae.read(shared / "formats" / "suite2p"), device="cpu")
+    r2, coverage = result.quality["reconstruction_r2"], result.quality["band_coverage"]
+    assert np.median(r2) > 0.75
+    assert r2.min() > 0.3
+    assert np.median(coverage) == pytest.approx(0.95, abs=0.03)

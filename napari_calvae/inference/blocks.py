@@ -13,6 +13,7 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -165,33 +166,34 @@ def inference_of(
     given = {} if config.amplitude is None else {"amplitude": config.amplitude}
     known = {name: torch.full_like(estimated[name], value) for name, value in {**vae.theta, **given}.items()}
     theta = {**estimated, **known}
-    expected = vae.generative.fluorescence(mean, theta, dff.frame_rate)
     drift = vae.generative.drift(observed, mean, theta, dff.frame_rate, valid)
+    # That of the expected spikes, which is the mean over all trains where spikes add up, and does not hang on how many
+    # are drawn.
+    reconstructed = vae.generative.fluorescence(mean, theta, dff.frame_rate) + drift
     noise = vae.generative.noise_std(theta, dff.frame_rate)
-    events, centre, spread = [np.empty(0, EVENT_DTYPE)], [], []
+    events, spread = [np.empty(0, EVENT_DTYPE)], []
     # Compartments of one dendrite are rendered together, cells one by one: what that needs stays in the cache.
     step = dff.n_rois if vae.generative.coupled else 1
     for rows in (slice(start, start + step) for start in range(0, dff.n_rois, step)):
         ids = list(enumerate(dff.roi_ids))[rows]
         if config.n_samples:
+            seen = _Seen(
+                torch.where(valid[rows], observed[rows] - drift[rows], torch.nan), noise[rows], mean[rows].sum(-1)
+            )
             own = {name: value[rows] for name, value in theta.items()}
-            drawn, average, variance = _samples(
+            drawn, variance = _samples(
                 partial(_draw, posterior.select(rows), config, [roi for _, roi in ids], device),
-                partial(
-                    _render, expected=mean[rows].sum(-1), generative=vae.generative, theta=own, rate=dff.frame_rate
-                ),
+                partial(_render, seen=seen, generative=vae.generative, theta=own, rate=dff.frame_rate),
                 config.n_samples,
                 apply,
             )
             events += [to_events(drawn[:, k], row) for k, (row, _) in enumerate(ids)]
-            centre += list(average + drift[rows])
-            residual = observed[rows].nan_to_num() - average - drift[rows]
+            residual = observed[rows].nan_to_num() - reconstructed[rows]
             spread += [_spread(*each) for each in zip(variance, residual, valid[rows], strict=True)]
         else:
-            centre += list(expected[rows] + drift[rows])
             spread += list(noise[rows, None].expand(-1, dff.n_frames))
     rate = (mean * dff.frame_rate).cpu().numpy()
-    reconstruction = torch.stack(centre).cpu().numpy()
+    reconstruction = reconstructed.cpu().numpy()
     reconstruction_std = torch.stack(spread).cpu().numpy()
     return SpikeInference(
         traces=dff,
@@ -244,8 +246,8 @@ def _samples(
     render: Callable[[Tensor], Tensor],
     n_samples: int,
     apply: Callable[..., Iterable[tuple[Tensor, Tensor, Tensor]]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sample, row, time) counts, and mean and variance of what they look like, (row, time).
+) -> tuple[Tensor, Tensor]:
+    """(sample, row, time) counts, and the variance of what they look like, (row, time).
 
     A few samples at a time: they stay in the cache, cores share them, and they are the same on any number of cores.
     """
@@ -264,7 +266,7 @@ def _samples(
     means, variances = (torch.stack([part[k] for part in parts]) for k in (1, 2))
     average = (weight * means).sum(0)
     variance = (weight * (variances + (means - average) ** 2)).sum(0)
-    return torch.cat([counts for counts, _, _ in parts]), average, variance
+    return torch.cat([counts for counts, _, _ in parts]), variance
 
 
 def _draw(
@@ -290,19 +292,37 @@ def to_events(samples: Tensor, row: int) -> np.ndarray:
     return events
 
 
-def _render(samples: Tensor, expected: Tensor, generative: GenerativeModel, theta: Theta, rate: float) -> Tensor:
+@dataclass(frozen=True)
+class _Seen:
+    """What sampled trains explain: (row, time) ΔF/F without drift, NaN where missing; its noise; expected spikes."""
+
+    dff: Tensor
+    noise: Tensor
+    spikes: Tensor
+
+
+def _render(samples: Tensor, seen: _Seen, generative: GenerativeModel, theta: Theta, rate: float) -> Tensor:
     """(sample, row, time) noise-free ΔF/F of sampled trains, each with the amplitude that goes with its spikes.
 
     A train of twice the spikes goes with half the response to each, and the data hardly tell the two apart. One
-    amplitude for all samples would show that freedom as misfit. The added spike keeps near-silent cells from extremes.
+    amplitude for all samples would show that freedom as misfit. Each has the most probable one: a priori it makes up
+    for the number of spikes to within a factor of three or so, and the fluorescence says the rest.
     """
-    counts = samples.to(expected.dtype)
-    scale = (expected[:, None] + 1) / (counts.sum(-1, keepdim=True) + 1)
+    counts = samples.to(seen.spikes.dtype)
+    # The added spike keeps near-silent cells from extremes.
+    scale = (seen.spikes[:, None] + 1) / (counts.sum(-1, keepdim=True) + 1)
     if generative.coupled:
         # A compartment adds up several trains, each of an amplitude of its own.
         return generative.fluorescence(counts.mul_(scale), theta, rate)
     baseline = theta["baseline"][:, None]
-    return generative.fluorescence(counts, theta, rate).sub_(baseline).mul_(scale).add_(baseline)
+    response = generative.fluorescence(counts, theta, rate).sub_(baseline)
+    measured = torch.isfinite(seen.dff)
+    wanted = torch.where(measured, seen.dff - baseline, 0)
+    shown = response if bool(measured.all()) else response * measured
+    precision = seen.noise[:, None] ** -2
+    own, both = ((shown * other).sum(-1, keepdim=True) * precision for other in (shown, wanted))
+    scale = (both + 0.25 / scale) / (own + 0.25 / scale**2)
+    return response.mul_(scale.clamp_min_(0)).add_(baseline)
 
 
 def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
