@@ -290,6 +290,7 @@ def test_nwb_movies_are_left_to_their_module(tmp_path, monkeypatch):
                 file.create_group(kind).attrs["neurodata_type"] = kind
     assert is_movie(tmp_path / "a.nwb")
     assert not is_movie(tmp_path / "b.nwb")
+    assert is_movie(tmp_path / "b.nwb", with_rois=True)
     monkeypatch.setattr("napari_calvae.formats.nwb.open_movie", lambda path: (MOVIE, 4.0), raising=False)
     assert read_movie(tmp_path / "a.nwb") == (MOVIE, 4.0)
 

@@ -136,7 +136,7 @@ def extract(
     from napari_calvae.formats import check_result, is_movie, write
 
     check_result(output, overwrite)
-    if not is_movie(source):
+    if not is_movie(source, with_rois=rois is not None):
         fail(f"{source.name}: expected a movie, got something else. Traces need no extraction.")
     with progress() as report:
         traces = traces_of(source, rois, (frame_rate, None, neuropil), report)

@@ -53,7 +53,7 @@ def traces_of(
     from napari_calvae.recording import RecordingError
 
     frame_rate, unit, neuropil = settings
-    if not is_movie(source):
+    if not is_movie(source, with_rois=rois is not None):
         if rois is not None:
             raise RecordingError(f"rois: expected a movie to go with them, got {source.name}. Leave out --rois.")
         return read(source, frame_rate, unit.value if unit else None)

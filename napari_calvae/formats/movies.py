@@ -24,17 +24,17 @@ _PATTERNS = [*tiff.MOVIE_PATTERNS, "*.npy", *bruker.MOVIE_PATTERNS, *hdf5_movie.
 _PATTERNS += [*zarr_movie.MOVIE_PATTERNS, "*.nwb", *video.MOVIE_PATTERNS]
 
 
-def is_movie(path: str | Path) -> bool:
+def is_movie(path: str | Path, with_rois: bool = False) -> bool:
     """Tell whether a file or folder is, by name and content, a movie rather than a table of traces.
 
-    An NWB file that has both is taken for its traces.
+    An NWB file that has both is taken for its traces, unless there are ROIs to go ``with`` it.
     """
     file = Path(path).expanduser()
     suffix = file.suffix.lower()
     if suffix == ".npy":
         return file.exists() and _open_npy(file).ndim > 2
     if suffix == ".nwb":
-        return hdf5_movie.is_nwb_movie(file)
+        return with_rois or hdf5_movie.is_nwb_movie(file)
     return any(module.is_movie(file) for module in _FORMATS)
 
 
