@@ -57,7 +57,7 @@ def film(n_frames: int, entry: np.ndarray, frames: Callable[[int, int], np.ndarr
 
     def shown(block_info: Any = None) -> np.ndarray:
         start, stop = block_info[None]["array-location"][0]
-        return frames(start, stop).T[:, entry]
+        return np.take(np.ascontiguousarray(frames(start, stop).T), entry, axis=1)
 
     whole, rest = divmod(n_frames, _CHUNK)
     chunks = ((_CHUNK,) * whole + ((rest,) if rest else ()), *((n,) for n in entry.shape))

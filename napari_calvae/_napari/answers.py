@@ -11,7 +11,7 @@ import numpy as np
 
 import napari_calvae as calvae
 from napari_calvae._napari import stored
-from napari_calvae._napari.file_rois import FileFrames, over_baseline
+from napari_calvae._napari.file_rois import FileFrames, lively, over_baseline
 from napari_calvae._napari.session import explain
 from napari_calvae._napari.settings import Settings
 from napari_calvae._napari.stored import FromStore
@@ -227,6 +227,8 @@ def iter_answers(request: Request) -> Iterator[Message]:
         if not request.wanted:
             return
         traces = yield from iter_traces(request)
+        if isinstance(request.movie, FileFrames):
+            traces = lively(traces)  # files hold ROIs without signal, and one of many must not stop the others
         yield Progress(number, 0.5, "inferring spikes")
         done = 0
         for part in calvae.iter_infer(traces, **settings.for_inference):
@@ -294,7 +296,7 @@ def iter_traces(request: Request) -> Generator[Progress, None, calvae.Traces]:
     if settings.own_baseline or len({part.unit for part in parts}) > 1:
         parts = [with_baseline(part, settings) for part in parts]
     traces = calvae.Traces.concatenate(parts)
-    return traces.select([traces.index(roi) for roi in request.wanted if roi in traces.roi_ids])
+    return traces.select([traces.index(roi) for roi in request.wanted])
 
 
 def source_of(request: Request) -> calvae.TraceSource | None:

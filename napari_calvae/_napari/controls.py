@@ -229,6 +229,11 @@ class Controls(QWidget):
                 self.model.addItem(Path(path).stem, path)
             self.model.setCurrentIndex(self.model.findData(path))
 
+    def show_need(self, movie: bool, neuropil: bool) -> None:
+        """Show whether a movie is needed, and a neuropil coefficient; ROIs of files may have traces of their own."""
+        self.movie.setPlaceholderText("none" if movie else "none needed")
+        self.neuropil.setEnabled(neuropil)
+
     def show_frame_rate(self, rate: session.FrameRate) -> None:
         """Show the frame rate and its source; an unknown one is asked for."""
         self.frame_rate.setText("" if rate.hz is None else f"{rate.hz:.6g}")

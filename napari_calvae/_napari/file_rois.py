@@ -25,7 +25,9 @@ _FAINT = 0.2
 #: Side and gap (pixels) of the squares that stand for ROIs of which no place is known.
 _SIDE, _GAP = 12, 3
 #: Traces of more values than this are not painted into the ROIs: they would fill the memory.
-_MOST_PAINTED = 1 << 25
+_MOST_PAINTED = 1 << 24
+#: Frames that are looked at to find how bright a ROI becomes.
+_SEEN = 1000
 #: Names of the axes of movies of so many axes.
 _AXES = {3: ("time", "y", "x"), 4: ("time", "plane", "y", "x"), 5: ("time", "plane", "channel", "y", "x")}
 
@@ -132,12 +134,10 @@ class FileFrames:
         return [roi for roi in wanted if roi in known], others
 
     def read(self, rois: Sequence[int], hz: float) -> calvae.Traces:
-        """Traces of ROIs (ids) from the file; of several, those without any change are left out."""
+        """Traces of ROIs (ids) from the file."""
         source = self.traces.with_rate(hz)
         place = {roi: row for row, roi in enumerate(source.roi_ids)}
-        found = source.select(sorted(place[roi] for roi in rois))
-        lively = np.flatnonzero(_lively(found.values))
-        return found.select(lively) if 0 < len(lively) < found.n_rois else found
+        return source.select(sorted(place[roi] for roi in rois))
 
 
 def open_file(path: str | Path) -> FileTraces:
@@ -216,10 +216,13 @@ def painted(given: FileTraces) -> da.Array | None:
     source = given.source
     if source.n_rois * source.n_frames > _MOST_PAINTED:
         return None
-    values = source.load().values.astype(np.float32)
-    low, high = np.nanpercentile(np.nan_to_num(values), (50, 99.8), axis=1, keepdims=True)
+    values = np.asarray(source.fetch(np.arange(source.n_rois)), np.float32)
+    some = np.nan_to_num(values[:, :: max(source.n_frames // _SEEN, 1)])
+    low, high = np.percentile(some, (50, 99.8), axis=1, keepdims=True).astype(np.float32)
     shown = np.zeros((source.n_rois + 1, source.n_frames), np.float32)  # the first row is for pixels of no ROI
-    shown[1:] = np.nan_to_num((values - low) / np.maximum(high - low, 1e-6)).clip(0)
+    np.subtract(values, low, out=shown[1:])
+    shown[1:] /= np.maximum(high - low, 1e-6)
+    shown[~(shown > 0)] = 0
     ids = np.array(source.roi_ids)
     order = np.argsort(ids)
     entry = activity.entries(ids[order], given.labels, order)
@@ -252,6 +255,12 @@ def _fetch_dff(source: calvae.TraceSource, window: float, percentile: float, row
         if _lively(one.values).all():  # one of thousands without signal must not stop all
             dff[place] = calvae.delta_f_over_f(one, window, percentile).values
     return dff
+
+
+def lively(traces: calvae.Traces) -> calvae.Traces:
+    """The same without the ROIs in which nothing changes, unless that is all of them: nothing can be inferred there."""
+    rows = np.flatnonzero(_lively(traces.values))
+    return traces.select(rows) if 0 < len(rows) < traces.n_rois else traces
 
 
 def _lively(values: np.ndarray) -> np.ndarray:

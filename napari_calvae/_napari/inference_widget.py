@@ -362,7 +362,7 @@ class InferenceWidget(QWidget):
         self._follower.follow((self.choices.movie, self.choices.roi_layer))
         rate, given = self.choices.frame_rate(), self.choices.traces
         self.controls.show_frame_rate(rate)
-        self.controls.movie.setPlaceholderText("none" if given is None else f"none: traces of {given.path.name}")
+        self.controls.show_need(movie=given is None, neuropil=self.choices.real_movie is not None or given is None)
         if self.choices.movie is not None and rate.hz is None:
             self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
         elif self.choices.movie is not None and self.choices.roi_layer is not None:

@@ -119,6 +119,7 @@ class Runs(QObject):
         super().__init__(button)
         self._button, self._line = button, line
         self._inference: InferenceWidget | None = None
+        self._layer: Layer | None = None
         #: Stores that runs on these layers were begun with, to go on with them.
         self._begun: WeakKeyDictionary[Layer, Path] = WeakKeyDictionary()
         button.go_on.triggered.connect(self.resume)
@@ -127,7 +128,7 @@ class Runs(QObject):
     def start(self, inference: InferenceWidget) -> None:
         """Infer all ROIs where the menu says."""
         self._inference = inference
-        layer = inference.choices.roi_layer
+        layer = self._layer = inference.choices.roi_layer
         if self._button.scheduler is None:
             inference.infer_all()
         elif layer is not None and layer in self._begun:
@@ -142,6 +143,7 @@ class Runs(QObject):
         """Ask for a store that was begun, and go on with it where the menu says."""
         path = QFileDialog.getExistingDirectory(self._button, "Go on with a store")
         if path and self._inference is not None:
+            self._layer = self._inference.choices.roi_layer
             self._inference.infer_into(path, self._button.scheduler)
 
     def _ask(self, inference: InferenceWidget, layer: Layer | None) -> None:
@@ -157,12 +159,11 @@ class Runs(QObject):
 
     def show(self, state: running.Running | None) -> None:
         """Tell how far a run is; None if there is none."""
-        layer = None if self._inference is None else self._inference.choices.roi_layer
-        if state is not None and layer is not None:
+        if state is not None and self._layer is not None:
             if state.ended:
-                self._begun.pop(layer, None)
+                self._begun.pop(self._layer, None)
             elif state.total:  # there is a store
-                self._begun[layer] = state.out
+                self._begun[self._layer] = state.out
         self._line.setVisible(state is not None and not state.ended)
         if state is not None:
             self._line.words.setText(state.words)

@@ -186,8 +186,5 @@ def _iter_engine(order: Order, source: calvae.TraceSource | calvae.Traces) -> Ge
 
 
 def _block_rois(source: calvae.TraceSource | calvae.Traces) -> int | None:
-    """ROIs per block, whole chunks of the file; None leaves it to the engine."""
-    if source.n_rois * source.n_frames > _MANY:
-        return None
-    chunk, wanted = getattr(source, "chunk_rows", 1), -(-source.n_rois // _BLOCKS)
-    return min(-(-wanted // chunk) * chunk, source.n_rois)
+    """ROIs per block; None leaves it to the engine, which then sees to it that no chunk of the file is read twice."""
+    return None if source.n_rois * source.n_frames > _MANY else -(-source.n_rois // _BLOCKS)

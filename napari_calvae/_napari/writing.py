@@ -86,10 +86,17 @@ def judged(result: calvae.SpikeInference, features: Any) -> calvae.SpikeInferenc
     return replace(result, traces=result.traces.replace(accepted=accepted))
 
 
+class WritingError(RuntimeError):
+    """There is nothing to write; napari would take a ``ValueError`` for the want of a writer and hide what it says."""
+
+
 def write(path: str, _data: Any, meta: Mapping[str, Any]) -> list[str]:
     """Write the results of a layer's ROIs, all of them or nothing; what is there already is never replaced."""
     handle = meta.get("metadata", {}).get(KEY)
-    if not isinstance(handle, Results):
-        raise calvae.RecordingError(_NONE)
-    calvae.write(judged(handle.collect(), meta.get("features")), path)
+    try:
+        if not isinstance(handle, Results):
+            raise calvae.RecordingError(_NONE)
+        calvae.write(judged(handle.collect(), meta.get("features")), path)
+    except calvae.RecordingError as error:
+        raise WritingError(str(error)) from error
     return [str(Path(path))]

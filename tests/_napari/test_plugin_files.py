@@ -247,13 +247,15 @@ def test_a_baseline_of_ones_own_row_by_row(file, traces):
     assert answers.source_of(request_of(given, [1])).unit == "raw"
 
 
-def test_cells_without_signal_do_not_stop_the_others(tmp_path):
+def test_cells_without_signal_do_not_stop_the_others(tmp_path, network):
     alive = made(3)
     values = alive.values.copy()
     values[1] = 7.0
     calvae.write(alive.replace(values=values), tmp_path / "some.npz")
     given = file_rois.open_file(tmp_path / "some.npz")
-    assert ended(answers.iter_traces(request_of(given, [1, 2, 3]))).roi_ids == (1, 3)
+    messages = list(answers.iter_answers(request_of(given, [1, 2, 3])))
+    assert [roi for m in messages if isinstance(m, answers.Answer) for roi in m.inference.roi_ids] == [1, 3]
+    assert ended(answers.iter_traces(request_of(given, [1, 2, 3]))).roi_ids == (1, 2, 3)
     source = answers.source_of(request_of(given, [1], baseline_window=5.0))
     assert np.isnan(source.select([0, 1]).values).all(axis=1).tolist() == [False, True]
 
@@ -417,9 +419,9 @@ def test_planes_are_inferred_one_by_one_and_written_together(viewer, network, op
 
 def test_nothing_inferred_is_nothing_to_write(open_file, tmp_path):
     layer, _ = open_file
-    with pytest.raises(calvae.RecordingError, match="Press “Infer all” first"):
-        writing.write(str(tmp_path / "out.npz"), *layer.as_layer_data_tuple()[:2])
-    assert not (tmp_path / "out.npz").exists()
+    with pytest.raises(writing.WritingError, match="Press “Infer all” first"):
+        layer.save(str(tmp_path / "out.nwb"))
+    assert not (tmp_path / "out.nwb").exists()
 
 
 def test_results_are_written_with_the_verdicts(open_file, qtbot, tmp_path):
@@ -447,7 +449,7 @@ def test_results_of_another_layer_are_not_written(open_file, qtbot, viewer, tmp_
         widget.ask(1)
     viewer.add_labels(np.ones((40, 40), int), name="other")
     widget.controls.choose_rois(viewer.layers["other"])
-    with pytest.raises(calvae.RecordingError, match="“cells ROIs” as the ROIs of the spike inference widget"):
+    with pytest.raises(writing.WritingError, match="“cells ROIs” as the ROIs of the spike inference widget"):
         writing.write(str(tmp_path / "out.npz"), *layer.as_layer_data_tuple()[:2])
 
 
