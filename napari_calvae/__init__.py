@@ -35,6 +35,8 @@ _HOME = {
     "infer": "inference",
     "infer_all_optical": "all_optical",
     "infer_spines": "spines",
+    "is_movie": "formats",
+    "is_traces": "formats",
     "iter_all_optical": "all_optical",
     "iter_batch": "inference",
     "iter_extract": "preprocess",
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from napari_calvae.fitting.options import FitOptions, fit_options
     from napari_calvae.formats import (
         StoredInference,
+        is_movie,
+        is_traces,
         open_result,
         open_traces,
         read,

@@ -221,6 +221,20 @@ def test_a_worker_that_is_lost_changes_nothing(recording, traces, tmp_path, mode
 
 
 @others_sockets
+def test_a_cluster_without_workers_is_heard_of_and_can_be_left(recording, tmp_path, model, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="install napari-calvae[cluster]")
+    monkeypatch.setattr(batch, "_HEARTBEAT", 0.1)
+    with distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as nobody:
+        settings = {"scheduler": nobody.scheduler_address, "n_samples": 6, "block_rois": 2}
+        steps = calvae.iter_batch(recording, tmp_path / "a.zarr", model, **settings)
+        seen = [next(steps) for _ in range(4)]
+        steps.close()
+    assert [(step.done, step.seconds_left) for step in seen] == [(0, None)] * 4
+    assert seen[-1].dashboard.startswith("http")
+    assert not calvae.open_result(tmp_path / "a.zarr").done.any()
+
+
+@others_sockets
 def test_jobs_of_a_queue(recording, tmp_path, model, monkeypatch):
     dask = pytest.importorskip("dask")
     pytest.importorskip("dask_jobqueue", reason="install napari-calvae[cluster]")

@@ -247,3 +247,20 @@ def test_no_permission_is_said_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_open", refuse)
     with pytest.raises(PermissionError, match=r"a\.zarr"):
         calvae.open_result(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("n_rois", "n_frames", "chunk_rows", "rows"),
+    [
+        (None, 20_000, 1, 209),  # 16 MB
+        (20_000, 20_000, 1, 209),
+        (20_000, 20_000, 100, 300),  # whole chunks
+        (20_000, 20_000, 1000, 209),  # these do not fit
+        (160, 20_000, 1, 13),  # a quarter of a million trace-frames at least
+        (800, 20_000, 1, 50),  # sixteen blocks
+        (800, 20_000, 80, 50),
+        (3, 10_000_000, 1, 1),
+    ],
+)
+def test_blocks_are_neither_too_large_nor_too_few(n_rois, n_frames, chunk_rows, rows):
+    assert store.rois_per_block(n_frames, chunk_rows, n_rois) == rows

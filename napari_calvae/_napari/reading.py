@@ -11,7 +11,6 @@ import numpy as np
 from napari.utils.colormaps import DirectLabelColormap
 
 import napari_calvae as calvae
-from napari_calvae import formats
 from napari_calvae._napari import file_rois, picking, roi_layer
 from napari_calvae._napari.contributions import LayerData
 
@@ -29,14 +28,13 @@ def get_reader(path: Any) -> Callable[[Any], list[LayerData]] | None:
         return None
     file = Path(path)
     ours = file.is_dir() or any(fnmatch(file.name.lower(), pattern) for pattern in MOVIE_PATTERNS)
-    if ours and _says_yes(formats.is_movie, file):
+    if ours and _says_yes(calvae.is_movie, file):
         return lambda _path: read_movie(file)
-    found = any(_says_yes(module.matches, file, damaged=True) for module in formats.FORMATS.values())
-    return (lambda _path: read_traces(file)) if found else None
+    return (lambda _path: read_traces(file)) if _says_yes(calvae.is_traces, file, damaged=True) else None
 
 
 def _says_yes(question: Callable[[Path], bool], file: Path, damaged: bool = False) -> bool:
-    """Ask a format whether a file is its own; ``damaged`` is the answer where that cannot be told any more."""
+    """Ask whether a file is of some kind; ``damaged`` is the answer where that cannot be told any more."""
     try:
         return question(file)
     except calvae.RecordingError:

@@ -23,10 +23,6 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT = 0.2
 #: How long (s) a new run waits for a cancelled one to let go of its store.
 _PATIENCE = 60.0
-#: Blocks that a run has at least, if there are ROIs enough, so that it is seen to go on and all workers have some.
-_BLOCKS = 16
-#: ROIs times frames from which on the engine makes many blocks by itself.
-_MANY = 1 << 26
 #: Colour of links, legible on dark and on light.
 _LINK = "#6f9fd8"
 
@@ -155,9 +151,7 @@ def _iter_engine(order: Order, source: calvae.TraceSource | calvae.Traces) -> Ge
     state = Running(order.request.number, order.place, order.out)
     yield from _iter_wait(state)
     settings = order.request.settings.for_inference
-    engine = _Engine.newest = _Engine(
-        source, order.out, scheduler=order.scheduler, block_rois=_block_rois(source), **settings
-    )
+    engine = _Engine.newest = _Engine(source, order.out, scheduler=order.scheduler, **settings)
     engine.start()
     results: FromStore | None = None
     try:
@@ -183,8 +177,3 @@ def _iter_engine(order: Order, source: calvae.TraceSource | calvae.Traces) -> Ge
                 return
     finally:
         engine.stop.set()
-
-
-def _block_rois(source: calvae.TraceSource | calvae.Traces) -> int | None:
-    """ROIs per block; None leaves it to the engine, which then sees to it that no chunk of the file is read twice."""
-    return None if source.n_rois * source.n_frames > _MANY else -(-source.n_rois // _BLOCKS)

@@ -40,6 +40,7 @@ __all__ = [
     "check_output",
     "check_result",
     "is_movie",
+    "is_traces",
     "open_result",
     "open_traces",
     "read",
@@ -95,6 +96,12 @@ def open_traces(path: str | Path, frame_rate: float | None = None, unit: Unit | 
     if hasattr(module, "open_source"):
         return module.open_source(file, frame_rate, unit)
     return TraceSource.of(module.read(file, frame_rate, unit))
+
+
+def is_traces(path: str | Path) -> bool:
+    """Tell whether a file or folder is one of traces, or of results, as far as that can be told without reading it."""
+    file = Path(path).expanduser()
+    return file.exists() and any(module.matches(file) for module in FORMATS.values())
 
 
 def _reader_of(file: Path) -> ModuleType:

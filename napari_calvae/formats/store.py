@@ -349,10 +349,15 @@ def create_traces(path: Path, source: TraceSource) -> Any:
     return _create(group, "values", shape, (rois_per_block(source.n_frames), source.n_frames), "f4")
 
 
-def rois_per_block(n_frames: int, chunk_rows: int = 1) -> int:
-    """ROIs of a block, so many that no chunk of ``chunk_rows`` rows has to be read twice."""
-    wanted = max(BLOCK_FRAMES // n_frames, 1)
-    return wanted if chunk_rows > 4 * wanted else -(-wanted // chunk_rows) * chunk_rows
+def rois_per_block(n_frames: int, chunk_rows: int = 1, n_rois: int | None = None) -> int:
+    """ROIs of a block: of ``n_rois`` so many that there are blocks enough to be shared and seen to go on.
+
+    Blocks are no smaller than is worth a file of its own, and no larger than fits memory well. Large ones hold whole
+    chunks of ``chunk_rows`` rows, so that none has to be read twice.
+    """
+    largest, least = max(BLOCK_FRAMES // n_frames, 1), max(BLOCK_FRAMES // 16 // n_frames, 1)
+    wanted = largest if n_rois is None else min(max(-(-n_rois // 16), least), largest)
+    return wanted if chunk_rows > 4 * wanted or wanted < largest else -(-wanted // chunk_rows) * chunk_rows
 
 
 def _select(result: SpikeInference, rows: slice) -> SpikeInference:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import queue
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,9 @@ from napari_calvae.preprocess import with_signal
 from napari_calvae.recording import EVENT_DTYPE, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
 from napari_calvae.vae import SpikeVAE, load_model
+
+#: Seconds after which a cluster that is silent is reported, too.
+_HEARTBEAT = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def iter_batch(
         names; ``"slurm"``, ``"pbs"``, ``"lsf"``, ``"sge"`` or ``"slurm:N"``, N jobs of a queue, which are laid out in
         the configuration of dask-jobqueue.
     block_rois
-        ROIs that are inferred, written and, after a crash, redone together; by default some 16 MB an array.
+        ROIs that are inferred, written and, after a crash, redone together; by default sixteen blocks or more, of some
+        seconds of work each.
     overwrite
         Replace what is there.
     **settings
@@ -91,7 +96,7 @@ def iter_batch(
     Yields
     ------
     Progress
-        Whenever a block has been written.
+        Whenever a block has been written, and on a cluster every second, so that one can stop before there are workers.
 
     Returns
     -------
@@ -120,9 +125,12 @@ def iter_batch(
         else _elsewhere(source, model if isinstance(model, SpikeVAE) else str(model), config, store, todo, scheduler)
     )
     for block, dashboard in blocks:
-        finished += _n_rois(store, [block])
-        pace = (time.monotonic() - begun) / (finished - there)
-        yield Progress(finished, store.n_rois, pace * (store.n_rois - finished), dashboard)
+        left = None
+        if block is not None:
+            finished += _n_rois(store, [block])
+        if finished > there:
+            left = (time.monotonic() - begun) / (finished - there) * (store.n_rois - finished)
+        yield Progress(finished, store.n_rois, left, dashboard)
     store.tidy()
     return store
 
@@ -159,7 +167,7 @@ def _begin(
     probe = Traces(0.1 * noise, source.frame_rate, "dff")
     (example,) = iter_infer(probe, vae, **config.model_dump() | {"n_samples": 0})
     layout = Layout(config.n_samples, example.quality.dtype.names or (), tuple(example.theta), tuple(example.theta_std))
-    rows = block_rois or rois_per_block(source.n_frames, source.chunk_rows)
+    rows = block_rois or rois_per_block(source.n_frames, source.chunk_rows, source.n_rois)
     return create_store(out, source, layout, provenance, min(rows, source.n_rois))
 
 
@@ -182,7 +190,7 @@ def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
 
 def _here(
     source: TraceSource, vae: SpikeVAE, config: InferConfig, store: StoredInference, todo: list[int]
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int | None, str]]:
     """Infer in this process; one block is written while the next is inferred."""
     pending: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
@@ -204,17 +212,29 @@ def _elsewhere(
     store: StoredInference,
     todo: list[int],
     scheduler: str,
-) -> Iterator[tuple[int, str]]:
-    """Infer on the workers of a Dask cluster, a block per task; what a lost worker had in hand another one does."""
-    with connected(scheduler, len(todo)) as client:
-        from distributed import as_completed
+) -> Iterator[tuple[int | None, str]]:
+    """Infer on the workers of a Dask cluster, a block per task; what a lost worker had in hand another one does.
 
+    Yields the blocks as they are done, None when nothing has happened for a while, and the address of the dashboard.
+    """
+    with connected(scheduler, len(todo)) as client:
+        yield None, client.dashboard_link
         futures = [
             client.submit(_run, source.part(store.rows(block)), model, config, str(store.path), block, pure=False)
             for block in todo
         ]
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for future in futures:
+            future.add_done_callback(done.put)
         try:
-            for future in as_completed(futures, loop=client.loop):
+            missing = len(futures)
+            while missing:
+                try:
+                    future = done.get(timeout=_HEARTBEAT)
+                except queue.Empty:
+                    yield None, client.dashboard_link
+                    continue
+                missing -= 1
                 yield future.result(), client.dashboard_link
                 future.release()
         finally:

@@ -150,15 +150,6 @@ def test_time_left(seconds, words):
     assert running.time_left(seconds) == words
 
 
-@pytest.mark.parametrize(
-    ("shape", "chunk", "rows"),
-    [((3, 100), 1, 1), ((500, 1000), 1, 32), ((500, 1000), 500, 32), ((9000, 9000), 1, None)],
-)
-def test_small_recordings_are_cut_small(shape, chunk, rows):
-    source = calvae.TraceSource(lambda index: None, *shape, 30.0, chunk_rows=chunk)
-    assert running._block_rois(source) == rows
-
-
 # In napari
 
 
