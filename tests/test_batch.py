@@ -234,6 +234,7 @@ def test_a_cluster_without_workers_is_heard_of_and_can_be_left(recording, tmp_pa
     assert not calvae.open_result(tmp_path / "a.zarr").done.any()
 
 
+@pytest.mark.slow
 @others_sockets
 def test_jobs_of_a_queue(recording, tmp_path, model, monkeypatch):
     dask = pytest.importorskip("dask")

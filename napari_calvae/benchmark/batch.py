@@ -98,7 +98,7 @@ def _large(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
     total, most, kills = 0.0, 0.0, 0
     for _ in range(size.kills):
         spent, peak, finished = _child(
-            source, work / "killed.zarr", size.samples, kill_after=rng.uniform(0, 2) * seconds / (size.kills + 1)
+            source, work / "killed.zarr", size.samples, kill_after=rng.uniform(0, 1) * seconds / (size.kills + 1)
         )
         total, most, kills = total + spent, max(most, peak), kills + (not finished)
     spent, peak, _ = _child(source, work / "killed.zarr", size.samples)

@@ -85,5 +85,6 @@ def _cluster(scheduler: str, n_tasks: int) -> Iterator[Any]:
             f"(cores, memory, queue), got {error}. Write it into ~/.config/dask/jobqueue.yaml."
         ) from error
     with cluster:
-        cluster.scale(jobs=min(int(number) if number else _JOBS, max(n_tasks, 1)))
+        n_jobs = min(int(number) if number else _JOBS, max(n_tasks, 1))
+        cluster.adapt(minimum_jobs=n_jobs, maximum_jobs=n_jobs)  # jobs that end too early are submitted again
         yield cluster
