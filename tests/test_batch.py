@@ -201,7 +201,21 @@ def quiet_cluster():
 
 
 @others_sockets
-def test_a_worker_that_is_lost_changes_nothing(recording, traces, tmp_path, model, quiet_cluster):
+def test_a_cluster_gives_the_same(recording, traces, tmp_path, model):
+    distributed = pytest.importorskip("distributed", reason="install napari-calvae[cluster]")
+    run(recording, tmp_path / "whole.zarr", model)
+    with distributed.LocalCluster(2, threads_per_worker=1, processes=False, dashboard_address=None) as threads:
+        run(recording, tmp_path / "a.zarr", model, scheduler=threads.scheduler_address)
+        # Traces in memory and a model in memory travel with the tasks.
+        vae = calvae.load_model(model)
+        found = run(traces, tmp_path / "b.zarr", vae, scheduler=threads.scheduler_address).load()
+    assert digest(tmp_path / "a.zarr") == digest(tmp_path / "whole.zarr")
+    np.testing.assert_array_equal(found.events, calvae.open_result(tmp_path / "whole.zarr").load().events)
+
+
+@pytest.mark.slow
+@others_sockets
+def test_a_worker_that_is_lost_changes_nothing(recording, tmp_path, model, quiet_cluster):
     run(recording, tmp_path / "whole.zarr", model, block_rois=1)
     whole = digest(tmp_path / "whole.zarr")
     killed = None
@@ -212,12 +226,6 @@ def test_a_worker_that_is_lost_changes_nothing(recording, traces, tmp_path, mode
             os.kill(killed, signal.SIGKILL)
     assert killed
     assert digest(tmp_path / "a.zarr") == whole
-    # Traces in memory and a model in memory travel with the tasks.
-    vae = calvae.load_model(model)
-    run(traces, tmp_path / "b.zarr", vae, scheduler=quiet_cluster.scheduler_address)
-    np.testing.assert_array_equal(
-        calvae.open_result(tmp_path / "b.zarr").load().events, calvae.open_result(tmp_path / "whole.zarr").load().events
-    )
 
 
 @others_sockets

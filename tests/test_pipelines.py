@@ -46,7 +46,7 @@ def test_the_snakemake_rule(recording, tmp_path):
     shutil.copy(PIPELINES / "Snakefile", tmp_path)
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--quiet", "all", "--config", "samples=5"]
     paths = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert calvae.open_result(tmp_path / "spikes" / "mouse1.zarr").done.all()
     with pynwb.NWBHDF5IO(tmp_path / "spikes" / "mouse1.nwb", "r") as file:
