@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 
 from napari_calvae.formats import whole_files
 from napari_calvae.formats.store import create_traces, rois_per_block
 from napari_calvae.inference import iter_batch
+from napari_calvae.inference.cluster import SETTINGS
 from napari_calvae.recording import RecordingError
 from napari_calvae.simulation import simulate
 from napari_calvae.trace_source import TraceSource
@@ -120,7 +122,7 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
         pass
     here = time.perf_counter() - begun
     yield _row("cluster", f"this process, {size.cluster_rois} ROIs", here, "s")
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with dask.config.set(SETTINGS), LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
         settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
         for _ in iter_batch(source, work / "warm.zarr", n_samples=0, **settings):
             pass  # so that both workers have imported torch and read the model
@@ -151,7 +153,7 @@ def _overhead(work: Path, seed: int, blocks: int = 60) -> float:
     source = work / "short.zarr"
     write_recording(source, blocks, 300, seed)
     spent = []
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+    with dask.config.set(SETTINGS), LocalCluster(1, threads_per_worker=1, dashboard_address=None) as cluster:
         for scheduler in (None, cluster.scheduler_address):
             for name in ("warm", "timed"):
                 begun = time.perf_counter()

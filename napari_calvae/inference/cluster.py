@@ -13,6 +13,16 @@ from napari_calvae.recording import RecordingError
 QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster", "lsf": "LSFCluster", "sge": "SGECluster"}
 #: Jobs that are submitted where their number is not said.
 _JOBS = 10
+#: Dask's own configuration tells workers to give memory back at once; to get it anew for every tensor takes as long as
+#: to compute it.
+SETTINGS = {
+    "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.nanny.pre-spawn-environ": {
+        "OMP_NUM_THREADS": 1,
+        "MKL_NUM_THREADS": 1,
+        "OPENBLAS_NUM_THREADS": 1,
+    },
+}
 #: How long a scheduler may take to answer.
 _TIMEOUT = "20s"
 
@@ -40,7 +50,7 @@ def connected(scheduler: str, n_tasks: int) -> Iterator[Any]:
         raise RecordingError(
             f"scheduler: expected dask.distributed, got {error}. Run: pip install 'napari-calvae[cluster]'"
         ) from error
-    with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}), _cluster(scheduler, n_tasks) as cluster:
+    with dask.config.set(SETTINGS), _cluster(scheduler, n_tasks) as cluster:
         try:
             client = Client(cluster, timeout=_TIMEOUT, set_as_default=False)
         except (OSError, ValueError) as error:
