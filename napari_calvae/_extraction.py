@@ -292,7 +292,7 @@ class _Tile:
             for box in self.boxes:
                 box.read(block[(slice(None), *box.slices)], out[:, box.columns])
         elif self.used is not None:
-            self._gather(block, out)
+            self._gather(self.used, block, out)
         elif workers is None or self.shape[0] * self.shape[1] < 2 * FRAME_PIXELS:  # threads would only wait in turn
             self._frames(block, out)
         else:
@@ -300,13 +300,12 @@ class _Tile:
             parts = [slice(*ends) for ends in itertools.pairwise(edges)]
             list(workers.map(lambda part: self._frames(block[part], out[part]), parts))
 
-    def _gather(self, block: np.ndarray, out: np.ndarray) -> None:
+    def _gather(self, used: np.ndarray, block: np.ndarray, out: np.ndarray) -> None:
         """Sums of small images: many frames of the used pixels at a time."""
-        assert self.used is not None
         flat = block.reshape(len(block), -1)
-        step = max(CACHE_BYTES // (4 * max(len(self.used), 1)), 16)
+        step = max(CACHE_BYTES // (4 * max(len(used), 1)), 16)
         for start in range(0, len(block), step):
-            part = np.ascontiguousarray(flat[start : start + step, self.used].T, np.float32)
+            part = np.ascontiguousarray(flat[start : start + step, used].T, np.float32)
             out[start : start + step] = (self.matrix @ part).T
 
     def _frames(self, block: np.ndarray, out: np.ndarray) -> None:

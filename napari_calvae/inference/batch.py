@@ -6,7 +6,6 @@ come out the same, byte by byte, wherever and in whatever order they are inferre
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import queue
 import time
@@ -244,20 +243,10 @@ def _elsewhere(
 def _run(part: TraceSource, model: str | SpikeVAE, config: InferConfig, out: str, block: int) -> int:
     """Infer and write one block, on a worker."""
     torch.set_num_threads(1)
-    store = _store(out)
-    vae = _loaded(model) if isinstance(model, str) else model
+    # Opened anew: a worker outlives a run, and the next one may lay out another store under the same name.
+    store, vae = StoredInference(out), load_model(model, coupled=False)
     store.write_block(block, _infer_all(part.load(), vae, config, store.layout))
     return block
-
-
-@functools.lru_cache(maxsize=4)
-def _loaded(model: str) -> SpikeVAE:
-    return load_model(model, coupled=False)
-
-
-@functools.lru_cache(maxsize=4)
-def _store(path: str) -> StoredInference:
-    return StoredInference(path)
 
 
 def _infer_all(traces: Traces, vae: SpikeVAE, config: InferConfig, layout: Layout) -> SpikeInference:
