@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,17 @@ import pytest
 from plugin_helpers import CENTRES, FRAME_RATE, Mouse, Network
 
 import napari_calvae as calvae
+
+
+@pytest.fixture(scope="session", autouse=True)
+def manifests_read_once():
+    """Every viewer looks for the plugins that are installed, twice: here they are the same ones for all."""
+    from npe2 import PluginManifest
+
+    found = list(PluginManifest.discover())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PluginManifest, "discover", lambda paths=(): iter(found))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +68,7 @@ def movie(labels) -> np.ndarray:
 
 @pytest.fixture
 def viewer(make_napari_viewer):
+    gc.freeze()  # the collection after each test need not look at all that was imported
     viewer = make_napari_viewer(show=True, strict_qt="raise")
     viewer.window.resize(1100, 800)
     return viewer

@@ -347,8 +347,9 @@ def test_progress_in_the_activity_dock_is_gone_in_the_end(qtbot, show_movie, ope
     qtbot.waitUntil(lambda: not progress._all_instances and not bars(), timeout=20_000)
 
 
-def test_after_many_random_edits_the_picture_is_that_of_the_picked_roi(
-    qtbot, show_movie, open_widget, canvas, network, viewer, movie
+@pytest.mark.parametrize("n_edits", [40, pytest.param(120, marks=pytest.mark.slow)])
+def test_after_random_edits_the_picture_is_that_of_the_picked_roi(
+    n_edits, qtbot, show_movie, open_widget, canvas, network, viewer, movie
 ):
     rng = np.random.default_rng(11)
     stack = np.stack([movie, movie[::-1]], axis=1)
@@ -379,7 +380,7 @@ def test_after_many_random_edits_the_picture_is_that_of_the_picked_roi(
         widget.cancel,
         lambda: qtbot.wait(int(rng.integers(1, 400))),
     ]
-    for k in rng.integers(0, len(actions), 120):
+    for k in rng.integers(0, len(actions), n_edits):
         actions[k]()
         qtbot.wait(5)
         if rng.random() < 0.1:
@@ -388,7 +389,7 @@ def test_after_many_random_edits_the_picture_is_that_of_the_picked_roi(
     qtbot.waitUntil(lambda: not widget._batch.busy, timeout=20_000)
     settled(qtbot, widget)
     check(widget, stack, layer)
-    assert len(network.calls) > 15
+    assert len(network.calls) > n_edits / 8
     assert all("free pixels" in sentence or "expected at least one" in sentence for sentence in failures), failures
 
 

@@ -40,7 +40,7 @@ def test_a_gap_holds_for_its_own_result_only():
 
 
 def test_gaps_are_those_of_the_model_and_errors_are_a_sentence():
-    simulated = calvae.simulate(1, 8.0, 30.0, rate=1.0, seed=1)
+    simulated = calvae.simulate(1, 3.0, 20.0, rate=2.0, seed=1)
     whole = calvae.infer(simulated.traces, n_samples=10)
     roi = whole.roi_ids[0]
     (found,) = gaps.iter_gaps(3, {roi: (whole, 0)}, [roi], "universal")

@@ -522,7 +522,8 @@ def test_everything_says_what_it_is_and_fits(qtbot, show_movie, open_table, view
             assert inner or control.toolTip() or control is widget.form.table, control.text()
 
 
-def test_three_hundred_random_actions(qtbot, show_movie, open_table, canvas, viewer):
+@pytest.mark.parametrize("n_actions", [80, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_actions(n_actions, qtbot, show_movie, open_table, canvas, viewer):
     """Whatever is pressed in whatever order: no error, and what is shown holds."""
     show_movie()
     viewer.layers["ROIs"].metadata["spike_times"] = {1: np.array([2.0, 5.5])}
@@ -584,7 +585,7 @@ def test_three_hundred_random_actions(qtbot, show_movie, open_table, canvas, vie
         lambda: qtbot.mouseClick(rng.choice([form.accept, form.reject, form.clear, form.undo]), BUTTON),
         lambda: QTest.qWait(int(rng.integers(0, 200))),
     ]
-    for number in rng.integers(0, len(actions), 300):
+    for number in rng.integers(0, len(actions), n_actions):
         actions[number]()
     choose(form.listed, "all")
     form.filter.clear()

@@ -63,6 +63,7 @@ def test_the_demo_says_how_to_get_a_display(monkeypatch):
         demo.run()
 
 
+@pytest.mark.slow
 def test_waiting_is_measured_in_a_window_of_its_own():
     code = "from napari_calvae._napari.latency import iter_latency; print([r['times'] for r in iter_latency(600, 2)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
