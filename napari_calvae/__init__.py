@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AllOpticalInference": "all_optical",
     "Expectation": "expectation",
+    "LiveRates": "live",
     "FitOptions": "fitting.options",
     "QC": "metrics",
     "RecordingError": "recording",
@@ -55,6 +56,7 @@ _HOME = {
     "refine": "refinement",
     "roi_marks": "preprocess",
     "simulate": "simulation",
+    "stream": "live",
     "write": "formats",
 }
 
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
         write,
     )
     from napari_calvae.inference import infer, iter_batch, iter_infer
+    from napari_calvae.live import LiveRates, stream
     from napari_calvae.metrics import QC
     from napari_calvae.preprocess import (
         bin_spikes,

@@ -95,10 +95,7 @@ def iter_extract(
         Raw fluorescence, one row per ROI.
     """
     rate = check_frame_rate(frame_rate)
-    if not 0 <= neuropil_coefficient <= 2:
-        raise RecordingError(
-            f"neuropil_coefficient: expected a number from 0 (off) to 2, usually 0.7, got {neuropil_coefficient!r}."
-        )
+    _checked_coefficient(neuropil_coefficient)
     every = check_movie(movie, rois, rate)
     masks = every if wanted is None else _select(every, wanted)
     rings = _rings(masks, every) if neuropil_coefficient else tuple(np.empty(0, np.int64) for _ in masks.ids)
@@ -122,6 +119,54 @@ def iter_extract(
         "rois_without_ring": without if neuropil_coefficient else [],
     }
     return Traces(values, rate, "raw", masks.ids, t0, provenance={"extraction": steps})
+
+
+class FrameReader:
+    """Traces of frames as they come, for a recording that is still going on.
+
+    The neuropil signal itself is subtracted, F − r · N, since its median is not known yet: up to a constant for each
+    ROI this is what ``iter_extract`` reads.
+
+    Parameters
+    ----------
+    rois
+        ROIs, or a (y, x) label image with 0 as background.
+    neuropil_coefficient
+        The share r; 0 turns the correction off.
+    """
+
+    def __init__(self, rois: RoiMasks | ArrayLike, neuropil_coefficient: float = 0.7):
+        self.masks = rois if isinstance(rois, RoiMasks) else RoiMasks.from_labels(rois)
+        self._coefficient = _checked_coefficient(neuropil_coefficient)
+        none = tuple(np.empty(0, np.int64) for _ in self.masks.ids)
+        self._means = _Means(self.masks, _rings(self.masks, self.masks) if neuropil_coefficient else none, 0)
+
+    def read(self, frames: ArrayLike) -> np.ndarray:
+        """(roi, time) raw fluorescence of one (y, x) frame or several (time, y, x).
+
+        Raises
+        ------
+        RecordingError
+            If they are not images of the size of the ROIs.
+        """
+        images = np.asarray(frames)
+        images = images[None] if images.ndim == 2 else images
+        if images.shape[1:] != self.masks.shape or images.dtype.kind not in "fiub":
+            raise RecordingError(
+                f"frames: expected images of real numbers, {self.masks.shape[0]} × {self.masks.shape[1]} pixels like "
+                f"the ROIs, got shape {np.shape(frames)} of dtype {images.dtype}. Crop or scale them as the ROIs were."
+            )
+        found = self._means.read(images)
+        inside, around = found[:, ::2].T, found[:, 1::2].T
+        return np.where(np.isfinite(around), inside - self._coefficient * around, inside)
+
+
+def _checked_coefficient(neuropil_coefficient: float) -> float:
+    if not 0 <= neuropil_coefficient <= 2:
+        raise RecordingError(
+            f"neuropil_coefficient: expected a number from 0 (off) to 2, usually 0.7, got {neuropil_coefficient!r}."
+        )
+    return float(neuropil_coefficient)
 
 
 def check_movie(movie: Any, rois: RoiMasks | ArrayLike, frame_rate: float) -> RoiMasks:
@@ -216,6 +261,13 @@ class _Means:
         self.values = np.zeros((n_frames, len(parts)), np.float32)
         self.lost: np.ndarray | None = None  # (time, column) missing pixels, once there are some
         self.tiles: dict[tuple[int, ...], _Tile] = {}
+
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """`finish` of these (time, y, x) frames alone."""
+        self.values, self.lost = np.zeros((len(frames), len(self.lengths)), np.float32), None
+        piece = Piece(slice(0, len(frames)), *self.box)
+        self.add(piece, frames[piece], None)
+        return self.finish()
 
     def add(self, piece: Piece, block: np.ndarray, workers: Executor | None) -> None:
         """Add what a (time, y, x) block, the pixels of ``piece``, contributes."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from napari_calvae._extraction import check_movie, extract, iter_extract
+from napari_calvae._extraction import FrameReader, check_movie, extract, iter_extract
 from napari_calvae._regions import correlation_peak, local_correlation, roi_marks
 from napari_calvae.recording import RecordingError, Traces, check_frame_rate
 
 __all__ = [
+    "FrameReader",
     "bin_spikes",
     "check_movie",
     "check_traces",

@@ -51,16 +51,21 @@ class Preprocessing(BaseModel):
     def apply(self, traces: Traces) -> Traces:
         """ΔF/F of the traces, or an error that says why no spikes can be inferred from them."""
         check_traces(traces)
-        low, high = self.min_frame_rate, self.max_frame_rate
-        # Microscopes that are said to run at 120 Hz run at 122.
-        if not low / _LEEWAY <= traces.frame_rate <= high * _LEEWAY:
-            raise RecordingError(
-                f"frame rate: expected {low:g} to {high:g} Hz, where this model was trained, got {traces.frame_rate:g} "
-                "Hz. Resample the traces into that range, for example with napari_calvae.preprocess.resample."
-            )
+        self.check_rate(traces.frame_rate)
         if traces.unit == "dff":
             return traces
         return delta_f_over_f(traces, self.baseline_window, self.baseline_percentile)
+
+    def check_rate(self, frame_rate: float) -> float:
+        """The frame rate (Hz), or an error if it is far from those of the training."""
+        low, high = self.min_frame_rate, self.max_frame_rate
+        # Microscopes that are said to run at 120 Hz run at 122.
+        if not low / _LEEWAY <= frame_rate <= high * _LEEWAY:
+            raise RecordingError(
+                f"frame rate: expected {low:g} to {high:g} Hz, where this model was trained, got {frame_rate:g} "
+                "Hz. Resample the traces into that range, for example with napari_calvae.preprocess.resample."
+            )
+        return frame_rate
 
 
 @dataclass(eq=False)

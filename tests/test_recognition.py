@@ -15,6 +15,7 @@ SMALL = {
     "convolutional": {"width": 6, "kernels": (5, 3), "max_count": 2},
     "factorized": {"widths": (4, 6, 8), "max_count": 2},
     "spines": {"shaft_widths": (4, 6, 8), "spine_widths": (4, 5, 6), "n_shared": 3, "max_count": 2},
+    "causal": {"width": 6, "n_levels": 4, "max_count": 2, "lags": (0, 2), "lag": 2},
     "autoregressive": {"width": 6, "hidden": 5, "max_count": 2, "segment": 128},
 }
 #: Networks with settings that change what their posterior is, held to the same.
@@ -198,3 +199,35 @@ def test_samples_share_the_gain_of_their_cell():
     binomial = float((2000 * p * (1 - p)).sqrt())
     assert spread[0] == pytest.approx(binomial, rel=0.15)
     assert spread[1] > 4 * binomial
+
+
+def test_frame_by_frame_equals_the_whole_trace():
+    """What a causal network says as frames come in is what it says of the trace once it is complete."""
+    torch.manual_seed(0)
+    network = NETWORKS["causal"](**SMALL["causal"]).double().eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        features = trace_features(traces(3, 90))
+        log_rate = torch.tensor([20.0, 30.0, 100.0], dtype=torch.float64).log()
+        summary = network.summarise(features, log_rate)
+        for lag in network.lags:
+            network.set_lag(lag)
+            state = network.start(3)
+            for row in range(3):  # ROIs are conditioned one by one, as their summaries come
+                part = slice(row, row + 1)
+                network.condition(state, torch.tensor([row]), log_rate[part], summary[part])
+            stepped = torch.cat([network.step(state, frame) for frame in features.unbind(-1)], -1)
+            whole = network.local(features, log_rate, summary)
+            torch.testing.assert_close(stepped[..., lag:], whole[..., : 90 - lag])
+            in_blocks = network.start(3)
+            network.condition(in_blocks, torch.arange(3), log_rate, summary)
+            blocks = [network.advance(in_blocks, part) for part in features.split([1, 40, 3, 7, 39], -1)]
+            torch.testing.assert_close(torch.cat(blocks, -1), stepped)
+            assert in_blocks.now == state.now == 90
+            for one, other in zip(in_blocks.rings, state.rings, strict=True):
+                torch.testing.assert_close(one, other)
+            posterior = network.every_lag(traces(3, 90), log_rate.exp())[lag]
+            torch.testing.assert_close(posterior.mean, network.posterior(whole, log_rate, summary).mean)
+    with pytest.raises(ValueError, match="expected one of 0, 2 frames, got 1"):
+        network.set_lag(1)

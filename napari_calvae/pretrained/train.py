@@ -1,5 +1,7 @@
 """Train the universal model: ``python -m napari_calvae.pretrained.train --data FOLDER --out FILE``.
 
+With ``--live`` the one for recordings that are still going on.
+
 Resumes from its checkpoint when called again with the same settings.
 """
 
@@ -21,7 +23,7 @@ from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.metrics import describe
 from napari_calvae.pretrained.recordings import FOLDS, FRAME_RATES, RecordingSampler, Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
-from napari_calvae.recognition import FactorizedNetwork, RecognitionNetwork
+from napari_calvae.recognition import CausalNetwork, FactorizedNetwork, RecognitionNetwork
 from napari_calvae.training import TrainConfig, TrainRecord, iter_train
 from napari_calvae.vae import Preprocessing, SpikeVAE
 
@@ -51,11 +53,15 @@ def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, sim
 
 
 def snippet_loss(network: RecognitionNetwork, batch: Snippets) -> Float[torch.Tensor, ""]:
-    """Minus the log-probability of the true spikes of snippets, per frame."""
+    """Minus the log-probability of the true spikes of snippets, per frame; with a lag, the mean over all lags."""
     counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)
     scored = torch.from_numpy(batch.scored)
-    posterior = network(torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate))
-    log_p = posterior.log_prob(counts, scored)
+    fluorescence, frame_rate = torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate)
+    if isinstance(network, CausalNetwork):
+        of_lags = network.every_lag(fluorescence, frame_rate).values()
+        log_p = torch.stack([posterior.log_prob(counts, scored) for posterior in of_lags]).mean(0)
+    else:
+        log_p = network(fluorescence, frame_rate).log_prob(counts, scored)
     # Slow frames hold more spikes each, and would otherwise outweigh the fast ones.
     weight = torch.from_numpy(np.sqrt(batch.frame_rate / 30.0))
     return -(weight * log_p).sum() / (weight * scored.sum(-1)).sum()
@@ -131,8 +137,8 @@ def main(
     fold: Annotated[int, typer.Option(min=0, max=len(FOLDS), help="Fold to leave out, from 1; 0 is none")] = 0,
     simulation_steps: Annotated[float, typer.Option(help="Share of the steps on simulations alone, at first")] = 0.12,
     models: Annotated[str, typer.Option(help="Models to simulate from, comma-separated")] = MODELS_SIMULATED,
-    gain_scale: Annotated[float, typer.Option(help="Widening of the gain, calibrated on left-out data sets")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of every random number")] = 0,
+    live: Annotated[bool, typer.Option(help="Train the causal network instead")] = False,
 ) -> None:
     """Train the universal recognition network on recordings with known spikes and on simulations."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -140,16 +146,20 @@ def main(
     sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
     recordings, simulations = RecordingSampler(sweeps), SimulationSampler(models.split(","))
     torch.manual_seed(seed)
-    network = FactorizedNetwork(min_frames=min(WINDOWS), local_gain=True)
+    network: CausalNetwork | FactorizedNetwork
+    if live:
+        network = CausalNetwork(min_frames=min(WINDOWS))
+    else:
+        network = FactorizedNetwork(min_frames=min(WINDOWS), local_gain=True)
     recipe = Recipe(n_steps=steps, simulation_steps=simulation_steps, seed=seed)
     recent = []
     for record in iter_pretrain(network, recordings, simulations, recipe, out.with_suffix(".checkpoint")):
         recent.append(record.loss)
         if record.step % 100 == 0:
             log.info("step %d of %d, loss %.4f, %.0f s", record.step, steps, np.mean(recent[-500:]), record.seconds)
-    network.set_gain_scale(gain_scale)
     rest = ", ".join(left_out) or "nothing"
-    model = universal_model(network, f"universal; {steps} steps, seed {seed}, left out: {rest}")
+    name = "live" if live else "universal"
+    model = universal_model(network, f"{name}; {steps} steps, seed {seed}, left out: {rest}")
     model.trained_on = seen(recordings, simulations, seed)
     model.save(out)
     log.info("saved %s", out)

@@ -7,13 +7,15 @@ from typing import Any
 from napari_calvae.recognition.amortised import ThetaEntry, ThetaPosterior
 from napari_calvae.recognition.autoregressive import AutoregressiveNetwork
 from napari_calvae.recognition.base import CHUNK, RecognitionNetwork, SpikePosterior
+from napari_calvae.recognition.causal import CausalNetwork, CausalState
 from napari_calvae.recognition.convolutional import ConvolutionalNetwork
 from napari_calvae.recognition.factorized import FactorizedNetwork
 from napari_calvae.recognition.spines import SpineNetwork
 
 #: Every network that a saved model may name. Contract tests collect this.
 NETWORKS: dict[str, type[RecognitionNetwork]] = {
-    cls.name: cls for cls in (ConvolutionalNetwork, FactorizedNetwork, AutoregressiveNetwork, SpineNetwork)
+    cls.name: cls
+    for cls in (ConvolutionalNetwork, FactorizedNetwork, AutoregressiveNetwork, SpineNetwork, CausalNetwork)
 }
 
 
@@ -30,6 +32,8 @@ __all__ = [
     "CHUNK",
     "NETWORKS",
     "AutoregressiveNetwork",
+    "CausalNetwork",
+    "CausalState",
     "ConvolutionalNetwork",
     "FactorizedNetwork",
     "RecognitionNetwork",

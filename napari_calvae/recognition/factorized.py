@@ -56,6 +56,9 @@ class GainCategorical(SpikePosterior):
         """Expected spike count of each frame."""
         weights = self._weights
         gains, probability = self._nodes()
+        if weights.shape[-1] == 1:  # a frame of a recording that is going on: one pass, where each step is a handful
+            tilt = (gains[..., None] * self.response).exp()
+            return torch.einsum("n,nrt->rt", probability, _moments(weights, tilt))
         tilts = ((g[:, None] * self.response).exp() for g in gains)
         return sum(p * _moments(weights, tilt) for p, tilt in zip(probability, tilts, strict=True))
 
@@ -171,7 +174,9 @@ class GainCategorical(SpikePosterior):
         return self._bounded(self.gain_mean + self.gain_std * node[:, None]), probability
 
 
-def _moments(weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, "roi time"]) -> Float[Tensor, "roi time"]:
+def _moments(
+    weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, "*node roi time"]
+) -> Float[Tensor, "*node roi time"]:
     """Mean count under weights tilted by ``tilt**k``: two Horner schemes."""
     top = weights.shape[1] - 1
     total = weights[:, top]

@@ -1,0 +1,265 @@
+"""A posterior for a recording that is still going on: spikes of a frame from what came up to a few frames after it.
+
+Dilated causal convolutions (van den Oord et al. 2016, WaveNet, section 2.1) with the gain of `FactorizedNetwork`. Whole
+traces pass through as through any other network; `step` and `advance` make the same outputs as frames come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, trace_features
+from napari_calvae.recognition.factorized import GainCategorical, count_logits
+
+#: Frames that the first layer sees, the last of them the newest.
+_STEM = 5
+#: Traces are at least this long (frames) where they are summarised.
+_SHORTEST = 64
+#: From so many ROIs on a product of all of them for one frame is as fast as one over many frames.
+_MANY_ROIS = 64
+
+
+@dataclass
+class CausalState:
+    """What `CausalNetwork.step` remembers: the last features, and each block's input as far back as its taps reach.
+
+    ``history`` (roi, channel, 5); ``rings`` one (2 · dilation, width, roi) per block; ``films`` (block, 2, width, roi)
+    scale and shift of each block; ``now`` frames so far.
+    """
+
+    history: Tensor
+    rings: list[Tensor]
+    films: Tensor
+    now: int = 0
+
+
+class _Block(nn.Module):
+    """Three taps ``dilation`` frames apart around a residual path, scaled and shifted by a condition (FiLM)."""
+
+    def __init__(self, width: int, dilation: int, n_condition: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.taps = nn.Conv1d(3 * width, width, 1)
+        self.out = nn.Conv1d(width, width, 1)
+        self.film = nn.Linear(n_condition, 2 * width)
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+        with torch.no_grad():
+            self.out.weight.mul_(0.5)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.film(condition)[..., None].chunk(2, 1)
+        return self.after(nn.functional.pad(x, (2 * self.dilation, 0)), x, scale, shift)
+
+    def after(self, past: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Outputs for ``x``, which ends ``past``, that begins 2 · dilation frames earlier."""
+        n, d = x.shape[-1], self.dilation
+        taps = self.taps(torch.cat([past[..., :n], past[..., d : d + n], x], 1))
+        return x + self.out(torch.relu_(torch.addcmul(shift, taps, 1 + scale)))
+
+
+class CausalNetwork(RecognitionNetwork):
+    """Counts per frame, given a latent gain of the cell, from the frames up to ``lag`` after it.
+
+    Parameters
+    ----------
+    width
+        Channels.
+    n_levels
+        Blocks; the taps of each are twice as far apart as those of the one before.
+    lags
+        Lags (frames) that it is trained for.
+    lag
+        The one of them that it answers with.
+    max_count
+        Highest spike count per frame.
+    gain_scale
+        Factor on the standard deviation of the log-gain.
+    min_frames
+        Shortest trace that it is trained on.
+    """
+
+    name: ClassVar[str] = "causal"
+
+    def __init__(
+        self,
+        width: int = 32,
+        n_levels: int = 8,
+        lags: Sequence[int] = (0, 1, 2, 4, 8),
+        lag: int = 4,
+        max_count: int = 10,
+        gain_scale: float = 1.0,
+        min_frames: int = 1,
+    ) -> None:
+        super().__init__()
+        self.lags = tuple(lags)
+        self.config: dict[str, Any] = {
+            "width": width,
+            "n_levels": n_levels,
+            "lags": list(lags),
+            "lag": lag,
+            "max_count": max_count,
+            "gain_scale": gain_scale,
+            "min_frames": min_frames,
+        }
+        self.set_lag(lag)
+        self.max_count = max_count
+        self.gain_scale = gain_scale
+        self.min_frames = min_frames
+        self.stride = 1
+        self.halo = max(_STEM - 1 + 2 * (2**n_levels - 1), *self.lags)
+        n_rate, n_summary = 8, 32
+        self.rate = nn.Sequential(nn.Linear(2, n_rate), nn.ReLU(), nn.Linear(n_rate, n_rate))
+        widths = (N_FEATURES, 16, 24, n_summary)
+        self.coarse = nn.ModuleList(nn.Conv1d(a, b, 4, stride=4) for a, b in itertools.pairwise(widths))
+        self.pool = nn.Linear(2 * n_summary, n_summary)
+        self.stem = nn.Conv1d(N_FEATURES, width, _STEM)
+        self.blocks = nn.ModuleList(_Block(width, 2**level, n_rate + n_summary) for level in range(n_levels))
+        self.heads = nn.ModuleList(nn.Conv1d(width, 2 + max_count, 1) for _ in self.lags)
+        gain = nn.Linear(32, 2)
+        self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
+        with torch.no_grad():
+            # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
+            for head in self.heads:
+                weight, bias = cast(Tensor, head.weight), cast(Tensor, head.bias)
+                weight[1:] = 0
+                bias[:] = 0
+                bias[1 + max_count :] = 2.0
+            gain.weight[:] = 0
+            gain.bias[:] = torch.tensor([0.0, math.log(0.3)])
+
+    def set_lag(self, lag: int) -> None:
+        """Answer with this lag (frames) from now on.
+
+        Raises
+        ------
+        ValueError
+            If the network is not trained for it.
+        """
+        if lag not in self.lags:
+            raise ValueError(f"lag: expected one of {', '.join(map(str, self.lags))} frames, got {lag}.")
+        self.lag = self.config["lag"] = lag
+
+    def set_gain_scale(self, gain_scale: float) -> None:
+        """Widen the posterior of the log-gain by this factor."""
+        self.gain_scale = self.config["gain_scale"] = float(gain_scale)
+
+    def summarise(self, features: Tensor, log_rate: Tensor) -> Tensor:
+        """Mean and spread over time of what strided convolutions make of the trace."""
+        x = nn.functional.pad(features, (0, max(0, _SHORTEST - features.shape[-1])))
+        for layer in self.coarse:
+            x = torch.relu(layer(x))
+        spread = (x.var(-1, unbiased=False) + 1e-6).sqrt()
+        return torch.relu(self.pool(torch.cat([x.mean(-1), spread], 1)))
+
+    def local(self, features: Tensor, log_rate: Tensor, summary: Tensor) -> Tensor:
+        """Log-rate (spikes/s), residual log-weights of the counts 1, 2, …, and log-odds of the gain's response."""
+        return self._answer(self._trunk(features, log_rate, summary, self.lag), self.lag, features.shape[-1])
+
+    def summary_and_local(self, features: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Summary and outputs of whole traces."""
+        summary = self.summarise(features, log_rate)
+        return summary, self.local(features, log_rate, summary)
+
+    def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
+        """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
+        mean, log_std = self.gain(self._condition(log_rate, summary)).unbind(-1)
+        n = 1 + self.max_count
+        logits, response = count_logits(local[:, :n], log_rate), torch.sigmoid(local[:, n])
+        return GainCategorical(logits, mean, log_std.clamp(-4, 1.5).exp(), response).widened(self.gain_scale)
+
+    def every_lag(
+        self,
+        fluorescence: Float[Tensor, "roi time"],
+        frame_rate: Float[Tensor, " roi"],
+        valid: Bool[Tensor, "roi time"] | None = None,
+    ) -> dict[int, GainCategorical]:
+        """Posterior by lag, of traces that pass through once."""
+        features, log_rate = trace_features(fluorescence, valid), frame_rate.log()
+        summary = self.summarise(features, log_rate)
+        trunk = self._trunk(features, log_rate, summary, max(self.lags))
+        n = features.shape[-1]
+        return {lag: self.posterior(self._answer(trunk, lag, n), log_rate, summary) for lag in self.lags}
+
+    def start(self, n_rois: int) -> CausalState:
+        """State before the first frame: nothing was measured, and no ROI is conditioned yet."""
+        like = next(self.parameters())
+        width = self.config["width"]
+        return CausalState(
+            history=like.new_zeros(n_rois, N_FEATURES, _STEM),
+            rings=[like.new_zeros(2 * block.dilation, width, n_rois) for block in self._blocks],
+            films=like.new_zeros(len(self.blocks), 2, width, n_rois),
+        )
+
+    def condition(self, state: CausalState, rois: Tensor, log_rate: Tensor, summary: Tensor) -> None:
+        """Let some ROIs (their rows) be seen in the light of a summary from now on."""
+        condition = self._condition(log_rate, summary)
+        films = torch.stack([block.film(condition).T.unflatten(0, (2, -1)) for block in self._blocks])
+        state.films[..., rois] = films
+
+    def step(self, state: CausalState, features: Float[Tensor, "roi channel"]) -> Float[Tensor, "roi output 1"]:
+        """Take one more frame of every ROI: `local` of the frame ``lag`` before it."""
+        state.history = torch.cat([state.history[..., 1:], features[..., None]], -1)
+        x = _product(self.stem, state.history.flatten(1).T)  # (width, roi): all ROIs at once in each product
+        for block, ring, (scale, shift) in zip(self._blocks, state.rings, state.films, strict=True):
+            place = state.now % len(ring)
+            taps = torch.cat([ring[place], ring[place - block.dilation], x])
+            ring[place] = x
+            h = torch.relu_(torch.addcmul(shift, _product(block.taps, taps), 1 + scale))
+            x = x + _product(block.out, h)
+        state.now += 1
+        return _product(self._head, torch.relu(x)).T[..., None]
+
+    def advance(
+        self, state: CausalState, features: Float[Tensor, "roi channel time"]
+    ) -> Float[Tensor, "roi output time"]:
+        """`step` frame by frame, faster where there are many."""
+        n_rois, _, n = features.shape
+        if n_rois >= _MANY_ROIS or n <= len(self.blocks):
+            return torch.cat([self.step(state, frame) for frame in features.unbind(-1)], -1)
+        x = torch.cat([state.history[..., 1:], features], -1)
+        state.history = x[..., -_STEM:]
+        x = self.stem(x)
+        for block, ring, (scale, shift) in zip(self._blocks, state.rings, state.films, strict=True):
+            reach = len(ring)
+            past = torch.cat([ring.roll(-(state.now % reach), 0).permute(2, 1, 0), x], -1)
+            ring[:] = past[..., -reach:].permute(2, 1, 0).roll((state.now + n) % reach, 0)
+            x = block.after(past, x, scale.T[..., None], shift.T[..., None])
+        state.now += n
+        return self._head(torch.relu(x))
+
+    def _trunk(self, features: Tensor, log_rate: Tensor, summary: Tensor, ahead: int) -> Tensor:
+        """(roi, width, time + ahead): frames after the last are missing."""
+        condition = self._condition(log_rate, summary)
+        x = self.stem(nn.functional.pad(features, (_STEM - 1, ahead)))
+        for block in self._blocks:
+            x = block(x, condition)
+        return torch.relu(x)
+
+    @property
+    def _blocks(self) -> list[_Block]:
+        return [cast(_Block, block) for block in self.blocks]
+
+    @property
+    def _head(self) -> nn.Conv1d:
+        return cast(nn.Conv1d, self.heads[self.lags.index(self.lag)])
+
+    def _answer(self, trunk: Tensor, lag: int, n_frames: int) -> Tensor:
+        return self.heads[self.lags.index(lag)](trunk[..., lag : lag + n_frames])
+
+    def _condition(self, log_rate: Tensor, summary: Tensor) -> Tensor:
+        x = log_rate - math.log(30.0)
+        return torch.cat([self.rate(torch.stack([x, x**2], -1)), summary], 1)
+
+
+def _product(layer: nn.Conv1d, x: Float[Tensor, "input roi"]) -> Float[Tensor, "output roi"]:
+    """What a convolution makes of one frame, its filters' length long, with the ROIs as columns."""
+    return torch.addmm(cast(Tensor, layer.bias)[:, None], layer.weight.flatten(1), x)

@@ -1,0 +1,138 @@
+"""Spikes while a recording is going on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import napari_calvae as calvae
+from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.recognition import CausalNetwork, FactorizedNetwork
+from napari_calvae.recognition.base import trace_features, trace_scale
+from napari_calvae.vae import ModelError, SpikeVAE
+
+RATE = 20.0
+
+
+def model(network) -> SpikeVAE:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return SpikeVAE(network.eval(), MODELS["linear_ar"](), SpikePrior(rate=1.0, max_count=network.max_count))
+
+
+@pytest.fixture(scope="module")
+def causal() -> SpikeVAE:
+    return model(CausalNetwork(width=6, n_levels=4, max_count=3, lags=(0, 2), lag=0))
+
+
+@pytest.fixture(scope="module")
+def values() -> np.ndarray:
+    return 100 + np.random.default_rng(0).normal(size=(3, 300)).cumsum(1).astype(np.float32)
+
+
+def frame_by_frame(live, values) -> list:
+    found = [live.push(frame) for frame in values.T]
+    return [*found, live.finish()]
+
+
+def test_every_frame_gets_its_rate_once_and_in_order(causal, values):
+    live = calvae.stream(RATE, causal, lag=2)
+    found = frame_by_frame(live, values)
+    assert [part.rate.shape[1] for part in found[:99]] == [0] * 99  # five seconds
+    assert found[99].rate.shape == (3, 98)
+    assert all(part.rate.shape == (3, 1) for part in found[100:300])
+    assert found[300].rate.shape == (3, 2)
+    np.testing.assert_array_equal(np.concatenate([part.frames for part in found]), np.arange(300))
+    np.testing.assert_allclose(found[150].times, [148 / RATE])
+    assert all((part.rate > 0).all() for part in found)
+    assert live.n_frames == 300
+
+
+def test_rates_are_those_of_the_network_in_units_of_what_came_before(causal, values):
+    """Five seconds at once, the next frames: the outputs of the whole trace, had it been measured in these units."""
+    live = calvae.stream(RATE, causal, lag=2)
+    found = np.concatenate([live.push(values[:, :200]).rate, live.push(values[:, 200:230]).rate], 1)
+    seen = torch.from_numpy(values)
+    scale, network = trace_scale(seen[:, :200]), live._network
+    log_rate = torch.full((3,), RATE).log()
+    with torch.inference_mode():
+        summary = network.summarise(trace_features(seen[:, :200]), log_rate)
+        local = network.local(trace_features(seen[:, :230], None, scale), log_rate, summary)
+        expected = network.posterior(local, log_rate, summary).mean.numpy() * RATE
+    np.testing.assert_allclose(found[:, :198], expected[:, :198], rtol=1e-4)
+    # Within two seconds all are measured again, so the next frames are in slightly other units.
+    assert np.corrcoef(np.log(found[:, 198:]).ravel(), np.log(expected[:, 198:228]).ravel())[0, 1] > 0.9
+
+
+def test_how_frames_are_bundled_hardly_matters(causal, values):
+    one = frame_by_frame(calvae.stream(RATE, causal, lag=2), values)
+    live = calvae.stream(RATE, causal, lag=2)
+    other = [live.push(part) for part in np.split(values, [100, 107, 108, 200], 1)] + [live.finish()]
+    one, other = (np.concatenate([part.rate for part in parts], 1) for parts in (one, other))
+    np.testing.assert_allclose(one[:, :98], other[:, :98], rtol=1e-4)
+    assert np.corrcoef(np.log(one).ravel(), np.log(other).ravel())[0, 1] > 0.9
+
+
+def test_rois_know_nothing_of_each_other_and_silent_ones_say_nothing(causal, values):
+    dead = np.concatenate([values, np.full((1, 300), 7.0), np.full((1, 300), np.nan)])
+    found = calvae.stream(RATE, causal, lag=0).push(dead)
+    assert np.isnan(found.rate[3:]).all()
+    np.testing.assert_allclose(found.rate[:3], calvae.stream(RATE, causal, lag=0).push(values).rate, rtol=1e-4)
+
+
+def test_missing_frames_are_bridged(causal, values):
+    gap = values.copy()
+    gap[:, 150:160] = np.nan
+    found = calvae.stream(RATE, causal, lag=2).push(gap)
+    assert np.isfinite(found.rate).all()
+
+
+def test_images_are_read_at_the_rois(causal, values):
+    rng = np.random.default_rng(1)
+    labels = np.zeros((30, 30), np.int32)
+    labels[3:8, 3:8], labels[20:25, 10:15] = 1, 2
+    movie = rng.normal(100, 5, (300, 30, 30))
+    movie[:, labels == 1] += 20 * np.maximum(0, values[0] - 100)[:, None]
+    live = calvae.stream(RATE, causal, lag=2, rois=labels)
+    found = [live.push(movie[:120]), *(live.push(image) for image in movie[120:])]
+    rate = np.concatenate([part.rate for part in found], 1)
+    assert rate.shape == (2, 298)
+    # Up to a constant, which no network sees, these are the traces that are extracted afterwards.
+    traces = calvae.extract(movie, labels, RATE)
+    again = np.concatenate([(part := calvae.stream(RATE, causal, lag=2)).push(traces.values[:, :120]).rate], 1)
+    np.testing.assert_allclose(rate[:, :118], again, rtol=2e-3)
+    assert part.lag == 2
+    with pytest.raises(calvae.RecordingError, match=r"30 × 30 pixels like the ROIs, got shape \(2, 20, 30\)"):
+        live.push(np.zeros((2, 20, 30)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, ">f4", np.float64, bool])
+def test_any_real_numbers_are_taken(causal, values, dtype):
+    assert calvae.stream(RATE, causal, lag=0).push(values.astype(dtype)).rate.dtype == np.float32
+
+
+def test_bad_input_is_a_clear_error(causal, values):
+    live = calvae.stream(RATE, causal, lag=2)
+    live.push(values[:, 0])
+    with pytest.raises(calvae.RecordingError, match=r"expected \(3,\) numbers, one for each ROI.*got shape \(2,\)"):
+        live.push(values[:2, 0])
+    with pytest.raises(calvae.RecordingError, match="of dtype complex64"):
+        live.push(values[:, 0] * 1j)
+    with pytest.raises(calvae.RecordingError, match="got shape"):
+        live.push(3.0)
+    with pytest.raises(calvae.RecordingError, match=r"expected one of 0, 2 frames, got 3\. Choose"):
+        calvae.stream(RATE, causal, lag=3)
+    with pytest.raises(calvae.RecordingError, match="frame rate: expected 3 to 120 Hz"):
+        calvae.stream(500.0, causal, lag=2)
+    with pytest.raises(ModelError, match=r"'factorized', which sees whole traces"):
+        calvae.stream(RATE, model(FactorizedNetwork(widths=(4, 6))))
+    assert live.finish().rate.shape[1] == 0
+
+
+def test_a_stream_leaves_the_model_as_it_is(causal, values):
+    before = causal.recognition.lag
+    calvae.stream(RATE, causal, lag=2).push(values)
+    assert causal.recognition.lag == before == 0
