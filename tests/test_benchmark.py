@@ -11,7 +11,7 @@ import torch
 from scipy.io import savemat
 
 from napari_calvae import benchmark
-from napari_calvae.benchmark import ablation, accuracy, adaptation
+from napari_calvae.benchmark import ablation, accuracy, adaptation, speed
 from napari_calvae.formats.ground_truth import Sweep, read_ground_truth
 from napari_calvae.pretrained.train import Recipe, universal_model
 from napari_calvae.recognition import AutoregressiveNetwork, FactorizedNetwork
@@ -260,8 +260,35 @@ def test_folds_must_be_whole_and_know_the_data_set(tmp_path):
         one.fold("DS99-x")
 
 
-def test_speed_rows_name_what_was_timed():
+def test_speed_is_measured_part_by_part_and_recorded(tmp_path):
     pytest.importorskip("oasis", reason="the rival is not installed: install napari-calvae[bench]")
-    rows = list(benchmark.speed(n_frames=600, repeats=1))
-    assert [row["task"] for row in rows][:2] == ["calvae, mean rate", "calvae, 50 samples and reconstruction"]
-    assert all(row["seconds"] > 0 for row in rows)
+    size = speed.Size(frames=300, rois=4, roi_frames=300, repeats=1)
+    for parts in (("trace", "rois", "machine"), ("growth",)):
+        rows = list(speed.iter_speed(size, out=tmp_path, parts=parts))
+        assert all(np.isfinite(row["value"]) for row in rows)
+        assert all(row["value"] > 0 for row in rows if row["part"] != "growth")
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert list(record) == ["trace", "rois", "machine", "growth"]
+    by_name = {row["what"]: row["value"] for row in record["rois"]["rows"]}
+    own, rival = by_name["mean, one core, per ROI"], by_name["OASIS AR1, one core, per ROI"]
+    assert by_name["speed against OASIS AR1: mean"] == pytest.approx(rival / own)
+    page = (tmp_path / "speed.md").read_text()
+    assert "`calvae benchmark speed growth --model universal --frames 300 --rois 4" in page
+    assert page.count("\n| growth | exponent") == 3
+    with pytest.raises(RecordingError, match="expected some of trace, rois, growth, machine, latency, fit, got clicks"):
+        next(speed.iter_speed(size, parts=["clicks"]))
+
+
+def test_cost_that_is_known_has_its_exponent(monkeypatch):
+    """Where a task takes a second per square of the number of samples, the exponent is two."""
+    now = [0.0]
+
+    def pretend(traces, vae, n_samples=50):
+        now[0] += traces.n_rois**2 * traces.n_frames * n_samples**0.5
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed, "infer", pretend)
+    found = [
+        row["value"] for row in speed.PARTS["growth"](speed.Size(rois=160, roi_frames=800, repeats=1), "universal")
+    ]
+    np.testing.assert_allclose(found, [2.0, 1.0, 0.5], atol=0.02)

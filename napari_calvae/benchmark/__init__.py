@@ -19,7 +19,6 @@ from napari_calvae.benchmark.ground_truth import (
     suite2p_method,
 )
 from napari_calvae.benchmark.kernels import kernel_rows
-from napari_calvae.benchmark.speed import speed
 from napari_calvae.formats.ground_truth import read_ground_truth
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "other_rows",
     "prepare",
     "read_ground_truth",
-    "speed",
     "study",
     "suite2p_method",
     "summary_rows",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -13,18 +11,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
 
-from napari_calvae.formats import whole_files
+from napari_calvae.benchmark.records import Row, iter_record, row
 from napari_calvae.formats.store import create_traces, rois_per_block
 from napari_calvae.inference import iter_batch
 from napari_calvae.inference.cluster import SETTINGS
-from napari_calvae.recording import RecordingError
 from napari_calvae.simulation import simulate
 from napari_calvae.trace_source import TraceSource
 
@@ -50,50 +48,35 @@ class Size:
 
 def iter_batch_rows(
     folder: Path, size: Size, out: Path | None = None, seed: int = 0, parts: Sequence[str] = ("cluster", "large")
-) -> Iterator[dict[str, object]]:
+) -> Iterator[Row]:
     """Rows of the table, as they are measured, of some ``parts``.
 
     Recordings and results go into ``folder`` and are removed. The record goes into ``out``, where that of the parts
     which are not measured now stays.
     """
-    unknown = sorted(set(parts) - set(_PARTS))
-    if unknown:
-        raise RecordingError(f"parts: expected some of {', '.join(_PARTS)}, got {', '.join(unknown)}.")
-    known = out / "batch.json" if out is not None else None
-    record: dict[str, Any] = json.loads(known.read_text()) if known and known.exists() else {}
-    work = folder / "calvae-batch"
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        for part in parts:
-            machine = {"cores": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
-            record[part] = {"size": asdict(size), "seed": seed, "machine": machine, "rows": []}
-            for row in _PARTS[part](work, size, seed):
-                record[part]["rows"].append(row)
-                if out is not None:
-                    _write(record, out)
-                yield row
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def made_by(part: str) -> str:
+        return (
+            f"calvae benchmark batch {part} --rois {size.rois} --frames {size.frames} --samples {size.samples} "
+            f"--kills {size.kills} --cluster-rois {size.cluster_rois} --seed {seed}"
+        )
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix="calvae-batch-") as work:
+        measured = {name: partial(part, Path(work), size, seed) for name, part in _PARTS.items()}
+        yield from iter_record(measured, parts, ("batch", _PAGE), made_by, out)
 
 
-def _write(record: dict[str, Any], out: Path) -> None:
-    """Write the record, after every row: a run of an hour may be cut short."""
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_files(out / "batch.json", out / "batch.md") as (data, table):
-        data.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        table.write_text(_markdown(record), encoding="utf-8")
-
-
-def _large(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
+def _large(work: Path, size: Size, seed: int) -> Iterator[Row]:
     """The large recording: inferred undisturbed, and killed again and again."""
     source = work / "large.zarr"
     write_recording(source, size.rois, size.frames, seed)
-    yield _row("recording written", f"{size.rois} × {size.frames} frames", _bytes(source) / 1e9, "GB")
+    yield row("recording written", f"{size.rois} × {size.frames} frames", _bytes(source) / 1e9, "GB")
     seconds, peak, _ = _child(source, work / "whole.zarr", size.samples)
-    yield _row("undisturbed", f"time, {size.samples} samples per ROI", seconds, "s")
-    yield _row("undisturbed", "trace-frames per second", size.rois * size.frames / seconds, "1/s")
-    yield _row("undisturbed", "peak memory", peak, "GB")
-    yield _row("undisturbed", "size of the store", _bytes(work / "whole.zarr") / 1e9, "GB")
+    yield row("undisturbed", f"time, {size.samples} samples per ROI", seconds, "s")
+    yield row("undisturbed", "trace-frames per second", size.rois * size.frames / seconds, "1/s")
+    yield row("undisturbed", "peak memory", peak, "GB")
+    yield row("undisturbed", "size of the store", _bytes(work / "whole.zarr") / 1e9, "GB")
     whole = digest(work / "whole.zarr")
     shutil.rmtree(work / "whole.zarr")
     rng = np.random.default_rng(seed)
@@ -104,13 +87,13 @@ def _large(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
         )
         total, most, kills = total + spent, max(most, peak), kills + (not finished)
     spent, peak, _ = _child(source, work / "killed.zarr", size.samples)
-    yield _row("killed", "kills at random instants, before it was finished", kills, "")
-    yield _row("killed", "time in all, against undisturbed", (total + spent) / seconds, "×")
-    yield _row("killed", "peak memory", max(most, peak), "GB")
-    yield _row("killed", "files and bytes as undisturbed", digest(work / "killed.zarr") == whole, "")
+    yield row("killed", "kills at random instants, before it was finished", kills, "")
+    yield row("killed", "time in all, against undisturbed", (total + spent) / seconds, "×")
+    yield row("killed", "peak memory", max(most, peak), "GB")
+    yield row("killed", "files and bytes as undisturbed", digest(work / "killed.zarr") == whole, "")
 
 
-def _cluster(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
+def _cluster(work: Path, size: Size, seed: int) -> Iterator[Row]:
     """A smaller recording here, on two workers, and on two of which one is killed in the middle."""
     from distributed import LocalCluster
 
@@ -121,7 +104,7 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
     for _ in iter_batch(source, work / "here.zarr", n_samples=size.samples, block_rois=rows, device="cpu"):
         pass
     here = time.perf_counter() - begun
-    yield _row("cluster", f"this process, {size.cluster_rois} ROIs", here, "s")
+    yield row("cluster", f"this process, {size.cluster_rois} ROIs", here, "s")
     with dask.config.set(SETTINGS), LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
         settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
         for _ in iter_batch(source, work / "warm.zarr", n_samples=0, **settings):
@@ -130,8 +113,8 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
         for _ in iter_batch(source, work / "two.zarr", n_samples=size.samples, **settings):
             pass
         two = time.perf_counter() - begun
-        yield _row("cluster", "two workers that are there", two, "s")
-        yield _row("cluster", "throughput, two workers against this process", here / two, "×")
+        yield row("cluster", "two workers that are there", two, "s")
+        yield row("cluster", "throughput, two workers against this process", here / two, "×")
         lost = 0
         for number, _ in enumerate(iter_batch(source, work / "lost.zarr", n_samples=size.samples, **settings)):
             if number == 10:
@@ -139,11 +122,11 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[dict[str, object]]:
                 lost = victim.pid
                 os.kill(lost, signal.SIGKILL)
     whole = digest(work / "here.zarr")
-    yield _row("cluster", "files and bytes as in this process, two workers", digest(work / "two.zarr") == whole, "")
+    yield row("cluster", "files and bytes as in this process, two workers", digest(work / "two.zarr") == whole, "")
     if lost:
         same = digest(work / "lost.zarr") == whole
-        yield _row("cluster", "the same, one worker killed after ten of forty blocks", same, "")
-    yield _row("cluster", "overhead per block, one worker", 1e3 * _overhead(work, seed), "ms")
+        yield row("cluster", "the same, one worker killed after ten of forty blocks", same, "")
+    yield row("cluster", "overhead per block, one worker", 1e3 * _overhead(work, seed), "ms")
 
 
 def _overhead(work: Path, seed: int, blocks: int = 60) -> float:
@@ -209,46 +192,14 @@ def _child(source: Path, out: Path, samples: int, kill_after: float | None = Non
     return time.perf_counter() - begun, used.ru_maxrss * 1024 / 1e9, child.returncode == 0
 
 
-def _row(part: str, what: str, value: object, unit: str) -> dict[str, object]:
-    return {"part": part, "what": what, "value": value, "unit": unit}
-
-
 def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def _processor() -> str:
-    """Name of the processor, where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 #: What can be measured by itself.
 _PARTS = {"cluster": _cluster, "large": _large}
 
+_PAGE = """# Inference out of core
 
-def _markdown(record: dict[str, Any]) -> str:
-    """The record as a page."""
-    lines = [
-        "# Inference out of core",
-        "",
-        "Traces are simulated. The large recording is inferred by processes of its own",
-    ]
-    lines[-1] += " (`calvae infer`), which SIGKILL ends at random instants; the cluster is Dask's, on the same machine."
-    for part, found in record.items():
-        size, machine = Size(**found["size"]), found["machine"]
-        lines += [
-            "",
-            f"`calvae benchmark batch {part} --rois {size.rois} --frames {size.frames} --samples {size.samples} "
-            f"--kills {size.kills} --cluster-rois {size.cluster_rois} --seed {found['seed']}`, "
-            f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}",
-            "",
-            "| | | |",
-            "|---|---|---|",
-        ]
-        for row in found["rows"]:
-            value = row["value"]
-            shown = ("yes" if value else "**no**") if isinstance(value, bool) else f"{value:.4g} {row['unit']}"
-            lines.append(f"| {row['part']} | {row['what']} | {shown} |")
-    return "\n".join(lines) + "\n"
+Traces are simulated. The large recording is inferred by processes of its own (`calvae infer`), which SIGKILL ends at
+random instants; the cluster is Dask's, on the same machine."""

@@ -85,14 +85,21 @@ def movie_accuracy(
 
 @benchmark.command()
 def speed(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="trace, rois, growth, machine, latency, fit; or all")
+    ] = None,
+    *,
     model: Model = "universal",
-    frames: Annotated[int, typer.Option(min=100, help="Length of the trace")] = 54_000,
+    frames: Annotated[int, typer.Option(min=100, help="Length of the single trace")] = 54_000,
+    rois: Annotated[int, typer.Option(min=1, help="ROIs of the recording")] = 1000,
+    roi_frames: Annotated[int, typer.Option(min=100, help="Frames of the recording")] = 10_000,
     repeats: Annotated[int, typer.Option(min=1, help="The median of so many runs is shown")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,
 ) -> None:
-    """Seconds per trace on one core."""
-    from napari_calvae import benchmark as measure
+    """Seconds per trace and per ROI beside OASIS, how they grow, waiting times, and the share of the machine's peak."""
+    from napari_calvae.benchmark.speed import Size, iter_speed
 
-    show(measure.speed(model, frames, repeats))
+    show(iter_speed(Size(frames, rois, roi_frames, repeats), model, out, parts or ()))
 
 
 @benchmark.command()
