@@ -12,9 +12,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AllOpticalInference": "all_optical",
+    "Doubt": "doubts",
     "Expectation": "expectation",
     "LiveRates": "live",
     "FitOptions": "fitting.options",
+    "FrameReader": "preprocess",
+    "GrowingMovie": "formats.growing",
     "QC": "metrics",
     "RecordingError": "recording",
     "RoiMasks": "recording",
@@ -26,6 +29,7 @@ _HOME = {
     "StoredInference": "formats",
     "Stimulation": "stimulation",
     "bin_spikes": "preprocess",
+    "check": "doubts",
     "correlation_peak": "preprocess",
     "delta_f_over_f": "preprocess",
     "diagnose": "refinement",
@@ -45,6 +49,7 @@ _HOME = {
     "iter_infer": "inference",
     "load_model": "vae",
     "models": "vae",
+    "open_growing": "formats.growing",
     "open_result": "formats",
     "open_traces": "formats",
     "oasis": "benchmark.ground_truth",
@@ -65,6 +70,7 @@ __all__ = sorted([*_HOME, "__version__"])
 if TYPE_CHECKING:
     from napari_calvae.all_optical import AllOpticalInference, infer_all_optical, iter_all_optical
     from napari_calvae.benchmark.ground_truth import oasis
+    from napari_calvae.doubts import Doubt, check
     from napari_calvae.expectation import Expectation, expect
     from napari_calvae.fitting import fit, iter_fit
     from napari_calvae.fitting.options import FitOptions, fit_options
@@ -81,10 +87,12 @@ if TYPE_CHECKING:
         read_stimulation,
         write,
     )
+    from napari_calvae.formats.growing import GrowingMovie, open_growing
     from napari_calvae.inference import infer, iter_batch, iter_infer
     from napari_calvae.live import LiveRates, stream
     from napari_calvae.metrics import QC
     from napari_calvae.preprocess import (
+        FrameReader,
         bin_spikes,
         correlation_peak,
         delta_f_over_f,

@@ -77,13 +77,13 @@ class _Pages:
         # Where its pages are is known from here on; the file itself is only open while it is read.
         with tifffile.TiffFile(file) as self.tiff:
             series = self.tiff.series[0]
-            self.frame_rate = _frame_rate(self.tiff)
+            self.frame_rate = stated_rate(self.tiff)
             self.full_shape, self.dtype = series.shape, np.dtype(series.dtype)
             # Which pages there are, in which order.
             self.pages = np.arange(len(series.pages))
             page = series.keyframe.shape
             if self.tiff.is_scanimage:
-                self.pages, axes = _scanimage_axes(self.tiff, len(self.pages))
+                self.pages, axes = scanimage_axes(self.tiff, len(self.pages))
                 self.full_shape = (*axes, *page)
             elif "FileName" in (self.tiff.ome_metadata or "") and any(found is None for found in series.pages):
                 raise RecordingError(
@@ -139,7 +139,7 @@ class _Pages:
         return stack[(slice(None) if pages.ndim else 0, *rest)]
 
 
-def _frame_rate(tiff: tifffile.TiffFile) -> float | None:
+def stated_rate(tiff: tifffile.TiffFile) -> float | None:
     """Frames per second (Hz) where the file states it."""
     interval = _imagej_interval(tiff) or _ome_interval(tiff)
     if interval:
@@ -177,7 +177,7 @@ def _n_planes(scan: Mapping[str, str]) -> int:
     )
 
 
-def _scanimage_axes(tiff: tifffile.TiffFile, n_pages: int) -> tuple[np.ndarray, tuple[int, ...]]:
+def scanimage_axes(tiff: tifffile.TiffFile, n_pages: int) -> tuple[np.ndarray, tuple[int, ...]]:
     """Pages of ScanImage in the order (time, plane, channel), and the lengths of these axes unless they are 1.
 
     Images that were taken while the focus returned, and an incomplete last volume, are left out.
@@ -205,11 +205,16 @@ def _imagej_interval(tiff: tifffile.TiffFile) -> float | None:
     return interval and interval * SECONDS.get(str(found.get("tunit", "s")).strip().lower(), 1.0)
 
 
+def ome_pixels(tiff: tifffile.TiffFile) -> Mapping[str, Any]:
+    """What OME metadata state about the first image; nothing if there are none."""
+    if not tiff.is_ome or not tiff.ome_metadata:
+        return {}
+    image = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", {})
+    return (image[0] if isinstance(image, list) else image).get("Pixels", {})
+
+
 def _ome_interval(tiff: tifffile.TiffFile) -> float | None:
     """Seconds per frame that OME metadata state."""
-    if not tiff.is_ome or not tiff.ome_metadata:
-        return None
-    image = tifffile.xml2dict(tiff.ome_metadata).get("OME", {}).get("Image", {})
-    pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
+    pixels = ome_pixels(tiff)
     interval = positive(pixels.get("TimeIncrement"))
     return interval and interval * SECONDS.get(str(pixels.get("TimeIncrementUnit", "s")), 1.0)

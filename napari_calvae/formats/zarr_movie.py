@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def is_movie(path: Path) -> bool:
     if path.suffix.lower() != ".zarr" or not path.is_dir() or not any(path.iterdir()):
         return False
     with readable(path, "a Zarr folder"):
-        node = _open(path)
+        node = open_node(path)
         if hasattr(node, "shape"):
             return is_numeric(node.shape, node.dtype)
         if _multiscales(node) is not None:
@@ -40,19 +40,47 @@ def open_movie(path: Path) -> tuple[Any, float | None]:
     the frame rate is that of the scale of the time axis, if that has a unit. Of others it is an attribute.
     """
     with readable(path, _KIND):
-        node = _open(path)
-        if hasattr(node, "shape"):
-            if not is_numeric(node.shape, node.dtype):
-                raise RecordingError(
-                    f"{path.name}: expected an array of numbers (time, y, x), got {node.dtype} of shape {node.shape}."
-                )
-            return _lazy(path, "", node), stated_rate(node.attrs)
-        found = _multiscales(node)
-        if found is not None:
-            return _open_ome(path, *found)
-        arrays = {name: array for name, array in node.arrays() if is_numeric(array.shape, array.dtype)}
-        name = choose({name: array.shape for name, array in arrays.items()}, path)
-        return _lazy(path, name, arrays[name]), stated_rate(arrays[name].attrs, node.attrs)
+        place = find(path)
+        movie = _lazy(path, place.name, place.array)
+    if place.time:
+        movie = movie.transpose([place.time, *(i for i in range(movie.ndim) if i != place.time)])
+    if place.ome:
+        movie = movie[tuple(0 if n == 1 and 0 < i < movie.ndim - 2 else slice(None) for i, n in enumerate(movie.shape))]
+    return movie, place.frame_rate
+
+
+class Place(NamedTuple):
+    """Where the movie of a Zarr folder is.
+
+    ``time`` is the index of its axis of time, ``frame_rate`` in Hz if it is stated, ``ome`` whether axes are named.
+    """
+
+    name: str
+    array: Any
+    time: int
+    frame_rate: float | None
+    ome: bool
+
+
+def find(path: Path, growing: bool = False) -> Place:
+    """Find the movie in a Zarr folder; one that is ``growing`` may have no frame yet."""
+
+    def numeric(array: Any) -> bool:
+        return is_numeric((1, *array.shape[1:]) if growing else array.shape, array.dtype)
+
+    node = open_node(path)
+    if hasattr(node, "shape"):
+        if not numeric(node):
+            raise RecordingError(
+                f"{path.name}: expected an array of numbers (time, y, x), got {node.dtype} of shape {node.shape}."
+            )
+        return Place("", node, 0, stated_rate(node.attrs), False)
+    found = _multiscales(node)
+    if found is not None:
+        return _find_ome(path, *found)
+    arrays = {name: array for name, array in node.arrays() if numeric(array)}
+    name = choose({name: array.shape for name, array in arrays.items()}, path)
+    return Place(name, arrays[name], 0, stated_rate(arrays[name].attrs, node.attrs), False)
 
 
 class StoredChunks:
@@ -61,7 +89,7 @@ class StoredChunks:
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
         with readable(folder, _KIND):
-            self.array = _open(folder, name)
+            self.array = open_node(folder, name)
         self.shape, self.dtype, self.ndim = self.array.shape, np.dtype(self.array.dtype), self.array.ndim
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,7 +100,8 @@ class StoredChunks:
             return np.asarray(self.array[key])
 
 
-def _open(path: Path, name: str = "") -> Any:
+def open_node(path: Path, name: str = "") -> Any:
+    """Open an array or a group of a Zarr folder."""
     import zarr
 
     return zarr.open(str(path), path=name or None, mode="r")
@@ -102,7 +131,7 @@ def _ome(group: Any) -> Mapping[str, Any]:
     return attributes.get("ome", attributes)
 
 
-def _open_ome(path: Path, name: str, group: Any, image: Mapping[str, Any]) -> tuple[Any, float | None]:
+def _find_ome(path: Path, name: str, group: Any, image: Mapping[str, Any]) -> Place:
     level = image["datasets"][0]  # the first is the largest
     array = group[level["path"]]
     stated = image.get("axes", _OLD_AXES[-array.ndim :])
@@ -114,14 +143,11 @@ def _open_ome(path: Path, name: str, group: Any, image: Mapping[str, Any]) -> tu
             f"{path.name}: expected OME-Zarr with axes t, y, x for an array of shape {array.shape}, got the axes "
             f"{', '.join(names)}. A movie needs an axis of time."
         )
-    movie = _lazy(path, "/".join(part for part in (name, level["path"]) if part), array)
-    if time:
-        movie = movie.transpose([time, *(i for i in range(array.ndim) if i != time)])
-    kept = movie[tuple(0 if n == 1 and 0 < i < movie.ndim - 2 else slice(None) for i, n in enumerate(movie.shape))]
     scales = [_scale(place, time) for place in (level, image)]
     unit = SECONDS.get(str(axes[time].get("unit", "")).lower())
     interval = positive(np.prod([scale for scale in scales if scale]) * unit) if unit and any(scales) else None
-    return kept, 1 / interval if interval else stated_rate(array.attrs, group.attrs)
+    rate = 1 / interval if interval else stated_rate(array.attrs, group.attrs)
+    return Place("/".join(part for part in (name, level["path"]) if part), array, time, rate, True)
 
 
 def _scale(place: Mapping[str, Any], axis: int) -> float | None:
