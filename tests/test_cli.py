@@ -217,6 +217,23 @@ def test_demo_without_napari_says_how_to_get_it(monkeypatch):
     assert "pip install 'napari-calvae[all]'" in refused("demo")
 
 
+def test_what_looks_wrong_is_told_and_inferred_all_the_same(tmp_path):
+    values = 100 * (1 + napari_calvae.simulate(2, 20.0, 30.0, rate=1.0, seed=0).traces.values)
+    np.save(tmp_path / "raw.npy", values)
+    rate = ("--frame-rate", "30")
+    good = calvae("check", tmp_path / "raw.npy", *rate, "--unit", "raw")
+    assert good.exit_code == 0, good.output
+    assert "nothing looks wrong with 2 ROIs." in good.stdout
+    doubted = calvae("check", tmp_path / "raw.npy", *rate, "--unit", "dff")
+    assert doubted.exit_code == 1
+    assert doubted.stdout.startswith("raw-as-dff: ROIs 1, 2: expected ΔF/F")
+    wanted = ("-o", tmp_path / "out.npz", "--unit", "dff", "--samples", "0")
+    inferred = calvae("infer", tmp_path / "raw.npy", *rate, *wanted)
+    assert inferred.exit_code == 0
+    assert "Note: raw-as-dff: ROIs 1, 2" in inferred.stderr
+    assert (tmp_path / "out.npz").exists()
+
+
 def test_the_benchmark_of_a_movie_is_a_table(monkeypatch):
     rows = [{"name": "one", "score": 0.5}, {"name": "two", "score": 0.7}, {"name": "three", "score": 0.9}]
     measure = types.ModuleType("napari_calvae.benchmark")

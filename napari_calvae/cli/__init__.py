@@ -124,6 +124,31 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
 
 
 @app.command()
+def check(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=Input.__metadata__[0].help)],
+    rois: Rois = None,
+    frame_rate: FrameRate = None,
+    unit: UnitOption = None,
+    neuropil: Neuropil = 0.7,
+) -> None:
+    """Tell what looks wrong with traces although spikes can be inferred from them; exit code 1 if something does."""
+    from napari_calvae import doubts
+    from napari_calvae.formats import is_movie, open_traces
+
+    with progress() as report:
+        if rois is not None or is_movie(source):
+            traces: Any = traces_of(source, rois, (frame_rate, unit, neuropil), report)
+        else:
+            traces = open_traces(source, frame_rate, unit.value if unit else None)
+        found = doubts.check(traces)
+    for doubt in found:
+        typer.echo(str(doubt))
+    if found:
+        raise typer.Exit(1)
+    typer.echo(f"{source}: nothing looks wrong with {traces.n_rois} ROIs.")
+
+
+@app.command()
 def extract(
     source: Annotated[Path, typer.Argument(metavar="MOVIE", help="Movie (.tif, .h5, .zarr, .nwb, .avi, .npy)")],
     output: Annotated[Path, typer.Option("-o", "--output", help=f"Traces to write: {WRITTEN}")],

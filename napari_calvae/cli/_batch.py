@@ -24,6 +24,7 @@ _COLUMNS = (
     "frame_rate_hz",
     "duration_s",
     "spikes_expected",
+    "doubts",
     "seconds",
     "error",
 )
@@ -54,6 +55,8 @@ class Outcome:
     frame_rate_hz: float
     duration_s: float
     spikes_expected: float
+    #: Codes of what looks wrong with the traces.
+    doubts: str
 
     def __str__(self) -> str:
         silent = self.without_signal
@@ -67,6 +70,7 @@ class Outcome:
 
 def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Outcome:
     """Infer one recording; what does not end in ``.zarr`` goes through a store that is removed again."""
+    from napari_calvae.doubts import check
     from napari_calvae.formats import check_output, check_result, is_movie, open_traces, write
     from napari_calvae.recording import RecordingError
 
@@ -83,6 +87,9 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
             traces: Any = traces_of(source, rois, order.reading, report)
         else:
             traces = open_traces(source, frame_rate, unit.value if unit else None)
+        doubts = check(traces)
+        for doubt in doubts:
+            typer.echo(f"Note: {doubt}", err=True)
         report("Loading the model", None)
         with contextlib.nullcontext(output) if stored else _beside(output) as folder:
             from napari_calvae.inference import iter_batch
@@ -116,6 +123,7 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
                 store.frame_rate,
                 duration,
                 float(rates[rates == rates].sum(dtype=float) * duration),
+                " ".join(doubt.code for doubt in doubts),
             )
 
 
@@ -150,7 +158,7 @@ def infer_many(
         except Exception as error:  # noqa: BLE001 - whatever it is, the other recordings must not wait for it
             row["error"] = " ".join(str(error).split()) or type(error).__name__
         else:
-            row |= {name: getattr(outcome, name) for name in _COLUMNS[2:7]}
+            row |= {name: getattr(outcome, name) for name in _COLUMNS[2:8]}
             row["without_signal"] = len(outcome.without_signal)
         row["seconds"] = round(time.monotonic() - begun, 2)
         rows.append(row)
