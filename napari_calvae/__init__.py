@@ -17,9 +17,11 @@ _HOME = {
     "LiveRates": "live",
     "FitOptions": "fitting.options",
     "FrameReader": "preprocess",
+    "FramesSoFar": "formats.growing",
     "GrowingMovie": "formats.growing",
     "QC": "metrics",
     "RecordingError": "recording",
+    "Repetition": "inference",
     "RoiMasks": "recording",
     "SpikeInference": "recording",
     "TraceSource": "trace_source",
@@ -59,6 +61,7 @@ _HOME = {
     "read_spikes": "formats",
     "read_stimulation": "formats",
     "refine": "refinement",
+    "repeat": "inference",
     "roi_marks": "preprocess",
     "simulate": "simulation",
     "stream": "live",
@@ -87,8 +90,8 @@ if TYPE_CHECKING:
         read_stimulation,
         write,
     )
-    from napari_calvae.formats.growing import GrowingMovie, open_growing
-    from napari_calvae.inference import infer, iter_batch, iter_infer
+    from napari_calvae.formats.growing import FramesSoFar, GrowingMovie, open_growing
+    from napari_calvae.inference import Repetition, infer, iter_batch, iter_infer, repeat
     from napari_calvae.live import LiveRates, stream
     from napari_calvae.metrics import QC
     from napari_calvae.preprocess import (

@@ -94,13 +94,13 @@ def test_block_size_and_place_of_the_traces_do_not_matter(recording, traces, tmp
 def test_finished_blocks_are_not_redone(recording, tmp_path, model, monkeypatch):
     run(recording, tmp_path / "whole.zarr", model)
     inferred = []
-    infer = batch._infer_all
+    infer = batch.infer_rows
 
     def counted(traces, *rest):
         inferred.append(traces.roi_ids)
         return infer(traces, *rest)
 
-    monkeypatch.setattr(batch, "_infer_all", counted)
+    monkeypatch.setattr(batch, "infer_rows", counted)
     settings = {"n_samples": 6, "block_rois": 2}
     steps = calvae.iter_batch(recording, tmp_path / "a.zarr", model, **settings)
     assert next(steps) == batch.Progress(0, 9)

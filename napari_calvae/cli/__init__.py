@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from napari_calvae.cli._benchmark import benchmark
-from napari_calvae.cli._support import Commands, Unit, fail, finish, parameters, progress, show, traces_of
+from napari_calvae.cli._support import (
+    Commands,
+    Unit,
+    fail,
+    finish,
+    lazy_traces_of,
+    parameters,
+    progress,
+    show,
+    traces_of,
+)
 
 
 class Device(StrEnum):
@@ -133,19 +143,37 @@ def check(
 ) -> None:
     """Tell what looks wrong with traces although spikes can be inferred from them; exit code 1 if something does."""
     from napari_calvae import doubts
-    from napari_calvae.formats import is_movie, open_traces
 
     with progress() as report:
-        if rois is not None or is_movie(source):
-            traces: Any = traces_of(source, rois, (frame_rate, unit, neuropil), report)
-        else:
-            traces = open_traces(source, frame_rate, unit.value if unit else None)
+        traces = lazy_traces_of(source, rois, (frame_rate, unit, neuropil), report)
         found = doubts.check(traces)
     for doubt in found:
         typer.echo(str(doubt))
     if found:
         raise typer.Exit(1)
     typer.echo(f"{source}: nothing looks wrong with {traces.n_rois} ROIs.")
+
+
+@app.command()
+def repeat(
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="Result of `calvae infer` (.zarr or .npz)")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=Input.__metadata__[0].help)],
+    rois: Rois = None,
+    frame_rate: FrameRate = None,
+    unit: UnitOption = None,
+    neuropil: Neuropil = 0.7,
+    model: Annotated[Path | None, typer.Option(help="File of the model, unless it is one that ships")] = None,
+) -> None:
+    """Infer again what a result was inferred from, and prove that it is the same; exit code 1 if it is not."""
+    from napari_calvae import inference
+
+    with progress() as report:
+        traces = lazy_traces_of(source, rois, (frame_rate, unit, neuropil), report)
+        report("Inferring again", None)
+        found = inference.repeat(result, traces, model)
+    typer.echo(str(found))
+    if not found.same:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from napari_calvae.cli._support import Unit, finish, progress, traces_of
+from napari_calvae.cli._support import Unit, finish, lazy_traces_of, progress
 
 #: Columns of the summary of many recordings.
 _COLUMNS = (
@@ -71,7 +71,7 @@ class Outcome:
 def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Outcome:
     """Infer one recording; what does not end in ``.zarr`` goes through a store that is removed again."""
     from napari_calvae.doubts import check
-    from napari_calvae.formats import check_output, check_result, is_movie, open_traces, write
+    from napari_calvae.formats import check_output, check_result, write
     from napari_calvae.recording import RecordingError
 
     stored = output.suffix.lower() == ".zarr"
@@ -81,15 +81,10 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
         check_output(output, order.overwrite, folder=True)
     if order.append and stored:
         raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {output.name!r}.")
-    frame_rate, unit, _ = order.reading
     with progress() as report:
-        if rois is not None or is_movie(source):
-            traces: Any = traces_of(source, rois, order.reading, report)
-        else:
-            traces = open_traces(source, frame_rate, unit.value if unit else None)
+        traces = lazy_traces_of(source, rois, order.reading, report)
         doubts = check(traces)
-        for doubt in doubts:
-            typer.echo(f"Note: {doubt}", err=True)
+        notes = list(doubts)
         report("Loading the model", None)
         with contextlib.nullcontext(output) if stored else _beside(output) as folder:
             from napari_calvae.inference import iter_batch
@@ -99,6 +94,8 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
             def tell(step: Any) -> None:
                 left = "" if step.seconds_left is None else f", {_duration(step.seconds_left)} left"
                 report(f"Inferring{left}", step.fraction)
+                while step.done and notes:  # what is an error, too, has been said by then
+                    typer.echo(f"Note: {notes.pop(0)}", err=True)
                 if step.dashboard and not told:
                     told.add(step.dashboard)
                     typer.echo(f"Dashboard: {step.dashboard}", err=True)

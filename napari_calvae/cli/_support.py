@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from napari_calvae.recording import Traces
+    from napari_calvae.trace_source import TraceSource
 
 Result = TypeVar("Result")
 
@@ -67,6 +68,18 @@ def traces_of(
     traces = finish(steps, lambda fraction: report("Reading the movie", fraction))
     provenance = {**traces.provenance, "source": source.name, "rois": rois.name}
     return traces.replace(unit=unit.value if unit else "raw", provenance=provenance)
+
+
+def lazy_traces_of(
+    source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any
+) -> Traces | TraceSource:
+    """`traces_of`, but those of a file stay in it until they are asked for."""
+    from napari_calvae.formats import is_movie, open_traces
+
+    if rois is not None or is_movie(source):
+        return traces_of(source, rois, settings, report)
+    frame_rate, unit, _ = settings
+    return open_traces(source, frame_rate, unit.value if unit else None)
 
 
 def finish(steps: Generator[Any, None, Result], report: Any) -> Result:

@@ -18,6 +18,7 @@ from napari_calvae.inference.blocks import (
     to_events,
     with_amplitude,
 )
+from napari_calvae.inference.repetition import Repetition, repeat
 from napari_calvae.recording import SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
 from napari_calvae.vae import SpikeVAE
@@ -26,12 +27,14 @@ __all__ = [
     "BLOCK_FRAMES",
     "InferConfig",
     "Progress",
+    "Repetition",
     "infer",
     "inference_of",
     "iter_batch",
     "iter_infer",
     "pick_device",
     "provenance_of",
+    "repeat",
     "to_events",
     "with_amplitude",
 ]

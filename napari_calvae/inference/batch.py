@@ -6,7 +6,6 @@ come out the same, byte by byte, wherever and in whatever order they are inferre
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import time
 from collections.abc import Generator, Iterator
@@ -149,7 +148,6 @@ def _begin(
 ) -> StoredInference:
     """A store for these results: the one that is there, if it was begun for them, or a new one."""
     provenance, block_rois, overwrite = wishes
-    provenance["fingerprint"] = fingerprint(source)
     if out.exists() and not overwrite:
         store = StoredInference(out)
         differing = _differences(store.about["provenance"]["inference"], plain(provenance))
@@ -170,15 +168,6 @@ def _begin(
     return create_store(out, source, layout, provenance, min(rows, source.n_rois))
 
 
-def fingerprint(source: TraceSource) -> str:
-    """SHA-256 that tells one recording from another: ids, rate, unit, shape, and the values of a few rows."""
-    facts = (source.roi_ids, source.frame_rate, source.unit, source.t0, source.n_frames)
-    digest = hashlib.sha256(repr(facts).encode())
-    for row in sorted({0, source.n_rois // 2, source.n_rois - 1}):
-        digest.update(np.ascontiguousarray(source.select([row]).values).tobytes())
-    return digest.hexdigest()
-
-
 def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
     """What differs between two JSON-like values, in words; where it is computed may."""
     if isinstance(there, dict) and isinstance(wanted, dict):
@@ -194,7 +183,7 @@ def _here(
     pending: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:
         for place, block in enumerate(todo):
-            result = _infer_all(source.part(store.rows(block)).load(), vae, config, store.layout)
+            result = infer_rows(source.part(store.rows(block)).load(), vae, config, store.layout)
             if pending is not None:
                 pending.result()
                 yield todo[place - 1], ""
@@ -245,11 +234,11 @@ def _run(part: TraceSource, model: str | SpikeVAE, config: InferConfig, out: str
     torch.set_num_threads(1)
     # Opened anew: a worker outlives a run, and the next one may lay out another store under the same name.
     store, vae = StoredInference(out), load_model(model, coupled=False)
-    store.write_block(block, _infer_all(part.load(), vae, config, store.layout))
+    store.write_block(block, infer_rows(part.load(), vae, config, store.layout))
     return block
 
 
-def _infer_all(traces: Traces, vae: SpikeVAE, config: InferConfig, layout: Layout) -> SpikeInference:
+def infer_rows(traces: Traces, vae: SpikeVAE, config: InferConfig, layout: Layout) -> SpikeInference:
     """Infer the rows in which there is something; the others are left NaN, for one of thousands must not stop all."""
     rows = np.flatnonzero(with_signal(traces))
     found = (

@@ -1,0 +1,190 @@
+"""Proof that a result is what its model makes of its recording: infer again and compare, to the last bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from napari_calvae.formats import arrays_of, open_traces
+from napari_calvae.formats.store import Layout, StoredInference
+from napari_calvae.inference.batch import infer_rows
+from napari_calvae.inference.blocks import InferConfig, provenance_of
+from napari_calvae.recording import RecordingError, SpikeInference, Traces
+from napari_calvae.trace_source import TraceSource
+from napari_calvae.vae import SpikeVAE, load_model, models
+
+#: ROIs that are inferred again at a time.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What came of inferring again.
+
+    Parameters
+    ----------
+    n_rois
+        ROIs that were inferred.
+    differing
+        Arrays of the result that came out otherwise, with the number of ROIs or entries concerned; none if all is the
+        same to the last bit.
+    changed
+        What is not as it was: versions, recording. It may explain why.
+    """
+
+    n_rois: int
+    differing: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether every number came out as it was."""
+        return not self.differing
+
+    def __str__(self) -> str:
+        what = "the same to the last bit" if self.same else f"not the same: {'; '.join(self.differing)}"
+        changed = f" Changed since: {'; '.join(self.changed)}." if self.changed else ""
+        return f"{self.n_rois} ROIs inferred again, {what}.{changed}"
+
+
+def repeat(
+    result: str | Path | SpikeInference | StoredInference,
+    traces: str | Path | Traces | TraceSource,
+    model: str | Path | SpikeVAE | None = None,
+) -> Repetition:
+    """Infer again what a result was inferred from, by the settings that it carries, and compare.
+
+    Parameters
+    ----------
+    result
+        A result, or a file of one: ``.zarr`` or ``.npz``.
+    traces
+        What it was inferred from.
+    model
+        The model, unless it is one that ships.
+
+    Raises
+    ------
+    RecordingError
+        If the result does not tell how it was made, or the model is another one.
+    """
+    known = _Known.of(result)
+    source = open_traces(traces) if isinstance(traces, str | Path) else traces
+    source = TraceSource.of(source) if isinstance(source, Traces) else source
+    told = known.provenance
+    try:
+        wanted, versions = str(told["model_sha256"]), dict(told["versions"])
+        config = InferConfig(**{**told["settings"], "device": "cpu"})
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordingError(
+            f"repeat: expected a result that tells how it was made, got one that does not ({error}). Infer it again."
+        ) from error
+    absent = sorted(set(known.roi_ids) - set(source.roi_ids))
+    if absent:
+        raise RecordingError(
+            f"repeat: expected the recording that the result was inferred from, got one without ROI {absent[0]}. "
+            "Give the same file."
+        )
+    vae = _model(wanted, model)
+    now = provenance_of(vae, source, config)
+    changed = [f"{k} {versions.get(k)} → {v}" for k, v in now["versions"].items() if versions.get(k) != v]
+    if "fingerprint" in told and told["fingerprint"] != now["fingerprint"]:
+        changed.append("the recording, its ROIs, frame rate or unit")
+    if told["settings"]["device"] not in ("auto", "cpu"):
+        changed.append(f"device {told['settings']['device']} → cpu")
+    wrong: dict[str, int] = {}
+    for ids, before in known.parts():
+        again = arrays_of(infer_rows(_rows(source, ids), vae, config, known.columns))
+        for name in before.keys() & again.keys():
+            wrong[name] = wrong.get(name, 0) + _n_differing(before[name], again[name])
+    differing = tuple(f"{name} ({n} values)" for name, n in sorted(wrong.items()) if n)
+    return Repetition(len(known.roi_ids), differing, tuple(changed))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A result as it was: how it was made, its ROIs, and its arrays part by part."""
+
+    provenance: Mapping[str, Any]
+    roi_ids: tuple[int, ...]
+    columns: Layout
+    parts: Callable[[], Iterator[tuple[Sequence[int], Mapping[str, np.ndarray]]]]
+
+    @classmethod
+    def of(cls, result: str | Path | SpikeInference | StoredInference) -> _Known:
+        if isinstance(result, SpikeInference):
+            whole = [(result.roi_ids, arrays_of(result))]
+            return cls(result.provenance, result.roi_ids, Layout.of(result), lambda: iter(whole))
+        if isinstance(result, str | Path) and Path(result).suffix.lower() == ".npz":
+            return _read_npz(Path(result))
+        store = result if isinstance(result, StoredInference) else StoredInference(result)
+
+        def parts() -> Iterator[tuple[Sequence[int], Mapping[str, np.ndarray]]]:
+            for start in range(0, store.n_rois, _ROWS):
+                rows = slice(start, min(start + _ROWS, store.n_rois))
+                yield store.roi_ids[rows], arrays_of(store.select(rows))
+
+        return cls(store.about["provenance"]["inference"], store.roi_ids, store.layout, parts)
+
+
+def _read_npz(path: Path) -> _Known:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        told = json.loads(str(arrays.pop("provenance")))["inference"]
+        ids = tuple(arrays["roi_ids"].tolist())
+        prefixes = {"quality": "quality_", "theta": "theta_"}
+        names = {k: tuple(n.removeprefix(p) for n in arrays if n.startswith(p)) for k, p in prefixes.items()}
+        theta = tuple(name for name in names["theta"] if not name.endswith("_std"))
+        std = tuple(name.removesuffix("_std") for name in names["theta"] if name.endswith("_std"))
+        columns = Layout(int(arrays["n_samples"]), names["quality"], theta, std)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and not path.exists():
+            raise FileNotFoundError(f"repeat: expected a result, found no file {path}.") from None
+        raise RecordingError(
+            f"{path.name}: expected a result that napari-calvae wrote (.zarr or .npz), got another ({error})."
+        ) from error
+    return _Known(told, ids, columns, lambda: iter([(ids, arrays)]))
+
+
+def _model(wanted: str, model: str | Path | SpikeVAE | None) -> SpikeVAE:
+    """The model with this checksum: the one that is given, or one that ships."""
+    if model is None:
+        shipped = [path for path in models().values() if hashlib.sha256(path.read_bytes()).hexdigest() == wanted]
+        if not shipped:
+            raise RecordingError(
+                f"repeat: expected a model with the SHA-256 {wanted[:12]}…, which does not ship with this version. "
+                "Give its file (--model)."
+            )
+        return load_model(shipped[0], coupled=False)
+    vae = load_model(model, coupled=False)
+    if vae.sha256 != wanted:
+        raise RecordingError(
+            f"model: expected the one with the SHA-256 {wanted[:12]}…, by which the result was made, got "
+            f"{vae.sha256[:12] or 'one without a file'}…. Give that file."
+        )
+    return vae
+
+
+def _rows(source: TraceSource, ids: Sequence[int]) -> Traces:
+    """Traces of these ROIs in this order."""
+    place = {roi: row for row, roi in enumerate(source.roi_ids)}
+    rows = [place[roi] for roi in ids]
+    order = np.argsort(rows)
+    return source.select([rows[k] for k in order]).select(np.argsort(order))
+
+
+def _n_differing(before: np.ndarray, again: np.ndarray) -> int:
+    if before.shape != again.shape:
+        return max(before.size, again.size)
+    equal = before == again
+    if before.dtype.kind == "f":
+        equal |= np.isnan(before) & np.isnan(again)
+    return int(np.size(equal) - np.count_nonzero(equal))
