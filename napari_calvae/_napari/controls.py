@@ -52,10 +52,10 @@ class Controls(QWidget):
     def __init__(self, parent: QWidget | None = None):
         super().__init__(parent)
         self.setFixedWidth(WIDTH)
-        self.movie = _layer_box(
+        self.movie = layer_box(
             "Image layer (time, y, x), or (time, z, y, x), to infer from; the plane that is shown counts"
         )
-        self.rois = _layer_box(
+        self.rois = layer_box(
             "Labels, Shapes or Points layer whose ROIs a click picks; points are discs of the diameter below"
         )
         self.place = QCheckBox("click adds a disc")
@@ -139,17 +139,17 @@ class Controls(QWidget):
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
         form.addRow("Movie", self.movie)
         form.addRow("ROIs", self.rois)
-        form.addRow(_beside((self.place, 0), (self.diameter, 1), (self.snap, 0)))
-        form.addRow("Frame rate", _beside((self.frame_rate, 0), (self.rate_source, 1)))
-        form.addRow("Neuropil", _beside((self.neuropil, 2), (self.samples, 3)))
-        form.addRow("Baseline", _beside((self.baseline_percentile, 1), (QLabel("of"), 0), (self.baseline_window, 1)))
-        form.addRow("Amplitude", _beside((self.amplitude, 3), (self.device, 4)))
+        form.addRow(beside((self.place, 0), (self.diameter, 1), (self.snap, 0)))
+        form.addRow("Frame rate", beside((self.frame_rate, 0), (self.rate_source, 1)))
+        form.addRow("Neuropil", beside((self.neuropil, 2), (self.samples, 3)))
+        form.addRow("Baseline", beside((self.baseline_percentile, 1), (QLabel("of"), 0), (self.baseline_window, 1)))
+        form.addRow("Amplitude", beside((self.amplitude, 3), (self.device, 4)))
         form.addRow("Model", self.model)
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 6, 0)
         layout.setSpacing(4)
         layout.addLayout(form)
-        layout.addWidget(_beside((self.infer_all, 1), (self.cancel, 1)))
+        layout.addWidget(beside((self.infer_all, 1), (self.cancel, 1)))
         layout.addWidget(self.progress)
         layout.addWidget(self.status, 1)
 
@@ -204,11 +204,13 @@ class Controls(QWidget):
         if changed:
             self.layers_chosen.emit()
 
+    def choose_movie(self, layer: Layer) -> None:
+        """Choose a movie that is offered."""
+        choose_layer(self.movie, layer)
+
     def choose_rois(self, layer: Layer) -> None:
         """Choose a layer of ROIs that is offered."""
-        for index in range(self.rois.count()):
-            if self.rois.itemData(index) is layer:
-                self.rois.setCurrentIndex(index)
+        choose_layer(self.rois, layer)
 
     def set_models(self, names: Sequence[str]) -> None:
         """Offer these models; the first is the default. Files that were added stay."""
@@ -285,7 +287,15 @@ def _given(box: QDoubleSpinBox) -> float | None:
     return round(box.value(), 4) if box.value() > box.minimum() else None
 
 
-def _layer_box(tip: str) -> QComboBox:
+def choose_layer(box: QComboBox, layer: Layer | None) -> None:
+    """Choose a layer of those that a box offers."""
+    for index in range(box.count()):
+        if box.itemData(index) is layer:
+            box.setCurrentIndex(index)
+
+
+def layer_box(tip: str) -> QComboBox:
+    """Box to choose a layer from."""
     box = QComboBox()
     box.setToolTip(tip)
     box.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
@@ -293,7 +303,7 @@ def _layer_box(tip: str) -> QComboBox:
     return box
 
 
-def _beside(*widgets: tuple[QWidget, int]) -> QWidget:
+def beside(*widgets: tuple[QWidget, int]) -> QWidget:
     """Widgets in a row, each with its share of the width that is left."""
     holder = QWidget()
     layout = QHBoxLayout(holder)

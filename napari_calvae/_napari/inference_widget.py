@@ -63,7 +63,7 @@ class InferenceWidget(QWidget):
         self._requests = answers.Requests()
         self.results = answers.Results()
         self._asked: answers.Key | None = None
-        self._plane = 0
+        self._plane, self._follows_movie = 0, True
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
         self.controls.restore(remembering.read())
@@ -359,7 +359,7 @@ class InferenceWidget(QWidget):
         self.controls.set_layers(picking.movies(self._viewer), picking.roi_layers(self._viewer))
 
     def _on_layers_chosen(self) -> None:
-        self._follower.follow((self.choices.movie, self.choices.roi_layer))
+        self._follow()
         rate, given = self.choices.frame_rate(), self.choices.traces
         self.controls.show_frame_rate(rate)
         self.controls.show_need(movie=given is None, neuropil=self.choices.real_movie is not None or given is None)
@@ -398,13 +398,22 @@ class InferenceWidget(QWidget):
         theme = get_theme(self._viewer.theme)
         self.plots.set_palette(Palette.on(theme.background.as_hex(), theme.text.as_hex()))
 
+    def follow_movie(self, on: bool) -> None:
+        """Infer anew when the movie's data change, or do not: one that is being written changes all the time."""
+        self._follows_movie = on
+        if self._attached:
+            self._follow()
+
+    def _follow(self) -> None:
+        self._follower.follow((self.choices.movie if self._follows_movie else None, self.choices.roi_layer))
+
     def attach(self) -> None:
         """Listen to the viewer."""
         if self._attached:
             return
         self._attached = True
         self._clicks = picking.Clicks(self._viewer, self.pick)
-        self._follower.follow((self.choices.movie, self.choices.roi_layer))
+        self._follow()
         for event, slot in self._viewer_slots():
             event.connect(slot)
 

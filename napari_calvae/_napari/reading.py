@@ -76,7 +76,11 @@ def read_traces(file: Path) -> list[LayerData]:
 
 def read_movie(file: Path) -> list[LayerData]:
     """Layer of a movie, which stays in its file until it is looked at."""
-    movie, rate = calvae.read_movie(file)
+    return [movie_layer(*calvae.read_movie(file), file)]
+
+
+def movie_layer(movie: Any, rate: float | None, file: Path) -> LayerData:
+    """Layer of a movie that was opened from a file, and its frame rate (Hz)."""
     places = np.unique(np.linspace(0, len(movie) - 1, _LOOKED_AT).astype(int))
     seen = np.stack([np.asarray(movie[place]) for place in places])
     low, high = (float(value) for value in np.nanpercentile(seen, (1, 99.9)))
@@ -86,7 +90,7 @@ def read_movie(file: Path) -> list[LayerData]:
         "contrast_limits": (low, high if high > low else low + 1),
         **file_rois.time_axis(rate, movie.ndim),
     }
-    return [(movie, image, "image")]
+    return movie, image, "image"
 
 
 def _name(file: Path) -> str:

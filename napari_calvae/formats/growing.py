@@ -45,12 +45,14 @@ class GrowingMovie:
     Parameters
     ----------
     source
-        Has ``name``, the ``image_shape`` (y, x), ``dtype``, ``frame_rate`` (Hz, None if it is not stated), a
+        Has ``name``, ``path``, the ``image_shape`` (y, x), ``dtype``, ``frame_rate`` (Hz, None if it is not stated), a
         ``count()`` of the frames that are complete, and ``read(start, stop)``.
     """
 
     def __init__(self, source: _ZarrFrames | _TiffPages | _ArrayFrames):
         self._source = source
+        #: Where it is written; None for one in memory.
+        self.path: Path | None = source.path
         #: What it is called in sentences.
         self.name = source.name
         #: (y, x) of its frames (pixels).
@@ -170,14 +172,14 @@ class _ZarrFrames:
     """Frames of an array in a Zarr folder, opened anew at every poll."""
 
     def __init__(self, folder: Path, name: str = ""):
-        self.folder, self.name, self._path = folder, folder.name, name
+        self.path, self.name, self._array_name = folder, folder.name, name
         with readable(folder, _ZARR, _HINT):
             if name:
                 self.frame_rate, at = stated_rate(zarr_movie.open_node(folder, name).attrs), 0
             else:
                 place = zarr_movie.find(folder, growing=True)
-                self._path, self.frame_rate, at = place.name, place.frame_rate, place.time
-            self._array = zarr_movie.open_node(folder, self._path)  # a group may know an older length of it
+                self._array_name, self.frame_rate, at = place.name, place.frame_rate, place.time
+            self._array = zarr_movie.open_node(folder, self._array_name)  # a group may know an older length of it
         shape = self._array.shape
         _check(self.name, shape, self._array.dtype, at == 0 and math.prod(shape[1:-2]) == 1)
         self.image_shape, self.dtype = shape[-2:], np.dtype(self._array.dtype)
@@ -208,11 +210,11 @@ class _ZarrFrames:
 
     def _again(self) -> Any:
         for trial in range(_TRIES):
-            if not self.folder.is_dir():
+            if not self.path.is_dir():
                 raise _gone(self.name)
             try:
-                with readable(self.folder, _ZARR, _HINT):
-                    array = zarr_movie.open_node(self.folder, self._path)
+                with readable(self.path, _ZARR, _HINT):
+                    array = zarr_movie.open_node(self.path, self._array_name)
                 break
             except RecordingError:
                 if trial == _TRIES - 1:
@@ -226,7 +228,7 @@ class _ZarrFrames:
         """Files of the chunks, or shards, that hold a block of frames."""
         sizes = array.shards or array.chunks
         grid = (range(-(-n // size)) for n, size in zip(array.shape[1:], sizes[1:], strict=True))
-        home = self.folder / self._path
+        home = self.path / self._array_name
         return (home / array.metadata.encode_chunk_key((block, *rest)) for rest in itertools.product(*grid))
 
     def _is_passed(self, array: Any, block: int) -> bool:
@@ -237,9 +239,9 @@ class _ZarrFrames:
         return any(file.exists() for ahead in later for file in self._files(array, ahead))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        if not self.folder.is_dir():  # zarr would make up frames of zeros
+        if not self.path.is_dir():  # zarr would make up frames of zeros
             raise _gone(self.name)
-        with readable(self.folder, _ZARR):
+        with readable(self.path, _ZARR):
             return np.asarray(self._array[start:stop]).reshape(-1, *self.image_shape)
 
 
@@ -247,7 +249,7 @@ class _TiffPages:
     """Pages of a TIFF file, found by following the links from each to the next one."""
 
     def __init__(self, file: Path):
-        self.file, self.name = file, file.name
+        self.path, self.name = file, file.name
         with readable(file, _TIFF, _HINT), tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
             _check(self.name, (1, *page.shape), page.dtype, page.ndim == 2 and _one_channel(tiff))
@@ -266,8 +268,8 @@ class _TiffPages:
 
     def count(self) -> int:
         try:
-            size = self.file.stat().st_size
-            with self.file.open("rb") as handle:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as handle:
                 linked = self._follow(handle, size)
         except FileNotFoundError:
             raise _gone(self.name) from None
@@ -347,14 +349,14 @@ class _TiffPages:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         frames = np.empty((stop - start, *self.image_shape), self.dtype)
-        with readable(self.file, _TIFF):
+        with readable(self.path, _TIFF):
             if not self._plain:
-                with tifffile.TiffFile(self.file) as tiff:
+                with tifffile.TiffFile(self.path) as tiff:
                     for frame, (place, _) in zip(frames, self._pages[start:stop], strict=True):
                         tiff.filehandle.seek(place)
                         frame[...] = tifffile.TiffPage(tiff, 0).asarray()
                 return frames
-            with self.file.open("rb") as handle:
+            with self.path.open("rb") as handle:
                 for number, frame in enumerate(frames, start):
                     linked = number < len(self._pages)
                     handle.seek(self._pages[number][1] if linked else self._pages[0][1] + number * self._n_bytes)
@@ -366,7 +368,7 @@ class _TiffPages:
 class _ArrayFrames:
     """Frames of an object in memory whose first axis grows."""
 
-    name, frame_rate = "movie", None
+    name, path, frame_rate = "movie", None, None
 
     def __init__(self, array: Any):
         self._array, self._complete = array, 0
