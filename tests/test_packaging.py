@@ -19,7 +19,7 @@ def test_npe2_discovers_the_installed_package():
     manifest = npe2.PluginManifest.from_distribution("napari-calvae")
     assert manifest.name == "napari-calvae"
     names = [w.display_name for w in manifest.contributions.widgets]
-    assert names == ["spike inference", "quality table", "retrain", "spines", "stimulation"]
+    assert names == ["spike inference", "quality table", "retrain", "spines", "stimulation", "live"]
 
 
 def test_every_command_can_be_imported():

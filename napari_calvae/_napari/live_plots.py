@@ -14,7 +14,7 @@ HINT = "Press Start: fluorescence and spike rate of the picked, the pinned and t
 #: Share of a row's height up to which rates are drawn, and from which fluorescence is.
 _RATES, _TRACE = 0.38, 0.46
 #: Rates (spikes/s) at the top of their scale, of which the least is taken that holds all.
-_TOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+_TOPS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 500)
 #: Seconds over which the newest rate is averaged.
 _NOW = 1.0
 

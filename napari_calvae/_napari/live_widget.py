@@ -94,6 +94,7 @@ class LiveWidget(RecordingWidget):
         self.follow = QCheckBox("follow")
         self.follow.setChecked(True)
         self.follow.setToolTip("The time slider goes to the newest frame; a click in the plots goes back and ends that")
+        self.plots.setToolTip("A ROI that is clicked in the movie comes first, those that were pinned follow it")
         self.numbers = QLabel()
         self.numbers.setWordWrap(True)
         self.numbers.setStyleSheet("font-size: 8pt;")
@@ -291,10 +292,9 @@ class LiveWidget(RecordingWidget):
         rois = live.shown_rois(self.recent.roi_ids, picked, pinned)
         window = self.recent.window(rois)
         if window is not None:
-            more = len(self.recent.roi_ids) - len(rois)
-            which = f"{len(rois)} of {len(self.recent.roi_ids)} ROIs" if more else f"{len(rois)} ROIs"
-            hint = " &nbsp; Click one in the movie to see it here." if more else ""
-            self.plots.show_window(window, f"<b>{which}</b>, last {live.SPAN:g} s: fluorescence, spikes/s{hint}")
+            some = f"{len(rois)} of " if len(rois) < len(self.recent.roi_ids) else ""
+            which = f"<b>{some}{len(self.recent.roi_ids)} ROIs</b>"
+            self.plots.show_window(window, f"{which}, last {live.SPAN:g} s: fluorescence, spikes/s")
             self._on_slider()
 
     def _grow(self, n_frames: int) -> None:
