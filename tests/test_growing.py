@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_zarr_that_vanishes_shrinks_or_changes(tmp_path):
         movie.poll()
 
 
-def test_metadata_that_are_just_being_replaced_are_read_again(tmp_path, monkeypatch):
+def test_what_is_just_being_written_is_read_again(tmp_path, monkeypatch):
     array = an_array(tmp_path / "a.zarr", 3, 1, 0)
     movie = calvae.open_growing(tmp_path / "a.zarr")
     array.append(MOVIE[:2])
@@ -142,7 +143,15 @@ def test_metadata_that_are_just_being_replaced_are_read_again(tmp_path, monkeypa
     about.write_text(whole[:100])
     monkeypatch.setattr("napari_calvae.formats.growing.time.sleep", lambda _: about.write_text(whole))
     assert movie.poll() == 2
+    chunk = tmp_path / "a.zarr" / "c" / "1" / "0" / "0"
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[:20])
+    monkeypatch.setattr("napari_calvae.formats.growing.time.sleep", lambda _: chunk.write_bytes(data))
+    np.testing.assert_array_equal(movie.read(0, 2), MOVIE[:2])
     monkeypatch.setattr("napari_calvae.formats.growing.time.sleep", lambda _: None)
+    chunk.write_bytes(data[:20])
+    with pytest.raises(calvae.RecordingError, match="cannot be read"):
+        movie.read(0, 2)
     about.write_text(whole[:100])
     with pytest.raises(calvae.RecordingError, match="cannot be read"):
         movie.poll()
@@ -275,6 +284,9 @@ def test_frames_so_far_are_an_array_that_reads_what_is_asked_for(tmp_path):
     np.testing.assert_array_equal(
         calvae.extract(frames, labels, 20.0).values, calvae.extract(MOVIE[:30], labels, 20.0).values
     )
+    sent = pickle.dumps(frames)
+    assert len(sent) < 4000  # where it lies, not what is in it
+    np.testing.assert_array_equal(pickle.loads(sent)[3:5], MOVIE[3:5])
     # The newest frame needs no file.
     movie.read(38, 40)
     shutil.rmtree(tmp_path / "a.zarr")

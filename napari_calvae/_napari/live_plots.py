@@ -15,6 +15,8 @@ HINT = "Press Start: fluorescence and spike rate of the picked, the pinned and t
 _RATES, _TRACE = 0.38, 0.46
 #: Rates (spikes/s) at the top of their scale, of which the least is taken that holds all.
 _TOPS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80, 120, 200, 500)
+#: Height (pixels) of a row, which may be any, and the gap below it.
+_ANY, _GAP = 1e6, 6
 #: Seconds over which the newest rate is averaged.
 _NOW = 1.0
 
@@ -52,7 +54,7 @@ class _Cell:
         if not many:
             margin = 0.1 * (high - low)
             for value in (low + margin, high - margin):
-                ticks.append((_TRACE + (1 - _TRACE) * (value - low) / (high - low), f"{value:.4g}"))
+                ticks.append((_TRACE + (1 - _TRACE) * (value - low) / (high - low), f"{value:.3g}"))
         self.row.axis.setTicks([ticks])
 
 
@@ -77,8 +79,11 @@ class LivePlots(TimePlots):
         self.title.setText(heading)
         ids = window.traces.roi_ids
         for place, cell in enumerate(self.cells):
-            cell.set_visible(place < len(ids))
-            self.graphics.ci.layout.setRowStretchFactor(place, int(place < len(ids)))
+            here = place < len(ids)
+            cell.set_visible(here)
+            grid = self.graphics.ci.layout
+            grid.setRowMaximumHeight(place, _ANY if here else 0)
+            grid.setRowSpacing(place, _GAP if here else 0)
         begin, end = window.seconds
         view = self.rows[0].view
         view.setLimits(xMin=begin, xMax=end, minXRange=10 / window.traces.frame_rate)

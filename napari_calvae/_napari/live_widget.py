@@ -206,10 +206,11 @@ class LiveWidget(RecordingWidget):
         if self.running is None:
             return
         try:
-            marks = None if self._inference is None else self._inference.choices.rois()[0].marks
+            choices = None if self._inference is None else self._inference.choices
+            same = choices is None or (choices.rois()[0].marks, choices.real_movie) == (self._marks, self._layer)
         except (calvae.RecordingError, ValueError):
-            marks = None
-        if marks != self._marks:
+            same = False
+        if not same:
             self.bar.say("ROIs or movie have changed: that counts from the next start.")
 
     # Work

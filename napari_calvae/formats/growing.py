@@ -12,7 +12,7 @@ import math
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +31,7 @@ _HINT = "If the recording has only just begun, try again."
 _SETTLED = 1.0
 #: Chunks without anything but zeros may never be written: one of so many later ones proves that they were passed.
 _AHEAD = 8
-#: Another program may be replacing a file just when it is opened: tries, and seconds between them.
+#: Another program may be writing a file just when it is opened: tries, and seconds between them.
 _TRIES, _WAIT = 4, 0.02
 #: Single frames that are kept: the newest are looked at again and again.
 _KEPT = 16
@@ -75,7 +75,7 @@ class GrowingMovie:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """(time, y, x) frames from ``start`` to ``stop`` (exclusive), which were complete at the last ``poll``."""
-        frames = self._source.read(start, stop)
+        frames = _patiently(lambda: self._source.read(start, stop))
         if len(frames):
             self._keep(stop - 1, frames[-1].copy())
         return frames
@@ -88,6 +88,10 @@ class GrowingMovie:
     def so_far(self, n_frames: int) -> FramesSoFar:
         """(time, y, x) array of the first frames; they stay where they are until some are asked for."""
         return FramesSoFar(self, n_frames)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the frames in memory, for other processes."""
+        return {**vars(self), "_kept": OrderedDict()}
 
     def _keep(self, number: int, frame: np.ndarray) -> None:
         self._kept[number] = frame
@@ -187,7 +191,7 @@ class _ZarrFrames:
         self._passed = self._complete = 0
 
     def count(self) -> int:
-        array = self._again()
+        array = _patiently(self._again)
         n_frames, before = array.shape[0], self._length
         if n_frames < self._complete:
             raise _shrunk(self.name, self._complete, n_frames)
@@ -209,17 +213,10 @@ class _ZarrFrames:
         return self._complete
 
     def _again(self) -> Any:
-        for trial in range(_TRIES):
-            if not self.path.is_dir():
-                raise _gone(self.name)
-            try:
-                with readable(self.path, _ZARR, _HINT):
-                    array = zarr_movie.open_node(self.path, self._array_name)
-                break
-            except RecordingError:
-                if trial == _TRIES - 1:
-                    raise
-                time.sleep(_WAIT)
+        if not self.path.is_dir():
+            raise _gone(self.name)
+        with readable(self.path, _ZARR, _HINT):
+            array = zarr_movie.open_node(self.path, self._array_name)
         if array.shape[1:] != self._array.shape[1:] or array.dtype != self._array.dtype:
             raise _changed(self.name, self.image_shape, self.dtype, array.shape[-2:], array.dtype)
         return array
@@ -388,6 +385,16 @@ class _ArrayFrames:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.asarray(self._array[start:stop])
+
+
+def _patiently(look: Callable[[], Any]) -> Any:
+    """Look again after a moment where something cannot be read: it may just be being written."""
+    for _ in range(_TRIES - 1):
+        try:
+            return look()
+        except RecordingError:
+            time.sleep(_WAIT)
+    return look()
 
 
 def _rate_of(tiff: tifffile.TiffFile) -> float | None:
