@@ -48,8 +48,11 @@ class LiveWidget(RecordingWidget):
         self.running: live.Order | None = None
         self.news: live.News | None = None
         self.recent: live.Recent | None = None
+        self._source: calvae.GrowingMovie | None = None
         self._layer: Image | None = None
         self._marks: Any = None
+        #: ROIs that the plots show, and up to which frame of what.
+        self._drawn: tuple = ()
         #: What the movie's layer held when it was looked at last, and how many frames of it.
         self._held: tuple[Any, int] = (None, 0)
         self._soon = QTimer(self)
@@ -232,7 +235,7 @@ class LiveWidget(RecordingWidget):
         lag, neuropil = self.lag.currentData(), settings.neuropil_coefficient
         order = live.Order(number, movie, masks, settings.frame_rate, lag, neuropil, live.MODEL)
         self.recent, self.news = live.Recent(masks.ids, order.frame_rate, order.lag), None
-        self.running, self._layer, self._marks = order, choices.real_movie, key.marks
+        self.running, self._source, self._layer, self._marks = order, movie, choices.real_movie, key.marks
         self._held = (self._layer.data, self._layer.data.shape[0])
         self.numbers.setText("")
         self.bar.say(f"Following {self._layer.name}: {len(masks)} ROIs.")
@@ -291,8 +294,10 @@ class LiveWidget(RecordingWidget):
         picked = None if self._inference is None else self._inference.picked_roi
         pinned = () if self._inference is None else tuple(self._inference.plots.pinned.cells)
         rois = live.shown_rois(self.recent.roi_ids, picked, pinned)
-        window = self.recent.window(rois)
+        drawn = (rois, self.recent, self.recent.n_frames, self.running)  # the last rates come without a frame
+        window = None if drawn == self._drawn else self.recent.window(rois)
         if window is not None:
+            self._drawn = drawn
             some = f"{len(rois)} of " if len(rois) < len(self.recent.roi_ids) else ""
             which = f"<b>{some}{len(self.recent.roi_ids)} ROIs</b>"
             self.plots.show_window(window, f"{which}, last {live.SPAN:g} s: fluorescence, spikes/s")
@@ -300,16 +305,16 @@ class LiveWidget(RecordingWidget):
 
     def _grow(self, n_frames: int) -> None:
         """Let the layer show what there is, and the slider follow."""
-        layer, order = self._layer, self.running
+        layer = self._layer
         if layer is None or layer not in self._viewer.layers:
-            if order is not None:
+            if self.running is not None:
                 self._stop()
                 self.bar.say("Stopped: the movie was taken out of the viewer.")
             self._layer = None
             return
         n_shown = int(layer.data.shape[0])
-        if order is not None and order.movie.path is not None and n_frames > n_shown:
-            layer.data = order.movie.so_far(n_frames)
+        if self._source is not None and self._source.path is not None and n_frames > n_shown:
+            layer.data = self._source.so_far(n_frames)
         elif layer.data is self._held[0] and n_shown != self._held[1]:
             layer.data = layer.data  # an array that was made longer where it lies, which napari does not see
         self._held = (layer.data, int(layer.data.shape[0]))
