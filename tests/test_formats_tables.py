@@ -263,13 +263,13 @@ def test_traces_come_back_from_tables(tmp_path, suffix, unit):
     values[1, 7] = np.nan
     traces = Traces(values, 12.5, unit, (7, 3, 12), 20_000.04, provenance={"a": np.arange(2)})
     write(traces, tmp_path / f"a{suffix}")
-    found = read(tmp_path / f"a{suffix}", unit=unit if suffix == ".csv" else None)
+    found = read(tmp_path / f"a{suffix}")
     np.testing.assert_allclose(found.values, values, rtol=1e-5)
     assert found.frame_rate == pytest.approx(12.5, rel=1e-6)
     assert (found.roi_ids, found.unit) == ((7, 3, 12), unit)
     assert found.t0 == pytest.approx(20_000.04)
     if suffix == ".csv":
-        assert json.loads((tmp_path / "a.provenance.json").read_text()) == {"traces": {"a": [0, 1]}}
+        assert json.loads((tmp_path / "a.provenance.json").read_text()) == {"traces": {"a": [0, 1]}, "unit": unit}
     else:
         assert found.frame_rate == 12.5
         assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import secrets
 import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +23,29 @@ from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference,
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
+
+
+#: What libraries raise for files that are cut short, damaged or of another kind (``SyntaxError``: bad XML).
+DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+DAMAGE += (ArithmeticError, EOFError, MemoryError, SyntaxError, ImportError)
+DAMAGE += (pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
+
+
+@contextmanager
+def readable(file: Path | str, kind: str, hint: str = "Copy it again, or save it once more.") -> Iterator[None]:
+    """Say it in one way when a file, or what is called so, said to be of a ``kind``, cannot be read."""
+    name = file if isinstance(file, str) else file.name
+    try:
+        yield
+    except RecordingError:
+        raise
+    except PermissionError as error:
+        raise RecordingError(
+            f"{name}: expected {kind} that may be read, got no permission ({error}). "
+            "Change the permissions of the file, or ask whoever owns it."
+        ) from error
+    except DAMAGE as error:
+        raise RecordingError(f"{name}: expected {kind}, got one that cannot be read ({error}). {hint}") from error
 
 
 def existing(path: str | Path) -> Path:

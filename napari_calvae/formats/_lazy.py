@@ -1,13 +1,10 @@
-"""What all movie files share: arrays that stay in their file, frame rates among attributes, errors in plain words."""
+"""What all movie files share: arrays that stay in their file, the one of them that is meant, frame rates."""
 
 from __future__ import annotations
 
 import math
 import mmap
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +22,6 @@ _RATE_NAMES = ("frame_rate", "framerate", "fr", "fs", "fps", "imaging_rate", "sa
 SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3}
 SECONDS |= {"us": 1e-6, "µs": 1e-6, "microsecond": 1e-6, "min": 60.0, "minute": 60.0, "minutes": 60.0}
 SECONDS |= {"h": 3600.0, "hour": 3600.0, "hours": 3600.0}
-#: What libraries raise for files that are cut short, damaged or of another kind (``SyntaxError``: bad XML).
-_DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-_DAMAGE += (EOFError, SyntaxError, NotImplementedError, struct.error, zlib.error)
-
-
-@contextmanager
-def readable(file: Path, kind: str, hint: str = "Copy it again, or save it once more.") -> Iterator[None]:
-    """Say it in one way when a file, said to be of a ``kind``, cannot be read."""
-    try:
-        yield
-    except RecordingError:
-        raise
-    except PermissionError as error:
-        raise RecordingError(
-            f"{file.name}: expected {kind} that may be read, got no permission ({error}). "
-            "Change the permissions of the file, or ask whoever owns it."
-        ) from error
-    except _DAMAGE as error:
-        raise RecordingError(f"{file.name}: expected {kind}, got one that cannot be read ({error}). {hint}") from error
 
 
 def lazy(source: Any, stored: Sequence[int], n_bytes: int = CHUNK_BYTES) -> Any:

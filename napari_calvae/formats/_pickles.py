@@ -11,30 +11,14 @@ import collections
 import datetime
 import math
 import pickle
-import tokenize
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
+from napari_calvae.formats._files import DAMAGE
 from napari_calvae.recording import RecordingError
-
-#: What reading a damaged pickle may raise.
-_DAMAGED = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    tokenize.TokenError,
-)
 
 
 def load_dicts(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +49,7 @@ def load_dicts(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"no array of shape {shape} in it")
     except RecordingError:
         raise
-    except _DAMAGED as error:
+    except DAMAGE as error:
         raise RecordingError(
             f"{path.name}: expected a NumPy file of dictionaries, got one that cannot be read ({error}). "
             "It may be incomplete: copy it again from where it was made."

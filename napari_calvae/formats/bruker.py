@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from napari_calvae.formats._lazy import lazy, positive, readable
+from napari_calvae.formats._files import readable
+from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.recording import RecordingError
 
 MOVIE_PATTERNS = ("*.xml",)

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 from scipy import sparse
 
+from napari_calvae.formats._files import DAMAGE
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
 from napari_calvae.trace_source import TraceSource
 
@@ -82,7 +83,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
             )
     except RecordingError:
         raise
-    except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise RecordingError(
             f"{path.name}: expected CaImAn's estimates, got a file that cannot be read ({error}). "
             "Save the CNMF object again with its method save."
@@ -196,6 +197,6 @@ def _fetch(path: str, names: tuple[str, ...], baseline: np.ndarray, rows: np.nda
         with h5py.File(path) as file:
             # One slab and a choice of its rows: HDF5 is slow with many rows named one by one.
             parts = [file["estimates"][name][first:last][rows - first].astype(np.float32) for name in names]
-    except (OSError, RuntimeError, KeyError) as error:
+    except DAMAGE as error:
         raise RecordingError(f"{Path(path).name}: expected CaImAn's estimates, got {error}.") from error
     return sum(parts[1:], parts[0]) + baseline[rows, None]

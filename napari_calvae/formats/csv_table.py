@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     """Read one trace per column; empty cells are missing frames.
 
     A column called ``time`` or alike (s, or ms if it says so) gives the frame rate. Numbers in the other columns' names
-    are ROI ids if they differ.
+    are ROI ids if they differ. The unit is that in ``NAME.provenance.json`` where ``write`` left one, else ΔF/F.
     """
     names, table = read_table(path)
     columns = find_columns(names, path)
@@ -49,11 +50,20 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     return Traces(
         table[:, list(columns.rois)].T,
         frame_rate,  # type: ignore[arg-type]
-        unit or "dff",
+        unit or _unit_beside(path) or "dff",
         columns.ids,
         t0,
         provenance={"source": path.name},
     )
+
+
+def _unit_beside(path: Path) -> Unit | None:
+    beside = outputs(path)[-1]
+    try:
+        found = json.loads(beside.read_text(encoding="utf-8")).get("unit") if beside.is_file() else None
+    except (ValueError, AttributeError, OSError):  # another program's file of that name
+        return None
+    return found if found in ("raw", "dff") else None
 
 
 class Columns(NamedTuple):
@@ -117,7 +127,8 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
     if isinstance(value, Traces):
         with whole_files(path, outputs(path)[-1]) as (frames, provenance):
             _table(frames, [trace_columns(value)])
-            provenance.write_text(provenance_json(value), encoding="utf-8")
+            told = json.loads(provenance_json(value)) | {"unit": value.unit}
+            provenance.write_text(json.dumps(told, indent=1), encoding="utf-8")
         return
     arrays = arrays_of(value)
     with whole_files(*outputs(path)) as (frames, events, rois, provenance):

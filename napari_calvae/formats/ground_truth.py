@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from napari_calvae.formats._files import readable
 from napari_calvae.formats._mat import UNREADABLE, variables
 from napari_calvae.recording import RecordingError
 
@@ -109,7 +110,7 @@ def _vector(value: Any) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> list[Sweep]:
-    with np.load(path, allow_pickle=False) as z:
+    with readable(path, "an .npz file of ground truth"), np.load(path, allow_pickle=False) as z:
         missing = [key for key in _KEYS if key not in z]
         if missing:
             raise RecordingError(

@@ -21,8 +21,8 @@ import tifffile
 
 from napari_calvae.formats import tiff as tiff_movie
 from napari_calvae.formats import zarr_movie
-from napari_calvae.formats._files import existing
-from napari_calvae.formats._lazy import readable, stated_rate
+from napari_calvae.formats._files import existing, readable
+from napari_calvae.formats._lazy import stated_rate
 from napari_calvae.recording import RecordingError
 
 _ZARR, _TIFF = "a Zarr folder that is being written", "a TIFF movie that is being written"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import h5py
+import numpy as np
 
-from napari_calvae.formats._files import TRACE_NAMES, arrays_of, provenance_json, traces_of, whole_files
+from napari_calvae.formats._files import DAMAGE, TRACE_NAMES, arrays_of, provenance_json, traces_of, whole_files
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.h5", "*.hdf5")
@@ -29,11 +30,15 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     try:
         with h5py.File(path) as file:
             wanted = (*TRACE_NAMES, "frame_rate", "unit", "roi_ids", "t0")
-            arrays = {name: file[name][()] for name in wanted if isinstance(file.get(name), h5py.Dataset)}
+            arrays = {name: _content(file[name]) for name in wanted if isinstance(file.get(name), h5py.Dataset)}
             arrays = {name: file.attrs[name] for name in wanted[len(TRACE_NAMES) :] if name in file.attrs} | arrays
-    except (OSError, RuntimeError) as error:
+    except DAMAGE as error:
         raise RecordingError(f"{path.name}: expected an HDF5 file, got one that cannot be read ({error}).") from error
     return traces_of(arrays, path, frame_rate, unit)
+
+
+def _content(dataset: h5py.Dataset) -> np.ndarray:
+    return np.asarray(dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()])
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
@@ -41,5 +46,5 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
     with whole_files(path) as (temporary,), h5py.File(temporary, "w") as file:
         for name, array in arrays_of(value).items():
             packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if array.size > 1000 else {}
-            file.create_dataset(name, data=array, **packing)
+            file.create_dataset(name, data=str(array) if array.dtype.kind == "U" else array, **packing)
         file.attrs["provenance"] = provenance_json(value)

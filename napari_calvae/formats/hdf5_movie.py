@@ -8,8 +8,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from napari_calvae.formats._files import TRACE_NAMES
-from napari_calvae.formats._lazy import MappedMovie, choose, is_numeric, lazy, readable, stated_rate
+from napari_calvae.formats._files import TRACE_NAMES, readable
+from napari_calvae.formats._lazy import MappedMovie, choose, is_numeric, lazy, stated_rate
 
 MOVIE_PATTERNS = ("*.h5", "*.hdf5")
 _KIND = "an HDF5 file with a movie"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.formats import bruker, hdf5_movie, nwb, tiff, video, zarr_movie
-from napari_calvae.formats._files import existing
-from napari_calvae.formats._lazy import MappedMovie, readable
+from napari_calvae.formats._files import existing, readable
+from napari_calvae.formats._lazy import MappedMovie
 from napari_calvae.formats.tiff import write_movie
 from napari_calvae.recording import RecordingError
 

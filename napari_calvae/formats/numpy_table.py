@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from napari_calvae.formats._files import arrays_of, check_output, existing, provenance_json, traces_of, whole_files
+from napari_calvae.formats._files import (
+    arrays_of,
+    check_output,
+    existing,
+    provenance_json,
+    readable,
+    traces_of,
+    whole_files,
+)
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.npy", "*.npz")
@@ -22,20 +29,16 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
     """Read traces (roi, time): all of an ``.npy``, or the array ``values``, ``dff`` or ``F`` of an ``.npz``."""
-    try:
-        with np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else open(path, "rb") as file:
-            if isinstance(file, np.lib.npyio.NpzFile):
+    hint = "Save the matrix (roi, time) itself with numpy.save; pickled objects are never loaded."
+    with readable(path, "a NumPy file of plain numbers", hint), open(path, "rb") as opened:
+        if path.suffix.lower() == ".npz":
+            with np.load(opened, allow_pickle=False) as file:
                 wanted = ("values", "dff", "F", "frame_rate", "unit", "roi_ids", "t0")
                 arrays = {name: file[name] for name in wanted if name in file.files}
                 if not any(name in arrays for name in wanted[:3]):
                     arrays |= dict.fromkeys(file.files, np.empty(0))  # for the message, which lists what is there
-            else:
-                arrays = {"values": np.load(file, allow_pickle=False)}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise RecordingError(
-            f"{path.name}: expected a NumPy file of plain numbers, got one that cannot be read ({error}). "
-            "Save the matrix (roi, time) itself with numpy.save; pickled objects are never loaded."
-        ) from error
+        else:
+            arrays = {"values": np.load(opened, allow_pickle=False)}
     return traces_of(arrays, path, frame_rate, unit)
 
 
@@ -57,12 +60,9 @@ def write_arrays(arrays: Mapping[str, np.ndarray], path: str | Path, overwrite: 
 def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
     """Read known spikes, as ``calvae simulate`` writes them: per ROI id its spike times (s)."""
     file = existing(path)
-    try:
-        with np.load(file, allow_pickle=False) as z:
-            names = [name for name in z.files if name.startswith("spike_times_") and name[12:].isdigit()]
-            times = {int(name[12:]): np.asarray(z[name], float) for name in names}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise RecordingError(f"{file.name}: expected an .npz file of spike times, got another ({error}).") from error
+    with readable(file, "an .npz file of spike times"), np.load(file, allow_pickle=False) as z:
+        names = [name for name in z.files if name.startswith("spike_times_") and name[12:].isdigit()]
+        times = {int(name[12:]): np.asarray(z[name], float) for name in names}
     if not times:
         raise RecordingError(
             f"{file.name}: expected arrays spike_times_<ROI id> (s), got none. "

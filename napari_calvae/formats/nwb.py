@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from napari_calvae.formats import csv_table, tiff
-from napari_calvae.formats._files import existing
+from napari_calvae.formats._files import DAMAGE, existing
 from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.formats.nwb_results import append, write
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
@@ -173,7 +173,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except (RecordingError, PermissionError, FileNotFoundError):
         raise
-    except (OSError, RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise RecordingError(
             f"{path.name}: expected a whole NWB file, got one that cannot be read ({error}). Copy or write it again."
         ) from error

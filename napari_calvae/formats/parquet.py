@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats._files import arrays_of, provenance_json, whole_files
+from napari_calvae.formats._files import DAMAGE, arrays_of, provenance_json, whole_files
 from napari_calvae.formats.csv_table import (
     event_columns,
     find_columns,
@@ -65,7 +65,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
                 stated["frame_rate"] = measured
     except RecordingError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, arrow.ArrowException) as error:
+    except (*DAMAGE, arrow.ArrowException) as error:
         raise _unreadable(path, error) from error
     return TraceSource(
         partial(_fetch, str(path), tuple(schema.names[i] for i in columns.rois)),
@@ -140,7 +140,7 @@ def _fetch(path: str, names: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
         with parquet.ParquetFile(path) as file:
             table = file.read(wanted, use_pandas_metadata=False)
         return np.stack([_floats(table.column(name)) for name in wanted])
-    except (OSError, TypeError, ValueError, KeyError, arrow.ArrowException) as error:
+    except (*DAMAGE, arrow.ArrowException) as error:
         raise _unreadable(Path(path), error) from error
 
 

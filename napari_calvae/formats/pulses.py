@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.formats import csv_table
-from napari_calvae.formats._files import existing
+from napari_calvae.formats._files import existing, readable
 from napari_calvae.recording import RecordingError, RoiMasks
 from napari_calvae.stimulation import Stimulation
 
@@ -62,13 +61,8 @@ def read_stimulation(source: str | Path | Mapping[str, Any], rois: RoiMasks | No
         return _from_table(file, rois)
     if file.suffix.lower() != ".npz":
         raise RecordingError(f"{file.name}: expected a .csv or .npz file of light pulses, got another kind of file.")
-    try:
-        with np.load(file, allow_pickle=False) as z:
-            arrays = {name: z[name] for name in z.files}
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise RecordingError(
-            f"{file.name}: expected an .npz file with {_ARRAYS}; it cannot be read ({error})."
-        ) from error
+    with readable(file, f"an .npz file with {_ARRAYS}"), np.load(file, allow_pickle=False) as z:
+        arrays = {name: z[name] for name in z.files}
     return _from_arrays(arrays, file.name, rois)
 
 

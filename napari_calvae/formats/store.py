@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats._files import TRACE_NAMES, plain, traces_of, whole_folder
+from napari_calvae.formats._files import DAMAGE, TRACE_NAMES, plain, traces_of, whole_folder
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces, Unit
 from napari_calvae.trace_source import TraceSource
 
@@ -99,6 +99,7 @@ class StoredInference:
             names = {key: tuple(found["layout"][key]) for key in ("quality", "theta", "theta_std")}
             self.layout = Layout(int(found["layout"]["n_samples"]), **names)
             self.block_rois = int(found["block_rois"])
+            self._of_traces, self._of_inference = (dict(found["provenance"][of]) for of in ("traces", "inference"))
             self.roi_ids: tuple[int, ...] = tuple(self._group["roi_ids"][:].tolist())
             self.n_rois, self.n_frames = self._group["rate"].shape
             self.n_samples = self.layout.n_samples
@@ -175,7 +176,7 @@ class StoredInference:
                 "dff",
                 ids,
                 self.t0,
-                provenance=self.about["provenance"]["traces"],
+                provenance=self._of_traces,
                 rois=self.rois and self.rois.select(index),
                 accepted=None if self.accepted is None else self.accepted[index],
             ),
@@ -184,7 +185,7 @@ class StoredInference:
             theta={name: cells[f"theta/{name}"] for name in self.layout.theta},
             theta_std={name: cells[f"theta_std/{name}"] for name in self.layout.theta_std},
             quality=self._quality(table),
-            provenance=self.about["provenance"]["inference"],
+            provenance=self._of_inference,
             **arrays,
         )
 
@@ -413,11 +414,12 @@ def _readable(path: Path) -> Iterator[None]:
     """What zarr raises for stores that are damaged, cut short or of another kind, as our own error."""
     from zarr.errors import BaseZarrError
 
+    damage: tuple[type[Exception], ...] = (BaseZarrError, *DAMAGE)
     try:
         yield
     except RecordingError:
         raise
-    except (BaseZarrError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OSError) as error:
+    except damage as error:
         if isinstance(error, PermissionError):
             raise
         raise RecordingError(

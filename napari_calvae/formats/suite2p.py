@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats._files import provenance_json, whole_files
+from napari_calvae.formats._files import provenance_json, readable, whole_files
 from napari_calvae.formats._pickles import load_dicts
 from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces, Unit
 from napari_calvae.trace_source import TraceSource
@@ -242,15 +242,11 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _open_array(path: Path) -> np.ndarray:
     """Map a (row, column) array of numbers into memory."""
-    try:
+    hint = "It may be incomplete: copy it again from where it was made."
+    with readable(f"{path.parent.name}/{path.name}", "a matrix of numbers, one row per ROI", hint):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.ndim != 2 or array.dtype.kind not in "fiub" or not array.size:
-            raise ValueError(f"dtype {array.dtype}, shape {array.shape}")
-    except (ValueError, EOFError, OverflowError, SyntaxError) as error:
-        raise RecordingError(
-            f"{path.parent.name}/{path.name}: expected a matrix of numbers, one row per ROI, got something else "
-            f"({error}). It may be incomplete: copy it again from where it was made."
-        ) from error
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiub" or not array.size:
+            raise ValueError(f"dtype {getattr(array, 'dtype', None)}, shape {getattr(array, 'shape', None)}")
     return array
 
 

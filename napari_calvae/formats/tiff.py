@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 import threading
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,13 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from napari_calvae.formats._files import check_output, whole_files
-from napari_calvae.formats._lazy import CHUNK_BYTES, SECONDS, MappedMovie, lazy, positive, readable
+from napari_calvae.formats._files import DAMAGE, check_output, readable, whole_files
+from napari_calvae.formats._lazy import CHUNK_BYTES, SECONDS, MappedMovie, lazy, positive
 from napari_calvae.recording import RecordingError
 
 MOVIE_PATTERNS = ("*.tif", "*.tiff")
 
 _KIND, _HINT = "a TIFF movie", "Save it again, for example with Fiji."
-#: What tifffile and the codecs raise for a page that is damaged.
-_DAMAGE = (ValueError, LookupError, TypeError, OSError, RuntimeError, struct.error, zlib.error)
 
 
 def is_movie(path: Path) -> bool:
@@ -126,7 +122,7 @@ class _Pages:
                 if other is not handle:
                     other.open()
                 stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 hint = "Install imagecodecs" if "imagecodecs" in str(error) else "Copy or save it again"
                 raise RecordingError(
                     f"{self.file.name}: expected a TIFF movie of {self.shape[0]} frames, got one of which frames "

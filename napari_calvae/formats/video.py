@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.conversion import needed
-from napari_calvae.formats._lazy import lazy, positive, readable
+from napari_calvae.formats._files import readable
+from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.recording import RecordingError
 
 MOVIE_PATTERNS = ("*.avi",)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from napari_calvae.formats._files import TRACE_NAMES
-from napari_calvae.formats._lazy import SECONDS, choose, is_numeric, lazy, positive, readable, stated_rate
+from napari_calvae.formats._files import TRACE_NAMES, readable
+from napari_calvae.formats._lazy import SECONDS, choose, is_numeric, lazy, positive, stated_rate
 from napari_calvae.recording import RecordingError
 
 MOVIE_PATTERNS = ("*.zarr",)
