@@ -119,6 +119,8 @@ class Stream:
     @torch.inference_mode()
     def _take(self, new: torch.Tensor) -> LiveRates:
         first = self.n_frames - self.lag
+        if not new.shape[1]:
+            return LiveRates(max(0, first), new.numpy(), self.frame_rate)
         self.n_frames += new.shape[1]
         if self._cells is None:
             self._pending.append(new)

@@ -132,7 +132,41 @@ def test_bad_input_is_a_clear_error(causal, values):
     assert live.finish().rate.shape[1] == 0
 
 
+def test_no_frames_bring_no_rates(causal, values):
+    live = calvae.stream(RATE, causal, lag=0)
+    for n_frames in (0, 50, 0, 100, 0):
+        part = live.push(values[:, :n_frames])
+    assert part.rate.shape == live.finish().rate.shape == (3, 0)
+    assert part.first == live.n_frames == 150
+
+
 def test_a_stream_leaves_the_model_as_it_is(causal, values):
     before = causal.recognition.lag
     calvae.stream(RATE, causal, lag=2).push(values)
     assert causal.recognition.lag == before == 0
+
+
+def test_what_a_lag_costs_is_measured(causal, tmp_path, monkeypatch):
+    """Every lag is scored on the cells on which whole traces are; the answers are those of the stream."""
+    from napari_calvae.benchmark import live
+    from napari_calvae.formats.ground_truth import Sweep
+
+    rng = np.random.default_rng(3)
+    sweeps = []
+    for cell in ("a", "b"):
+        spikes = np.sort(rng.uniform(0, 20, 30))
+        dff = np.convolve(np.histogram(spikes, np.arange(601) / 30)[0], np.exp(-np.arange(60) / 15))[:600]
+        sweeps.append(Sweep("D1", cell, "none", 30.0, 0.0, (dff + 0.1 * rng.normal(size=600)).astype("f4"), spikes))
+    path = causal.save(tmp_path / "causal.safetensors")
+    rows = list(live.iter_live(sweeps, str(path)))
+    assert [list(row) for row in rows] == [["data set", "cells", "whole trace", "lag 0", "lag 2"]]
+    assert rows[0]["whole trace"] > 0.5
+    assert abs(rows[0]["lag 2"]) < rows[0]["whole trace"]  # this network has learned nothing
+    streamed = live.live_method(causal, 2)(sweeps[0].dff, 30.0)
+    whole = calvae.stream(30.0, causal, lag=2)
+    parts = [whole.push(sweeps[0].dff[None, k : k + 30]).rate for k in range(0, 600, 30)] + [whole.finish().rate]
+    np.testing.assert_array_equal(streamed, np.concatenate(parts, 1)[0])
+    live.write_live(rows, tmp_path, "me")
+    page = (tmp_path / "live.md").read_text()
+    assert "| lag 2 |" in page
+    assert "| D1 | 2 |" in page

@@ -196,8 +196,9 @@ def one_roi(inference: calvae.SpikeInference | FromStore, row: int) -> calvae.Sp
 def iter_ready(number: int = 0) -> Iterator[Message]:
     """Load what the first click would have to wait for, and tell what there is."""
     try:
-        # Those for dendrites want to know which ROI is the shaft.
-        names = tuple(name for name in calvae.models() if not calvae.load_model(name).recognition.coupled)
+        # Those for dendrites want to know which ROI is the shaft, those for live recordings see less than there is.
+        networks = {name: calvae.load_model(name).recognition for name in calvae.models()}
+        names = tuple(name for name, network in networks.items() if not (network.coupled or network.causal))
         if not names:
             raise calvae.RecordingError("Model: expected a trained model in the package, got none. Install it again.")
         yield Ready(names, "")

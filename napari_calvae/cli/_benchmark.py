@@ -103,6 +103,24 @@ def speed(
 
 
 @benchmark.command()
+def live(
+    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    model: Annotated[str, typer.Option(help="Name of a shipped model or a file, causal")] = "live",
+    only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,
+) -> None:
+    """Correlation with true spikes while a recording is going on, for every lag, beside that of whole traces."""
+    from napari_calvae import benchmark as measure
+    from napari_calvae.benchmark.live import iter_live, write_live
+
+    sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
+    rows = list(iter_live(sweeps, model))
+    if out is not None:
+        write_live(rows, out, f"calvae benchmark live --data {data.name} --model {model}")
+    show([{name: value for name, value in row.items() if name != "cells"} for row in rows], summary="mean")
+
+
+@benchmark.command()
 def extraction(
     gigabytes: Annotated[float, typer.Option(min=0.01, help="Size of the movie (10⁹ bytes)")] = 10.0,
     rois: Annotated[int, typer.Option(min=1, help="ROIs on a grid, with a neuropil ring each")] = 200,

@@ -60,6 +60,8 @@ class RecognitionNetwork(nn.Module, abc.ABC):
     #: Whether the rows of one call are compartments of one structure, the first of them its shaft, rather than cells
     #: that know nothing of each other.
     coupled: ClassVar[bool] = False
+    #: Whether its answer for a frame needs but a few frames after it: for recordings that are still going on.
+    causal: ClassVar[bool] = False
     #: Keyword arguments that build this network again.
     config: dict[str, Any]
     #: Highest spike count per frame that the posterior can express.

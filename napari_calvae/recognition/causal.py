@@ -88,6 +88,7 @@ class CausalNetwork(RecognitionNetwork):
     """
 
     name: ClassVar[str] = "causal"
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,
