@@ -77,8 +77,8 @@ Made by `{made_by}`; do not edit by hand.
 
 Traces come to `calvae.stream` second by second; the rate of a frame is told when as many frames more as the lag have
 come. Median over cells of the correlation with true spikes, smoothed by 25 ms, at 30 Hz and without a shift; eight
-cells of each data set, two minutes of each sweep. Both models, *universal* for the whole trace and *live*, were trained on these data
-sets: what is compared is what the lag costs, not how good they are on recordings that they never saw.
+cells of each data set, two minutes of each sweep. Both models, *universal* for the whole trace and *live*, were trained
+on these data sets: what is compared is what the lag costs, not how good they are on recordings that they never saw.
 
 {to_table(summary)}
 
