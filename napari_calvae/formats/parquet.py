@@ -60,7 +60,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
             stated = json.loads((schema.metadata or {}).get(_RECORDING, b"{}"))
             t0 = float(stated.get("t0", 0.0))
             if columns.clock is not None and "t0" not in stated:
-                clock = file.read([schema.names[columns.clock]]).column(0)
+                clock = file.read([schema.names[columns.clock]], use_threads=False).column(0)
                 t0, measured = read_clock(_seconds(clock, columns.seconds), path)
                 stated["frame_rate"] = measured
     except RecordingError:
@@ -138,7 +138,7 @@ def _fetch(path: str, names: tuple[str, ...], rows: np.ndarray) -> np.ndarray:
     wanted = [names[row] for row in rows]
     try:
         with parquet.ParquetFile(path) as file:
-            table = file.read(wanted, use_pandas_metadata=False)
+            table = file.read(wanted, use_threads=False, use_pandas_metadata=False)
         return np.stack([_floats(table.column(name)) for name in wanted])
     except (*DAMAGE, arrow.ArrowException) as error:
         raise _unreadable(Path(path), error) from error

@@ -10,12 +10,14 @@ import queue
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from napari_calvae.formats import open_traces
 from napari_calvae.formats._files import check_output, plain
@@ -23,7 +25,7 @@ from napari_calvae.formats.store import Layout, StoredInference, create_store, r
 from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
 from napari_calvae.inference.cluster import connected
 from napari_calvae.preprocess import with_signal
-from napari_calvae.recording import EVENT_DTYPE, SpikeInference, Traces
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
 from napari_calvae.vae import SpikeVAE, load_model
 
@@ -112,7 +114,42 @@ def iter_batch(
     config = InferConfig(**settings)
     vae = load_model(model, coupled=False)
     provenance = provenance_of(vae, source, config)
-    store = _begin(Path(out).expanduser().absolute(), source, vae, config, (provenance, block_rois, overwrite))
+    where = Path(out).expanduser().absolute()
+    with _owned(where):
+        store = _begin(where, source, vae, config, (provenance, block_rois, overwrite))
+        computing = model if isinstance(model, SpikeVAE) else str(model)
+        yield from _iter_blocks(source, (vae, computing), config, store, scheduler)
+    return store
+
+
+@contextmanager
+def _owned(out: Path) -> Iterator[None]:
+    """Keep other processes from writing the same store; the lock ends with this process, however that ends."""
+    there = next(parent for parent in out.parents if parent.is_dir())
+    lock = FileLock(there / f".{out.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RecordingError(
+            f"{out.name}: expected a store that nothing else writes, got one that another run is writing now. Wait "
+            "until it has ended, or choose another name."
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _iter_blocks(
+    source: TraceSource,
+    models: tuple[SpikeVAE, str | SpikeVAE],
+    config: InferConfig,
+    store: StoredInference,
+    scheduler: str | None,
+) -> Iterator[Progress]:
+    """Infer what is missing in a store, here with the first of the ``models``, on a cluster with the second."""
+    vae, named = models
     todo = np.flatnonzero(~store.done).tolist()
     there, begun = store.n_rois - _n_rois(store, todo), time.monotonic()
     yield Progress(there, store.n_rois)
@@ -120,7 +157,7 @@ def iter_batch(
     blocks = (
         _here(source, vae, config, store, todo)
         if scheduler is None
-        else _elsewhere(source, model if isinstance(model, SpikeVAE) else str(model), config, store, todo, scheduler)
+        else _elsewhere(source, named, config, store, todo, scheduler)
     )
     for block, dashboard in blocks:
         left = None
@@ -130,7 +167,6 @@ def iter_batch(
             left = (time.monotonic() - begun) / (finished - there) * (store.n_rois - finished)
         yield Progress(finished, store.n_rois, left, dashboard)
     store.tidy()
-    return store
 
 
 def _source(traces: Traces | TraceSource | str | Path) -> TraceSource:
