@@ -83,6 +83,9 @@ class InferenceWidget(QWidget):
         self._outline_timer = QTimer(self)
         self._outline_timer.setSingleShot(True)
         self._outline_timer.timeout.connect(self._draw_outline)
+        self._doubt_timer = QTimer(self)
+        self._doubt_timer.setSingleShot(True)
+        self._doubt_timer.timeout.connect(self._tell_doubts)
         self.overlays = Overlays(self, napari_viewer, self.plots, self.choices, self.results)
         self._manners = DockManners(self, HEIGHT, leave=self.detach, stay=self.attach, gone=self.close_down)
         self._connect()
@@ -316,6 +319,7 @@ class InferenceWidget(QWidget):
         self._clicked.stop()
         self.picked_roi = self._asked = None
         self._outline_timer.stop()
+        self._doubt_timer.stop()
         self._outline.remove()
         self.plots.clear()
         self.overlays.on_shown()
@@ -337,16 +341,23 @@ class InferenceWidget(QWidget):
     def _draw_outline(self) -> None:
         self._outline.show(*self._outlined)
 
+    def _tell_doubts(self) -> None:
+        """Say what looks wrong with the trace that is shown, once it has been painted and if nothing else was said."""
+        picture = self.plots.picture
+        if picture is None or self.controls.status.text() != _shown(picture):
+            return
+        if found := calvae.check(picture.traces):
+            self.controls.say(f"ROI {picture.roi_ids[0]}: " + " ".join(f"{d.found} {d.advice}" for d in found))
+
     def _show(self, picture: calvae.SpikeInference) -> None:
         roi = picture.roi_ids[0]
         self.controls.show_device(answers.device_of(picture))
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self.overlays.on_shown()
         self._on_slider()
-        self.controls.say(
-            f"ROI {roi}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
-        )
+        self.controls.say(_shown(picture))
         self.shown.emit(roi)
+        self._doubt_timer.start(OUTLINE_AFTER)
         if self._outline_timer.isActive():
             self._outline_timer.start(0)
 
@@ -441,7 +452,15 @@ class InferenceWidget(QWidget):
         get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
         self._outline_timer.stop()
+        self._doubt_timer.stop()
         self.overlays.close()
         self._outline.remove()
         self.plots.dispose()
         self.deleteLater()
+
+
+def _shown(picture: calvae.SpikeInference) -> str:
+    """What is said of a ROI that is shown."""
+    return (
+        f"ROI {picture.roi_ids[0]}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
+    )

@@ -8,6 +8,7 @@ from plugin_helpers import CENTRES, posterior_of
 from qtpy.QtCore import QEvent, QPointF, Qt
 from qtpy.QtGui import QMouseEvent
 from qtpy.QtWidgets import QApplication
+from scipy.ndimage import gaussian_filter1d
 from scipy.stats import norm
 
 import napari_calvae as calvae
@@ -88,3 +89,15 @@ def test_the_pointer_tells_the_moment_under_it_and_the_heading_comes_back(qtbot,
     assert "ROI 2" in widget.plots.title.text()
     move(QPointF(2.0, 2.0))
     assert "ROI 2" in widget.plots.title.text()
+
+
+@pytest.mark.usefixtures("network")
+def test_what_looks_wrong_with_a_trace_is_said_below_it(qtbot, show_movie, open_widget, canvas, movie):
+    show_movie(gaussian_filter1d(movie.astype(np.float32), 3, axis=0))
+    widget = open_widget()
+    canvas.click(*CENTRES[2])
+    qtbot.waitUntil(lambda: "hardly have any" in widget.controls.status.text(), timeout=20_000)
+    assert widget.controls.status.text().startswith("ROI 2: expected fluorescence with its noise")
+    assert "Use the traces from before that step" in widget.controls.status.text()
+    widget.plots.clear()
+    widget._tell_doubts()  # nothing is shown any more
