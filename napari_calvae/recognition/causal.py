@@ -31,11 +31,13 @@ _MANY_ROIS = 64
 class CausalState:
     """What `CausalNetwork.step` remembers: the last features, and each block's input as far back as its taps reach.
 
-    ``history`` (roi, channel, 5); ``rings`` one (2 · dilation, width, roi) per block; ``films`` (block, 2, width, roi)
-    scale and shift of each block; ``now`` frames so far.
+    ``history`` (roi, channel, 5) features; ``recent`` (roi, width, lag) what the blocks made of the last frames;
+    ``rings`` one (2 · dilation, width, roi) per block; ``films`` (block, 2, width, roi) scale and shift of each block;
+    ``now`` frames so far.
     """
 
     history: Tensor
+    recent: Tensor
     rings: list[Tensor]
     films: Tensor
     now: int = 0
@@ -64,6 +66,19 @@ class _Block(nn.Module):
         n, d = x.shape[-1], self.dilation
         taps = self.taps(torch.cat([past[..., :n], past[..., d : d + n], x], 1))
         return x + self.out(torch.relu_(torch.addcmul(shift, taps, 1 + scale)))
+
+
+class _Head(nn.Module):
+    """Outputs for the frame ``lag`` before the newest, from what the blocks made of all frames since."""
+
+    def __init__(self, width: int, lag: int, n_outputs: int) -> None:
+        super().__init__()
+        self.lag = lag
+        self.since = nn.Conv1d(width, width, lag + 1)
+        self.out = nn.Conv1d(width, n_outputs, 1)
+
+    def forward(self, trunk: Tensor) -> Tensor:
+        return self.out(torch.relu(self.since(trunk)))
 
 
 class CausalNetwork(RecognitionNetwork):
@@ -124,13 +139,14 @@ class CausalNetwork(RecognitionNetwork):
         self.pool = nn.Linear(2 * n_summary, n_summary)
         self.stem = nn.Conv1d(N_FEATURES, width, _STEM)
         self.blocks = nn.ModuleList(_Block(width, 2**level, n_rate + n_summary) for level in range(n_levels))
-        self.heads = nn.ModuleList(nn.Conv1d(width, 2 + max_count, 1) for _ in self.lags)
+        self.heads = nn.ModuleList(_Head(width, lag, 2 + max_count) for lag in self.lags)
         gain = nn.Linear(32, 2)
         self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
         with torch.no_grad():
             # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
             for head in self.heads:
-                weight, bias = cast(Tensor, head.weight), cast(Tensor, head.bias)
+                out = cast(_Head, head).out
+                weight, bias = out.weight, cast(Tensor, out.bias)
                 weight[1:] = 0
                 bias[:] = 0
                 bias[1 + max_count :] = 2.0
@@ -196,6 +212,7 @@ class CausalNetwork(RecognitionNetwork):
         width = self.config["width"]
         return CausalState(
             history=like.new_zeros(n_rois, N_FEATURES, _STEM),
+            recent=like.new_zeros(n_rois, width, self.lag),
             rings=[like.new_zeros(2 * block.dilation, width, n_rois) for block in self._blocks],
             films=like.new_zeros(len(self.blocks), 2, width, n_rois),
         )
@@ -217,7 +234,10 @@ class CausalNetwork(RecognitionNetwork):
             h = torch.relu_(torch.addcmul(shift, _product(block.taps, taps), 1 + scale))
             x = x + _product(block.out, h)
         state.now += 1
-        return _product(self._head, torch.relu(x)).T[..., None]
+        since = torch.cat([state.recent, torch.relu(x).T[..., None]], -1)
+        state.recent = since[..., 1:]
+        hidden = torch.relu_(_product(self._head.since, since.flatten(1).T))
+        return _product(self._head.out, hidden).T[..., None]
 
     def advance(
         self, state: CausalState, features: Float[Tensor, "roi channel time"]
@@ -235,7 +255,9 @@ class CausalNetwork(RecognitionNetwork):
             ring[:] = past[..., -reach:].permute(2, 1, 0).roll((state.now + n) % reach, 0)
             x = block.after(past, x, scale.T[..., None], shift.T[..., None])
         state.now += n
-        return self._head(torch.relu(x))
+        since = torch.cat([state.recent, torch.relu(x)], -1)
+        state.recent = since[..., n:]
+        return self._head(since)
 
     def _trunk(self, features: Tensor, log_rate: Tensor, summary: Tensor, ahead: int) -> Tensor:
         """(roi, width, time + ahead): frames after the last are missing."""
@@ -250,11 +272,11 @@ class CausalNetwork(RecognitionNetwork):
         return [cast(_Block, block) for block in self.blocks]
 
     @property
-    def _head(self) -> nn.Conv1d:
-        return cast(nn.Conv1d, self.heads[self.lags.index(self.lag)])
+    def _head(self) -> _Head:
+        return cast(_Head, self.heads[self.lags.index(self.lag)])
 
     def _answer(self, trunk: Tensor, lag: int, n_frames: int) -> Tensor:
-        return self.heads[self.lags.index(lag)](trunk[..., lag : lag + n_frames])
+        return self.heads[self.lags.index(lag)](trunk[..., : lag + n_frames])
 
     def _condition(self, log_rate: Tensor, summary: Tensor) -> Tensor:
         x = log_rate - math.log(30.0)
