@@ -426,7 +426,7 @@ def test_the_reconstruction_is_response_artefact_and_baseline(recovered):
     np.testing.assert_allclose(result.samples().mean(0) * 30.0, result.rate, atol=1e-3)
 
 
-@pytest.mark.parametrize(("excitability", "artefact"), [(0.0, 0.6), (15.0, 0.0)])
+@pytest.mark.parametrize(("excitability", "artefact"), [(0.0, 0.6), pytest.param(15.0, 0.0, marks=pytest.mark.slow)])
 def test_artefact_and_evoked_spikes_are_not_taken_for_each_other(excitability, artefact):
     traces, stimulation, positions, _, counts = small_experiment(
         3, excitability=excitability, artefact=artefact, weights=np.zeros((4, 4))

@@ -604,7 +604,7 @@ def test_kinetics_of_a_single_spike(kind, peak, half):
     assert (below - top) / 500 == pytest.approx(half, abs=0.004)
 
 
-@pytest.mark.parametrize("kind", [JGCaMP8f, JGCaMP8m, GCaMP6s])
+@pytest.mark.parametrize("kind", [JGCaMP8f, GCaMP6s])
 @pytest.mark.parametrize("frame_rate", [0.7, 30.0])
 def test_kinetics_stay_sound_whatever_comes(kind, frame_rate):
     model = kind()

@@ -95,7 +95,9 @@ def test_a_model_with_this_noise_keeps_its_promises(noise):
     torch.autograd.gradcheck(lambda x: model.log_prob(observed, counts, model.constrain(x), rate, valid), (u,))
 
 
-@pytest.mark.parametrize("name", sorted(NOISES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "flow" else name for name in sorted(NOISES)]
+)
 def test_a_fit_recovers_the_noise(name):
     model = LinearAR(NOISES[name]())
     changes = {p.name: p.median * 2 for p in model.noise.parameters}

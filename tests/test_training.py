@@ -171,6 +171,7 @@ def test_supervised_fit_learns_the_spikes_and_leaves_the_base_alone(recording):
     assert log_prob_of_truth(base, traces, counts) == before
 
 
+@pytest.mark.slow
 def test_vimco_raises_the_bound_and_keeps_the_gauge_without_seeing_spikes(recording):
     """From whatever initial weights; the truth is 0.3 ΔF/F per spike and 1 spike/s.
 
@@ -437,6 +438,7 @@ def fainter(traces, factor=0.12, seed=1):
     return traces.replace(values=traces.values + factor * noise)
 
 
+@pytest.mark.slow
 def test_sleep_adapts_to_noise_that_the_network_has_not_met(recording, half_trained):
     traces, counts = fainter(recording[0]), recording[1]
     before = half_trained.recognition.state_dict()

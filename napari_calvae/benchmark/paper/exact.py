@@ -30,6 +30,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "factorized": {"widths": (4, 6, 8)},
     "spines": {"shaft_widths": (4, 6, 8), "spine_widths": (4, 5, 6), "n_shared": 3},
     "autoregressive": {"width": 6, "hidden": 5},
+    "causal": {"width": 6, "n_levels": 3, "lags": (0, 2), "lag": 2},
 }
 #: Bins per second of the traces: few enough that a bin may well hold a spike.
 _RATE = 4.0
