@@ -89,7 +89,13 @@ class Traces:
         raw = np.asarray(self.values)
         if raw.dtype.kind not in "fiub":
             raise RecordingError(f"traces: expected real numbers, got dtype {raw.dtype}. Convert them to float.")
-        values = np.atleast_2d(raw).astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = np.atleast_2d(raw).astype(np.float32)
+        if raw.dtype.itemsize > 4 and (np.isinf(values) & np.isfinite(np.atleast_2d(raw))).any():
+            raise RecordingError(
+                "traces: expected numbers up to 3e38, which single precision holds, got larger ones. Divide them by "
+                "something."
+            )
         if values.ndim != 2 or 0 in values.shape:
             raise RecordingError(
                 f"traces: expected an array (roi, time) with at least one ROI and one frame, got shape {raw.shape}."
