@@ -198,7 +198,7 @@ def _open_plane(folder: Path) -> _Plane:
     stat = load_dicts(folder / "stat.npy")
     accepted = None
     if (folder / "iscell.npy").is_file():
-        accepted = _open_array(folder / "iscell.npy").reshape(-1, 2)[:, 0] > 0.5
+        accepted = _open_array(folder / "iscell.npy")[:, 0] > 0.5
     for name, found in (("stat.npy", stat), ("iscell.npy", accepted)):
         if found is not None and len(found) != len(traces):
             raise RecordingError(
