@@ -56,6 +56,10 @@ class TraceSource:
                 f"traces: expected at least one ROI and one frame and an id for every ROI, got {self.n_rois} ROIs, "
                 f"{self.n_frames} frames, {len(set(ids))} different ids."
             )
+        if self.accepted is not None and np.shape(self.accepted) != (self.n_rois,):
+            raise RecordingError(
+                f"accepted: expected one value per ROI, {self.n_rois}, got shape {np.shape(self.accepted)}."
+            )
 
     @classmethod
     def of(cls, traces: Traces) -> TraceSource:

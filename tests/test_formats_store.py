@@ -13,6 +13,7 @@ from numpy.lib.recfunctions import structured_to_unstructured
 import napari_calvae as calvae
 from napari_calvae.formats import store
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces
+from napari_calvae.trace_source import TraceSource
 
 
 def result_of(n_rois=7, n_frames=50, n_samples=3, masks=True, seed=0):
@@ -264,3 +265,8 @@ def test_no_permission_is_said_as_such(tmp_path, monkeypatch):
 )
 def test_blocks_are_neither_too_large_nor_too_few(n_rois, n_frames, chunk_rows, rows):
     assert store.rois_per_block(n_frames, chunk_rows, n_rois) == rows
+
+
+def test_judgements_of_another_number_of_rois_are_refused():
+    with pytest.raises(RecordingError, match=r"accepted: expected one value per ROI, 3, got shape \(2,\)"):
+        TraceSource(np.zeros((3, 9)).__getitem__, 3, 9, 30.0, accepted=np.ones(2, bool))
