@@ -522,3 +522,13 @@ def test_chunks_hold_whole_chunks_of_the_file():
         chunks = _lazy.lazy(Source(), stored).chunksize
         assert all(n % m == 0 for n, m in zip(chunks, stored, strict=True))
         assert 8 << 20 <= np.prod(chunks) * 2 <= 16 << 20
+
+
+def test_images_of_which_pieces_are_missing_are_refused_at_once(tmp_path):
+    """A forged height would otherwise have gigabytes of nothing decoded."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.ones((3, 64, 64), np.uint16), compression="zlib", rowsperstrip=16, metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["ImageLength"].overwrite(1_000_000)
+    with pytest.raises(RecordingError, match="images should have 62500 pieces and have 4"):
+        read_movie(path)

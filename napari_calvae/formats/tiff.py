@@ -78,6 +78,12 @@ class _Pages:
             # Which pages there are, in which order.
             self.pages = np.arange(len(series.pages))
             page = series.keyframe.shape
+            there, stated = len(series.keyframe.dataoffsets), math.prod(series.keyframe.chunked)
+            if there < stated:
+                raise RecordingError(
+                    f"{file.name}: expected a TIFF movie, got one whose images should have {stated} pieces and have "
+                    f"{there}. Copy it again."
+                )
             if self.tiff.is_scanimage:
                 self.pages, axes = scanimage_axes(self.tiff, len(self.pages))
                 self.full_shape = (*axes, *page)
