@@ -116,7 +116,8 @@ def live(
     sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
     rows = list(iter_live(sweeps, model))
     if out is not None:
-        write_live(rows, out, f"calvae benchmark live --data {data.name} --model {model}")
+        chosen = f" --only {only}" if only else ""
+        write_live(rows, out, f"calvae benchmark live --data {data.name} --model {model}{chosen}")
     show([{name: value for name, value in row.items() if name != "cells"} for row in rows], summary="mean")
 
 
