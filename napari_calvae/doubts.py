@@ -63,8 +63,7 @@ def check(traces: Traces | TraceSource) -> tuple[Doubt, ...]:
     ...     print(doubt)
     """
     rows = np.unique(np.linspace(0, traces.n_rois - 1, min(traces.n_rois, _MOST)).round().astype(int))
-    some = traces.select(rows.tolist())
-    seen = _Seen(some.load() if isinstance(some, TraceSource) else some, traces.n_rois)
+    seen = _Seen(traces.select(rows.tolist()), traces.n_rois)
     return tuple(doubt for look in CHECKS.values() if (doubt := look(seen)) is not None)
 
 
@@ -149,7 +148,7 @@ def _smoothed(seen: _Seen) -> Doubt | None:
 
 
 def _persistence(seen: _Seen) -> np.ndarray:
-    """(roi,) how often successive small changes have the same sign, −1 to 1; white noise has −1/3."""
+    """(roi,) how often successive small changes have the same sign, −1 to 1; white noise has about −0.3."""
     found = np.zeros(len(seen.steps))
     for row, steps in enumerate(seen.steps):
         before, after = steps[:-1], steps[1:]
