@@ -1,8 +1,7 @@
 """What looks wrong with traces although spikes can be inferred from them: warnings that a user can act on.
 
 Each check looks at values alone, costs about a millisecond per ROI and tells which ROIs it doubts. ``docs/doubts.md``
-explains every code. Thresholds were chosen so that none of 332 recorded cells of Rupprecht et al. (2021, 2025), as they
-were published, is doubted, but for one whose trace was smoothed.
+explains every code. Of the 877 sweeps that Rupprecht et al. (2021, 2025) published one is doubted: a straight line.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def stream(
     model
         The name of a shipped model, a file or a model, whose network is causal.
     lag
-        Frames that come between a frame and its rate: 0, 1, 2, 4 or 8. The more, the surer (``docs/speed/live.md``).
+        Frames that come between a frame and its rate: 0, 1, 2, 4 or 8; what each costs is in ``docs/speed/live.md``.
     rois
         ROIs or a (y, x) label image, if whole images will be pushed; by default values of ROIs are.
     neuropil_coefficient

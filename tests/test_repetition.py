@@ -104,7 +104,7 @@ def test_bad_input_is_a_clear_error(folder, traces, tmp_path):
         calvae.repeat(folder / "result.zarr", traces.select([0, 2]))
     with pytest.raises(calvae.RecordingError, match=r"expected a result that napari-calvae wrote"):
         calvae.repeat(folder / "traces.npz", traces)
-    with pytest.raises(FileNotFoundError, match="found no file"):
+    with pytest.raises(FileNotFoundError, match="found nothing there"):
         calvae.repeat(tmp_path / "none.npz", traces)
     with np.load(folder / "result.npz") as file:
         arrays = dict(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.formats import arrays_of, open_traces
+from napari_calvae.formats._files import existing, readable
 from napari_calvae.formats.store import Layout, StoredInference
 from napari_calvae.inference.batch import infer_rows
 from napari_calvae.inference.blocks import InferConfig, provenance_of
@@ -134,23 +134,16 @@ class _Known:
         return cls(store.about["provenance"]["inference"], store.roi_ids, store.layout, parts)
 
 
-def _read_npz(path: Path) -> _Known:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+def _read_npz(file: Path) -> _Known:
+    path = existing(file)
+    with readable(path, "a result that napari-calvae wrote (.zarr or .npz)", "Infer it again."):
+        with np.load(path, allow_pickle=False) as opened:
+            arrays = {name: opened[name] for name in opened.files}
         told = json.loads(str(arrays.pop("provenance")))["inference"]
         ids = tuple(arrays["roi_ids"].tolist())
-        prefixes = {"quality": "quality_", "theta": "theta_"}
-        names = {k: tuple(n.removeprefix(p) for n in arrays if n.startswith(p)) for k, p in prefixes.items()}
-        theta = tuple(name for name in names["theta"] if not name.endswith("_std"))
-        std = tuple(name.removesuffix("_std") for name in names["theta"] if name.endswith("_std"))
-        columns = Layout(int(arrays["n_samples"]), names["quality"], theta, std)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError) and not path.exists():
-            raise FileNotFoundError(f"repeat: expected a result, found no file {path}.") from None
-        raise RecordingError(
-            f"{path.name}: expected a result that napari-calvae wrote (.zarr or .npz), got another ({error})."
-        ) from error
+        quality, theta = (tuple(n.removeprefix(p) for n in arrays if n.startswith(p)) for p in ("quality_", "theta_"))
+        std = tuple(name.removesuffix("_std") for name in theta if name.endswith("_std"))
+        columns = Layout(int(arrays["n_samples"]), quality, tuple(n for n in theta if not n.endswith("_std")), std)
     return _Known(told, ids, columns, lambda: iter([(ids, arrays)]))
 
 
