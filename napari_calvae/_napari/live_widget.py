@@ -13,14 +13,10 @@ from qtpy.QtWidgets import (
     QCheckBox,
     QComboBox,
     QFileDialog,
-    QFormLayout,
-    QHBoxLayout,
     QLabel,
     QLineEdit,
     QMenu,
     QPushButton,
-    QVBoxLayout,
-    QWidget,
 )
 
 import napari_calvae as calvae
@@ -92,7 +88,7 @@ class LiveWidget(RecordingWidget):
             self.lag.addItem(f"{frames} frame{'s' * (frames != 1)}", frames)
         self.lag.setCurrentIndex(live.LAGS.index(4))
         self.lag.setToolTip(
-            "Frames that come between a frame and its rate: the more, the surer the rate, and the later"
+            "Frames that come between a frame and its rate: four are as good as eight, none or one miss more"
         )
         self.follow = QCheckBox("follow")
         self.follow.setChecked(True)
@@ -108,27 +104,13 @@ class LiveWidget(RecordingWidget):
         )
 
     def _lay_out(self) -> None:
-        form = QFormLayout()
-        form.setContentsMargins(0, 0, 0, 0)
-        form.setVerticalSpacing(3)
-        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        form.addRow("Movie", beside((self.movie, 1), (self.file, 0)))
-        form.addRow("ROIs", self.rois)
-        form.addRow("Frame rate", beside((self.frame_rate, 0), (self.rate_source, 1)))
-        form.addRow("Lag", beside((self.lag, 1), (self.follow, 0)))
-        panel = QWidget()
-        panel.setFixedWidth(WIDTH)
-        column = QVBoxLayout(panel)
-        column.setContentsMargins(0, 0, 6, 0)
-        column.setSpacing(4)
-        column.addLayout(form)
-        column.addWidget(self.bar)
-        column.addWidget(self.numbers)
-        column.addStretch(1)
-        layout = QHBoxLayout(self)
-        layout.setContentsMargins(6, 4, 4, 2)
-        layout.addWidget(panel)
-        layout.addWidget(self.plots, 1)
+        rows = [
+            ("Movie", beside((self.movie, 1), (self.file, 0))),
+            ("ROIs", self.rois),
+            ("Frame rate", beside((self.frame_rate, 0), (self.rate_source, 1))),
+            ("Lag", beside((self.lag, 1), (self.follow, 0))),
+        ]
+        self._lay_panel(WIDTH, rows, [(self.numbers, 0)], self.plots)
         self._tab_through(
             self.movie, self.file, self.rois, self.frame_rate, self.lag, self.follow, self.bar.start, self.bar.cancel
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QFileDialog, QSizePolicy, QWidget
+from qtpy.QtWidgets import QFileDialog, QFormLayout, QHBoxLayout, QSizePolicy, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, session
@@ -129,6 +129,32 @@ class RecordingWidget(QWidget):
         self.bar.say(sentence, error=True)
         show_error(sentence)
         self.failed.emit(sentence)
+
+    def _lay_panel(
+        self, width: int, rows: Sequence[tuple[str, QWidget]], below: Sequence[tuple[QWidget, int]], beside: QWidget
+    ) -> None:
+        """A panel of labelled rows, the bar and what is ``below`` it (with its stretch), at the left of a widget."""
+        form = QFormLayout()
+        form.setContentsMargins(0, 0, 0, 0)
+        form.setVerticalSpacing(3)
+        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
+        for label, field in rows:
+            form.addRow(label, field) if label else form.addRow(field)
+        panel = QWidget()
+        panel.setFixedWidth(width)
+        column = QVBoxLayout(panel)
+        column.setContentsMargins(0, 0, 6, 0)
+        column.setSpacing(4)
+        column.addLayout(form)
+        column.addWidget(self.bar)
+        for widget, stretch in below:
+            column.addWidget(widget, stretch)
+        if not any(stretch for _, stretch in below):
+            column.addStretch(1)
+        layout = QHBoxLayout(self)
+        layout.setContentsMargins(6, 4, 4, 2)
+        layout.addWidget(panel)
+        layout.addWidget(beside, 1)
 
     def _tab_through(self, *widgets: QWidget) -> None:
         """Let the tab key go through these, and the bar's buttons among them, in this order."""

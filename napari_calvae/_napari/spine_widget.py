@@ -12,16 +12,13 @@ from qtpy.QtCore import QSignalBlocker
 from qtpy.QtWidgets import (
     QComboBox,
     QDoubleSpinBox,
-    QFormLayout,
-    QHBoxLayout,
     QLineEdit,
     QPushButton,
-    QVBoxLayout,
-    QWidget,
 )
 
 import napari_calvae as calvae
 from napari_calvae._napari import dendrite
+from napari_calvae._napari.controls import beside
 from napari_calvae._napari.dendrite_plots import DendritePlots
 from napari_calvae._napari.number_table import NumberTable
 from napari_calvae._napari.recording_widget import RecordingWidget
@@ -88,30 +85,9 @@ class SpineWidget(RecordingWidget):
         self.csv.clicked.connect(self._on_save)
 
     def _lay_out(self) -> None:
-        shaft = QHBoxLayout()
-        shaft.setSpacing(6)
-        shaft.addWidget(self.shaft, 1)
-        shaft.addWidget(self.use_picked)
-        form = QFormLayout()
-        form.setContentsMargins(0, 0, 0, 0)
-        form.setVerticalSpacing(3)
-        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        form.addRow("Shaft", shaft)
-        form.addRow("Spines", self.spines)
-        form.addRow("Neuropil", self.neuropil)
-        panel = QWidget()
-        panel.setFixedWidth(WIDTH)
-        column = QVBoxLayout(panel)
-        column.setContentsMargins(0, 0, 6, 0)
-        column.setSpacing(4)
-        column.addLayout(form)
-        column.addWidget(self.bar)
-        column.addWidget(self.table, 1)
-        column.addWidget(self.csv)
-        layout = QHBoxLayout(self)
-        layout.setContentsMargins(6, 4, 4, 2)
-        layout.addWidget(panel)
-        layout.addWidget(self.plots, 1)
+        shaft = beside((self.shaft, 1), (self.use_picked, 0))
+        rows = [("Shaft", shaft), ("Spines", self.spines), ("Neuropil", self.neuropil)]
+        self._lay_panel(WIDTH, rows, [(self.table, 1), (self.csv, 0)], self.plots)
         self._tab_through(
             self.shaft,
             self.use_picked,

@@ -9,13 +9,10 @@ from typing import Any
 from napari.viewer import Viewer
 from qtpy.QtWidgets import (
     QFileDialog,
-    QFormLayout,
-    QHBoxLayout,
     QLabel,
     QPushButton,
     QSpinBox,
     QTabWidget,
-    QVBoxLayout,
     QWidget,
 )
 
@@ -104,27 +101,8 @@ class StimulationWidget(RecordingWidget):
         self.pages.setTabToolTip(self.pages.addTab(page, title), tip)
 
     def _lay_out(self) -> None:
-        form = QFormLayout()
-        form.setContentsMargins(0, 0, 0, 0)
-        form.setVerticalSpacing(3)
-        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        form.addRow(self.load)
-        form.addRow(self.told)
-        form.addRow("Settle", self.settle)
-        form.addRow("Samples", self.samples)
-        panel = QWidget()
-        panel.setFixedWidth(WIDTH)
-        column = QVBoxLayout(panel)
-        column.setContentsMargins(0, 0, 6, 0)
-        column.setSpacing(4)
-        column.addLayout(form)
-        column.addWidget(self.bar)
-        column.addWidget(self.table, 1)
-        column.addWidget(self.csv)
-        layout = QHBoxLayout(self)
-        layout.setContentsMargins(6, 4, 4, 2)
-        layout.addWidget(panel)
-        layout.addWidget(self.pages, 1)
+        rows = [("", self.load), ("", self.told), ("Settle", self.settle), ("Samples", self.samples)]
+        self._lay_panel(WIDTH, rows, [(self.table, 1), (self.csv, 0)], self.pages)
         self._tab_through(
             self.load, self.settle, self.samples, self.bar.start, self.bar.cancel, self.table, self.csv, self.pages
         )

@@ -110,6 +110,25 @@ def open_widget(viewer, qtbot) -> Callable:
 
 
 @pytest.fixture
+def open_beside(viewer, qtbot, open_widget) -> Callable:
+    """Open the inference widget and one of the kinds that work on its movie and ROIs."""
+    opened = []
+
+    def open_both(kind, name):
+        inference = open_widget()
+        widget = kind(viewer)
+        viewer.window.add_dock_widget(widget, name=name, area="right")
+        opened.append(widget)
+        qtbot.waitUntil(lambda: widget.isVisible())
+        return inference, widget
+
+    yield open_both
+    for widget in opened:
+        if widget._attached:
+            widget.close_down()
+
+
+@pytest.fixture
 def canvas(viewer, qtbot):
     """Mouse on the canvas, in (y, x) pixels of the movie."""
     return Mouse(viewer, qtbot)

@@ -189,25 +189,12 @@ def test_a_layer_grows_in_its_file_or_as_its_owner_makes_it_grow(recorder, movie
 
 
 @pytest.fixture
-def open_live(viewer, qtbot, open_widget, network, model, monkeypatch):
+def open_live(open_beside, network, model, monkeypatch):
     """Open the widget beside that of the inference."""
     from napari_calvae._napari.live_widget import LiveWidget
 
     monkeypatch.setattr(live, "MODEL", model)
-    opened = []
-
-    def open_both():
-        inference = open_widget()
-        widget = LiveWidget(viewer)
-        viewer.window.add_dock_widget(widget, name="live", area="right")
-        opened.append(widget)
-        qtbot.waitUntil(lambda: widget.isVisible())
-        return inference, widget
-
-    yield open_both
-    for widget in opened:
-        if widget._attached:
-            widget.close_down()
+    return lambda: open_beside(LiveWidget, "live")
 
 
 @pytest.fixture
@@ -311,7 +298,7 @@ def test_the_window_is_small_and_follows_the_theme_and_stays_alive_while_reading
     for control in (widget.movie, widget.file, widget.rois, widget.frame_rate, widget.lag, widget.follow):
         assert control.toolTip()
     assert [widget.lag.itemData(i) for i in range(5)] == [0, 1, 2, 4, 8]
-    assert "surer" in widget.lag.toolTip()
+    assert "as good as eight" in widget.lag.toolTip()
     viewer.theme = "light"
     assert widget.plots.cells[0].rate.opts["pen"].color().name() == "#00796b"
     viewer.theme = "dark"

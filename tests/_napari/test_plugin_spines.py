@@ -87,26 +87,16 @@ def test_numbers_of_compartments_and_their_table(separated):
 
 
 @pytest.fixture
-def open_spines(viewer, qtbot, open_widget, scene):
+def open_spines(viewer, open_beside, scene):
     """Open movie, ROIs and both widgets."""
     from napari_calvae._napari.spine_widget import SpineWidget
-
-    opened = []
 
     def open_both(with_movie=True):
         if with_movie:
             show(viewer, *scene[:2])
-        inference = open_widget()
-        widget = SpineWidget(viewer)
-        viewer.window.add_dock_widget(widget, name="spines", area="right")
-        opened.append(widget)
-        qtbot.waitUntil(lambda: widget.isVisible())
-        return inference, widget
+        return open_beside(SpineWidget, "spines")
 
-    yield open_both
-    for widget in opened:
-        if widget._attached:
-            widget.close_down()
+    return open_both
 
 
 @pytest.fixture

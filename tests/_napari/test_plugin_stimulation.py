@@ -126,26 +126,16 @@ def test_the_average_around_pulses(estimated, scene):
 
 
 @pytest.fixture
-def open_stimulation(viewer, qtbot, open_widget, scene):
+def open_stimulation(viewer, open_beside, scene):
     """Open movie, ROIs and both widgets; options are the movie's metadata."""
     from napari_calvae._napari.stimulation_widget import StimulationWidget
-
-    opened = []
 
     def open_both(with_movie=True, **metadata):
         if with_movie:
             show(viewer, *scene[:2], **metadata)
-        inference = open_widget()
-        widget = StimulationWidget(viewer)
-        viewer.window.add_dock_widget(widget, name="stimulation", area="right")
-        opened.append(widget)
-        qtbot.waitUntil(lambda: widget.isVisible())
-        return inference, widget
+        return open_beside(StimulationWidget, "stimulation")
 
-    yield open_both
-    for widget in opened:
-        if widget._attached:
-            widget.close_down()
+    return open_both
 
 
 @pytest.fixture
