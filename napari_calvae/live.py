@@ -184,8 +184,8 @@ class _Cells:
 
 
 def stream(
-    frame_rate: float,
     model: str | Path | SpikeVAE = "live",
+    frame_rate: float | None = None,
     *,
     lag: int = 4,
     rois: RoiMasks | ArrayLike | None = None,
@@ -195,10 +195,10 @@ def stream(
 
     Parameters
     ----------
-    frame_rate
-        Frames per second (Hz).
     model
         The name of a shipped model, a file or a model, whose network is causal.
+    frame_rate
+        Frames per second (Hz), to be given: it is never guessed.
     lag
         Frames that come between a frame and its rate: 0, 1, 2, 4 or 8; what each costs is in ``docs/speed/live.md``.
     rois
@@ -220,7 +220,7 @@ def stream(
 
     Examples
     --------
-    >>> live = stream(30.0, lag=4)  # doctest: +SKIP
+    >>> live = stream("live", 30.0, lag=4)  # doctest: +SKIP
     >>> for values in microscope:  # doctest: +SKIP
     ...     rates = live.push(values)
     """

@@ -39,7 +39,7 @@ def frame_by_frame(live, values) -> list:
 
 
 def test_every_frame_gets_its_rate_once_and_in_order(causal, values):
-    live = calvae.stream(RATE, causal, lag=2)
+    live = calvae.stream(causal, RATE, lag=2)
     found = frame_by_frame(live, values)
     assert [part.rate.shape[1] for part in found[:99]] == [0] * 99  # five seconds
     assert found[99].rate.shape == (3, 98)
@@ -53,7 +53,7 @@ def test_every_frame_gets_its_rate_once_and_in_order(causal, values):
 
 def test_rates_are_those_of_the_network_in_units_of_what_came_before(causal, values):
     """Five seconds at once, the next frames: the outputs of the whole trace, had it been measured in these units."""
-    live = calvae.stream(RATE, causal, lag=2)
+    live = calvae.stream(causal, RATE, lag=2)
     found = np.concatenate([live.push(values[:, :200]).rate, live.push(values[:, 200:230]).rate], 1)
     seen = torch.from_numpy(values)
     scale, network = trace_scale(seen[:, :200]), live._network
@@ -68,8 +68,8 @@ def test_rates_are_those_of_the_network_in_units_of_what_came_before(causal, val
 
 
 def test_how_frames_are_bundled_hardly_matters(causal, values):
-    one = frame_by_frame(calvae.stream(RATE, causal, lag=2), values)
-    live = calvae.stream(RATE, causal, lag=2)
+    one = frame_by_frame(calvae.stream(causal, RATE, lag=2), values)
+    live = calvae.stream(causal, RATE, lag=2)
     other = [live.push(part) for part in np.split(values, [100, 107, 108, 200], 1)] + [live.finish()]
     one, other = (np.concatenate([part.rate for part in parts], 1) for parts in (one, other))
     np.testing.assert_allclose(one[:, :98], other[:, :98], rtol=1e-4)
@@ -79,15 +79,15 @@ def test_how_frames_are_bundled_hardly_matters(causal, values):
 
 def test_rois_know_nothing_of_each_other_and_silent_ones_say_nothing(causal, values):
     dead = np.concatenate([values, np.full((1, 300), 7.0), np.full((1, 300), np.nan)])
-    found = calvae.stream(RATE, causal, lag=0).push(dead)
+    found = calvae.stream(causal, RATE, lag=0).push(dead)
     assert np.isnan(found.rate[3:]).all()
-    np.testing.assert_allclose(found.rate[:3], calvae.stream(RATE, causal, lag=0).push(values).rate, rtol=1e-4)
+    np.testing.assert_allclose(found.rate[:3], calvae.stream(causal, RATE, lag=0).push(values).rate, rtol=1e-4)
 
 
 def test_missing_frames_are_bridged(causal, values):
     gap = values.copy()
     gap[:, 150:160] = np.nan
-    found = calvae.stream(RATE, causal, lag=2).push(gap)
+    found = calvae.stream(causal, RATE, lag=2).push(gap)
     assert np.isfinite(found.rate).all()
 
 
@@ -97,13 +97,13 @@ def test_images_are_read_at_the_rois(causal, values):
     labels[3:8, 3:8], labels[20:25, 10:15] = 1, 2
     movie = rng.normal(100, 5, (300, 30, 30))
     movie[:, labels == 1] += 20 * np.maximum(0, values[0] - 100)[:, None]
-    live = calvae.stream(RATE, causal, lag=2, rois=labels)
+    live = calvae.stream(causal, RATE, lag=2, rois=labels)
     found = [live.push(movie[:120]), *(live.push(image) for image in movie[120:])]
     rate = np.concatenate([part.rate for part in found], 1)
     assert rate.shape == (2, 298)
     # Up to a constant, which no network sees, these are the traces that are extracted afterwards.
     traces = calvae.extract(movie, labels, RATE)
-    again = np.concatenate([(part := calvae.stream(RATE, causal, lag=2)).push(traces.values[:, :120]).rate], 1)
+    again = np.concatenate([(part := calvae.stream(causal, RATE, lag=2)).push(traces.values[:, :120]).rate], 1)
     np.testing.assert_allclose(rate[:, :118], again, rtol=2e-3)
     assert part.lag == 2
     with pytest.raises(calvae.RecordingError, match=r"30 × 30 pixels like the ROIs, got shape \(2, 20, 30\)"):
@@ -112,11 +112,11 @@ def test_images_are_read_at_the_rois(causal, values):
 
 @pytest.mark.parametrize("dtype", [np.uint16, ">f4", np.float64, bool])
 def test_any_real_numbers_are_taken(causal, values, dtype):
-    assert calvae.stream(RATE, causal, lag=0).push(values.astype(dtype)).rate.dtype == np.float32
+    assert calvae.stream(causal, RATE, lag=0).push(values.astype(dtype)).rate.dtype == np.float32
 
 
 def test_bad_input_is_a_clear_error(causal, values):
-    live = calvae.stream(RATE, causal, lag=2)
+    live = calvae.stream(causal, RATE, lag=2)
     live.push(values[:, 0])
     with pytest.raises(calvae.RecordingError, match=r"expected \(3,\) numbers, one for each ROI.*got shape \(2,\)"):
         live.push(values[:2, 0])
@@ -125,16 +125,18 @@ def test_bad_input_is_a_clear_error(causal, values):
     with pytest.raises(calvae.RecordingError, match="got shape"):
         live.push(3.0)
     with pytest.raises(calvae.RecordingError, match=r"expected one of 0, 2 frames, got 3\. Choose"):
-        calvae.stream(RATE, causal, lag=3)
+        calvae.stream(causal, RATE, lag=3)
+    with pytest.raises(calvae.RecordingError, match="frame rate"):
+        calvae.stream(causal)
     with pytest.raises(calvae.RecordingError, match="frame rate: expected 3 to 120 Hz"):
-        calvae.stream(500.0, causal, lag=2)
+        calvae.stream(causal, 500.0, lag=2)
     with pytest.raises(ModelError, match=r"'factorized', which sees whole traces"):
-        calvae.stream(RATE, model(FactorizedNetwork(widths=(4, 6))))
+        calvae.stream(model(FactorizedNetwork(widths=(4, 6))), RATE)
     assert live.finish().rate.shape[1] == 0
 
 
 def test_no_frames_bring_no_rates(causal, values):
-    live = calvae.stream(RATE, causal, lag=0)
+    live = calvae.stream(causal, RATE, lag=0)
     for n_frames in (0, 50, 0, 100, 0):
         part = live.push(values[:, :n_frames])
     assert part.rate.shape == live.finish().rate.shape == (3, 0)
@@ -143,7 +145,7 @@ def test_no_frames_bring_no_rates(causal, values):
 
 def test_a_stream_leaves_the_model_as_it_is(causal, values):
     before = causal.recognition.lag
-    calvae.stream(RATE, causal, lag=2).push(values)
+    calvae.stream(causal, RATE, lag=2).push(values)
     assert causal.recognition.lag == before == 0
 
 
@@ -164,7 +166,7 @@ def test_what_a_lag_costs_is_measured(causal, tmp_path, monkeypatch):
     assert rows[0]["whole trace"] > 0.3
     assert rows[0]["lag 2"] < rows[0]["whole trace"]  # this network has learned nothing
     streamed = live.live_method(causal, 2)(sweeps[0].dff, 30.0)
-    whole = calvae.stream(30.0, causal, lag=2)
+    whole = calvae.stream(causal, 30.0, lag=2)
     parts = [whole.push(sweeps[0].dff[None, k : k + 30]).rate for k in range(0, 600, 30)] + [whole.finish().rate]
     np.testing.assert_array_equal(streamed, np.concatenate(parts, 1)[0])
     live.write_live(rows, tmp_path, "me")

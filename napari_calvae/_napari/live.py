@@ -94,7 +94,7 @@ def iter_live(order: Order) -> Iterator[News | answers.Failure]:
     movie, pace = order.movie, _Pace()
     try:
         reader = calvae.FrameReader(order.rois, order.neuropil_coefficient)
-        stream = calvae.stream(order.frame_rate, order.model, lag=order.lag)
+        stream = calvae.stream(order.model, order.frame_rate, lag=order.lag)
         done = start = max(0, movie.poll() - math.ceil(_BEFORE * order.frame_rate))
         nothing = np.empty((len(order.rois), 0), np.float32)
         step = max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // (math.prod(movie.image_shape) * movie.dtype.itemsize)))

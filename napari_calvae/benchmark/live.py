@@ -31,7 +31,7 @@ def live_method(model: str | SpikeVAE, lag: int) -> Method:
     vae = load_model(model)
 
     def run(dff: np.ndarray, frame_rate: float) -> np.ndarray:
-        live, second = stream(frame_rate, vae, lag=lag), max(1, round(frame_rate))
+        live, second = stream(vae, frame_rate, lag=lag), max(1, round(frame_rate))
         parts = [live.push(dff[None, k : k + second]).rate for k in range(0, len(dff), second)]
         found = np.concatenate([*parts, live.finish().rate.reshape(1, -1)], 1)[0]
         return found if len(found) else np.full(len(dff), np.nan)

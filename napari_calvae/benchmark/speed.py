@@ -154,7 +154,7 @@ def _latency(size: Size, model: str) -> Iterator[Row]:
     yield from _percentiles(f"a trace of {size.frames} frames with 50 samples, all cores", waits)
     values = recording(size.rois, 900).values
     with cores(1):
-        live = stream(FRAME_RATE)
+        live = stream(frame_rate=FRAME_RATE)
         live.push(values[:, :200])
         waits = [1e3 * seconds_of(partial(live.push, values[:, k])) for k in range(200, 900)]
     yield from _percentiles(f"a frame of {size.rois} ROIs that are recorded, one core", waits)

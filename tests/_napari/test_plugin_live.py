@@ -78,7 +78,7 @@ def test_what_is_followed_is_what_a_stream_makes_of_the_traces(recorder, movie, 
     np.testing.assert_array_equal(frames, np.arange(160))
     reader = calvae.FrameReader(calvae.RoiMasks.from_labels(labels))
     np.testing.assert_allclose(values, reader.read(movie[:160]), rtol=1e-5)
-    stream = calvae.stream(FRAME_RATE, model)
+    stream = calvae.stream(model, FRAME_RATE)
     again = [stream.push(message.values) for message in found if message.values.size] + [stream.finish()]
     np.testing.assert_allclose(rate, np.concatenate([part.rate for part in again if part.rate.size], 1), rtol=1e-4)
     assert found[-1].n_there == 160
