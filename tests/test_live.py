@@ -127,7 +127,7 @@ def test_bad_input_is_a_clear_error(causal, values):
     with pytest.raises(calvae.RecordingError, match=r"expected one of 0, 2 frames, got 3\. Choose"):
         calvae.stream(causal, RATE, lag=3)
     with pytest.raises(calvae.RecordingError, match="never guessed"):
-        calvae.stream(causal)
+        calvae.stream(causal, lag=2)
     with pytest.raises(calvae.RecordingError, match="frame rate: expected 3 to 120 Hz"):
         calvae.stream(causal, 500.0, lag=2)
     with pytest.raises(ModelError, match=r"'factorized', which sees whole traces"):
