@@ -422,3 +422,10 @@ def test_parquet_says_what_to_install(tmp_path, monkeypatch):
     for use in (lambda: read(tmp_path / "a.parquet"), lambda: write(a_result(), tmp_path / "b.parquet")):
         with pytest.raises(RecordingError, match=r"package pyarrow.*pip install 'napari-calvae\[formats\]'"):
             use()
+
+
+def test_a_single_frame_of_several_rois_comes_back_from_matlab(tmp_path):
+    write(Traces([[1.0], [2.0]], 3.0, "raw", (7, 4)), tmp_path / "a.mat")
+    again = read(tmp_path / "a.mat")
+    assert again.values.tolist() == [[1.0], [2.0]]
+    assert again.roi_ids == (7, 4)

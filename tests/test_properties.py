@@ -119,7 +119,7 @@ def test_every_spike_within_the_recording_is_in_one_frame(times, t0, rate, n_fra
 def test_another_frame_rate_keeps_the_mean_and_the_time(values, old, new):
     found, shift = resample(values, old, new)
     assert abs(shift - (0.5 / new - 0.5 / old)) < 1e-9 or old == new
-    assert abs(found.shape[1] / new - values.shape[1] / old) <= 0.5 / new + 1e-9
+    assert found.shape[1] == 1 or abs(found.shape[1] / new - values.shape[1] / old) <= 0.5 / new + 1e-9
     low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
     slack = 1e-5 * np.abs(values).max() + 1e-12
     assert ((found >= low - slack) & (found <= high + slack) | np.isnan(found)).all()

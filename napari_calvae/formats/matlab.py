@@ -55,6 +55,9 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
                 f"name, got {', '.join(sorted(found)) or 'nothing'}."
             )
         arrays = {key: np.asarray(value) for key, value in variables(path, (name, *_BESIDE)).items()}
+        # Axes of length one are gone; a single frame of several ROIs is a column again.
+        if len(numbers[name]) == 2 and numbers[name][1] == 1 and "roi_ids" in arrays:
+            arrays[name] = arrays[name].reshape(numbers[name])
     except RecordingError:
         raise
     except UNREADABLE as error:
