@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from napari_calvae.formats import whole_files
 from napari_calvae.generative import MODELS, NOISES, PRIORS, BurstyPrior, GenerativeModel, Noise, SpikePrior
 from napari_calvae.preprocess import check_traces, delta_f_over_f
-from napari_calvae.recognition import RecognitionNetwork, build_network
+from napari_calvae.recognition import NETWORKS, RecognitionNetwork, build_network
 from napari_calvae.recording import RecordingError, Traces
 
 #: 2: noise with options and weights, other priors. 1 is still read.
@@ -166,7 +166,8 @@ class SpikeVAE:
                     f"model {path.name}: the weights do not match their checksum, so the file is damaged. "
                     "Copy or download it again."
                 )
-            recognition = build_network(**spec["recognition"])
+            kind, config = spec["recognition"]["kind"], spec["recognition"]["config"]
+            recognition = build_network(kind, {**NETWORKS[kind].unnamed, **config})
             trained_on = weights.pop(_TRAINED_ON, None)
             recognition.load_state_dict({k: v for k, v in weights.items() if not k.startswith(_NOISE)})
             model = cls(

@@ -19,15 +19,14 @@ from napari_calvae.formats import whole_files
 from napari_calvae.formats.ground_truth import Sweep
 from napari_calvae.pretrained.recordings import FOLDS, RecordingSampler
 from napari_calvae.pretrained.simulations import SimulationSampler
-from napari_calvae.pretrained.train import MODELS_SIMULATED, Recipe, iter_pretrain, universal_model
+from napari_calvae.pretrained.train import MODELS_SIMULATED, UNIVERSAL, Recipe, iter_pretrain, universal_model
 from napari_calvae.recognition import AutoregressiveNetwork, FactorizedNetwork, RecognitionNetwork
 
-_WIDTHS = (16, 24, 32, 48, 64)
+_WIDTHS: Sequence[int] = UNIVERSAL["widths"]
 
 
 def _network(**changed: Any) -> FactorizedNetwork:
-    settings: dict[str, Any] = {"widths": _WIDTHS, "min_frames": 512, "local_gain": True}
-    return FactorizedNetwork(**settings | changed)
+    return FactorizedNetwork(**UNIVERSAL | changed)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ VARIANTS = (
     Variant("no gain (categorical)", lambda: _network(local_gain=False, gain_scale=0.0)),
     Variant("no gain, Bernoulli", lambda: _network(local_gain=False, gain_scale=0.0, max_count=1)),
     Variant("autoregressive", AutoregressiveNetwork),
+    Variant("from the full rate on", lambda: _network(light=False, widths=(16, 24, 32, 48, 64))),
     Variant("half as wide", lambda: _network(widths=[w // 2 for w in _WIDTHS])),
     Variant("twice as wide", lambda: _network(widths=[2 * w for w in _WIDTHS])),
 )

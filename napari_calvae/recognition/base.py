@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,8 @@ class RecognitionNetwork(nn.Module, abc.ABC):
     causal: ClassVar[bool] = False
     #: Keyword arguments that build this network again.
     config: dict[str, Any]
+    #: What is meant by a saved ``config`` that does not name these, since it is older than they are.
+    unnamed: ClassVar[Mapping[str, Any]] = {}
     #: Highest spike count per frame that the posterior can express.
     max_count: int
     #: Context (frames) on either side that the local part needs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, trace_features
-from napari_calvae.recognition.factorized import GainCategorical, count_logits
+from napari_calvae.recognition.factorized import GAIN_LIMIT, GainCategorical, count_logits, gain_deviation, gain_layers
 
 #: Frames that the first layer sees, the last of them the newest.
 _STEM = 5
@@ -100,9 +100,12 @@ class CausalNetwork(RecognitionNetwork):
         Factor on the standard deviation of the log-gain.
     min_frames
         Shortest trace that it is trained on.
+    gain_limit
+        Highest standard deviation of the log-gain before ``gain_scale``; None in networks from before there was one.
     """
 
     name: ClassVar[str] = "causal"
+    unnamed: ClassVar[Mapping[str, Any]] = {"gain_limit": None}
     causal: ClassVar[bool] = True
 
     def __init__(
@@ -114,6 +117,7 @@ class CausalNetwork(RecognitionNetwork):
         max_count: int = 10,
         gain_scale: float = 1.0,
         min_frames: int = 1,
+        gain_limit: float | None = GAIN_LIMIT,
     ) -> None:
         super().__init__()
         self.lags = tuple(lags)
@@ -125,8 +129,10 @@ class CausalNetwork(RecognitionNetwork):
             "max_count": max_count,
             "gain_scale": gain_scale,
             "min_frames": min_frames,
+            "gain_limit": gain_limit,
         }
         self.set_lag(lag)
+        self.gain_limit = gain_limit
         self.max_count = max_count
         self.gain_scale = gain_scale
         self.min_frames = min_frames
@@ -140,8 +146,7 @@ class CausalNetwork(RecognitionNetwork):
         self.stem = nn.Conv1d(N_FEATURES, width, _STEM)
         self.blocks = nn.ModuleList(_Block(width, 2**level, n_rate + n_summary) for level in range(n_levels))
         self.heads = nn.ModuleList(_Head(width, lag, 2 + max_count) for lag in self.lags)
-        gain = nn.Linear(32, 2)
-        self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
+        self.gain = gain_layers(n_rate + n_summary)
         with torch.no_grad():
             # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
             for head in self.heads:
@@ -150,8 +155,6 @@ class CausalNetwork(RecognitionNetwork):
                 weight[1:] = 0
                 bias[:] = 0
                 bias[1 + max_count :] = 2.0
-            gain.weight[:] = 0
-            gain.bias[:] = torch.tensor([0.0, math.log(0.3)])
 
     def set_lag(self, lag: int) -> None:
         """Answer with this lag (frames) from now on.
@@ -188,10 +191,11 @@ class CausalNetwork(RecognitionNetwork):
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
-        mean, log_std = self.gain(self._condition(log_rate, summary)).unbind(-1)
+        mean, width = self.gain(self._condition(log_rate, summary)).unbind(-1)
         n = 1 + self.max_count
+        gain_std = gain_deviation(width, self.gain_limit)
         logits, response = count_logits(local[:, :n], log_rate), torch.sigmoid(local[:, n])
-        return GainCategorical(logits, mean, log_std.clamp(-4, 1.5).exp(), response).widened(self.gain_scale)
+        return GainCategorical(logits, mean, gain_std, response).widened(self.gain_scale)
 
     def every_lag(
         self,

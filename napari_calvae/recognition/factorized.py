@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -19,6 +19,10 @@ from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor, nn
 
 from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, SpikePosterior
+from napari_calvae.recognition.layers import FilmBlock, convolve, to_channels_last, to_frames, upsample
+
+#: Usual limit to the standard deviation of the log-gain in training.
+GAIN_LIMIT = 0.6
 
 
 class GainCategorical(SpikePosterior):
@@ -58,9 +62,9 @@ class GainCategorical(SpikePosterior):
         gains, probability = self._nodes()
         if weights.shape[-1] == 1:  # a frame of a recording that is going on: one pass, where each step is a handful
             tilt = (gains[..., None] * self.response).exp()
-            return torch.einsum("n,nrt->rt", probability, _moments(weights, tilt))
+            return torch.einsum("n,nrt->rt", probability, _moments(weights, tilt)[0])
         tilts = ((g[:, None] * self.response).exp() for g in gains)
-        return sum(p * _moments(weights, tilt) for p, tilt in zip(probability, tilts, strict=True))
+        return sum(p * _moments(weights, tilt)[0] for p, tilt in zip(probability, tilts, strict=True))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
         """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
@@ -74,23 +78,22 @@ class GainCategorical(SpikePosterior):
         u = torch.rand(shape, generator=generator, device=device, dtype=dtype)
         counts = torch.zeros(shape, dtype=torch.uint8, device=device)
         # Counts that have no weight at any gain drawn cost time and change nothing.
-        weight = weights.amax((0, 2)) * gain.amax().clamp_min(0).exp() ** self._counts()
+        highest = gain.amax(0)
+        weight = weights.amax((0, 2)) * highest.amax().clamp_min(0).exp() ** self._counts()
         top = int((weight > 1e-9).nonzero()[-1])
-        # One sample at a time: what it needs stays in the cache. Where its number does not exceed the probability of
-        # silence there is no spike; only the few other frames are worked out.
+        # The higher the gain, the less silent a frame. Where a number does not exceed the probability of silence at the
+        # highest gain there is no spike at any; only the few other frames are worked out. The margin is for rounding.
+        silent = weights[:, 0] / _total(weights, (highest * self.response).exp(), top) - 1e-5
         for row, drawn_gain in enumerate(gain):
-            own = (drawn_gain * self.response).exp()
-            total = weights[:, top]
-            for k in range(top - 1, -1, -1):
-                total = torch.addcmul(weights[:, k], total, own)
-            threshold = u[row] * total
-            roi, frame = (threshold > weights[:, 0]).nonzero().unbind(1)
-            threshold, chosen, power = threshold[roi, frame], weights[roi, :, frame], own[roi, frame]
-            below, factor = chosen[:, 0], power
-            drawn = torch.ones_like(roi, dtype=torch.uint8)
+            roi, frame = (u[row] > silent).nonzero().unbind(1)
+            chosen = weights[roi, : top + 1, frame].T.contiguous()
+            power = own = (drawn_gain[roi, 0] * self.response[roi, frame]).exp()
+            threshold = u[row, roi, frame] * _total(chosen[None], own[None], top)[0]
+            below = chosen[0]
+            drawn = (threshold > below).to(torch.uint8)
             for k in range(1, top):
-                below = torch.addcmul(below, chosen[:, k], factor)
-                factor = factor * power
+                below = torch.addcmul(below, chosen[k], power)
+                power = power * own
                 drawn += threshold > below
             counts[row, roi, frame] = drawn
         return counts
@@ -98,19 +101,26 @@ class GainCategorical(SpikePosterior):
     def log_prob(
         self, counts: Num[Tensor, "*sample roi time"], valid: Bool[Tensor, "roi time"] | None = None
     ) -> Float[Tensor, "*sample roi"]:
-        """Log-probability of whole trains; frames where ``valid`` is False are left out of the product."""
-        gains, probability = self._nodes()
-        counts = counts.long()
-        index = counts.movedim(-2, 0)  # roi *sample time
+        """Log-probability of whole trains; frames where ``valid`` is False are left out of the product.
+
+        Given the counts a gain is known far better than before, so the nodes of the quadrature go to where they say it
+        is (adaptive Gauss–Hermite quadrature, Naylor & Smith 1982): at nodes of the prior, which are apart by more than
+        that is wide, a gain would seem the more certain the closer its nodes.
+        """
+        index = counts.long().movedim(-2, 0)  # roi *sample time
         flat = index.reshape(len(self.logits), -1, index.shape[-1])
-        chosen = self.logits.gather(1, flat)
-        normaliser = torch.stack([torch.logsumexp(self.at_gain(g), 1) for g in gains])
         mask = torch.ones_like(self.logits[:, 0]) if valid is None else valid.to(self.logits.dtype)
-        constant = (normaliser * mask).sum(-1)  # node roi
-        spikes = (flat * (self.response * mask)[:, None]).sum(-1)  # roi sample
-        local = (chosen * mask[:, None]).sum(-1)
-        terms = local + gains[..., None] * spikes - constant[..., None]
-        log_p = torch.logsumexp(terms + probability.log()[:, None, None], 0)
+        local = (torch.log_softmax(self.logits, 1).gather(1, flat) * mask[:, None]).sum(-1)  # roi sample
+        response = self.response * mask
+        spikes = (flat * response[:, None]).sum(-1)
+        x, weight = self._standard_nodes()
+        with torch.no_grad():
+            mode, width = self._gain_given(spikes, response)
+            z = mode + width * x[:, None, None]  # node roi sample
+            density = weight.log()[:, None, None] + width.log() + (x[:, None, None] ** 2 - z**2) / 2
+        gain = self._bounded(self.gain_mean[:, None] + self.gain_std[:, None] * z)
+        constant = torch.stack([self._log_total(g, response, mask) for g in gain])
+        log_p = local + torch.logsumexp(density + gain * spikes - constant, 0)
         return log_p.reshape(index.shape[:-1]).movedim(0, -1)
 
     def select(self, rois: slice) -> GainCategorical:
@@ -138,7 +148,7 @@ class GainCategorical(SpikePosterior):
         weights = self._weights
         for _ in range(16):
             middle = (low + high) / 2
-            few = _moments(weights, (middle[:, None] * self.response).exp()).sum(-1) < total
+            few = _moments(weights, (middle[:, None] * self.response).exp())[0].sum(-1) < total
             low, high = torch.where(few, middle, low), torch.where(few, high, middle)
         return (low + high) / 2
 
@@ -168,23 +178,56 @@ class GainCategorical(SpikePosterior):
 
     def _nodes(self) -> tuple[Float[Tensor, "node roi"], Float[Tensor, " node"]]:
         """Log-gains and probabilities of the quadrature."""
-        x, w = np.polynomial.hermite_e.hermegauss(self.n_nodes)
-        node = torch.as_tensor(x, dtype=self.logits.dtype, device=self.logits.device)
-        probability = torch.as_tensor(w / w.sum(), dtype=self.logits.dtype, device=self.logits.device)
+        node, probability = self._standard_nodes()
         return self._bounded(self.gain_mean + self.gain_std * node[:, None]), probability
+
+    def _standard_nodes(self) -> tuple[Float[Tensor, " node"], Float[Tensor, " node"]]:
+        """Nodes and probabilities for a standard normal number."""
+        node, weight = np.polynomial.hermite_e.hermegauss(self.n_nodes)
+        like = self.logits
+        return like.new_tensor(node), like.new_tensor(weight / weight.sum())
+
+    def _log_total(
+        self, gain: Float[Tensor, "roi sample"], response: Float[Tensor, "roi time"], mask: Float[Tensor, "roi time"]
+    ) -> Float[Tensor, "roi sample"]:
+        """Log of the normalisers at a log-gain, summed over the measured frames."""
+        tilt = (gain[..., None] * response[:, None]).exp()
+        total = _total(self._weights[:, :, None], tilt, self._weights.shape[1] - 1)
+        return (total.log() * mask[:, None]).sum(-1)
+
+    def _gain_given(
+        self, spikes: Float[Tensor, "roi sample"], response: Float[Tensor, "roi time"], n_steps: int = 6
+    ) -> tuple[Float[Tensor, "roi sample"], Float[Tensor, "roi sample"]]:
+        """Mode and width, in standard units, of the gain given the counts: Newton's steps, none beyond two units."""
+        mean, std = self.gain_mean[:, None], self.gain_std[:, None]
+        z = torch.zeros_like(spikes)
+        curvature = torch.ones_like(spikes)
+        for _ in range(n_steps):
+            tilt = (self._bounded(mean + std * z)[..., None] * response[:, None]).exp()
+            first, second = _moments(self._weights[:, :, None], tilt, 2)
+            slope = std * (spikes - (first * response[:, None]).sum(-1)) - z
+            curvature = 1 + std**2 * ((second - first**2) * response[:, None] ** 2).sum(-1)
+            z = z + (slope / curvature).clamp(-2, 2)
+        return z, curvature.rsqrt()
+
+
+def _total(
+    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, "*node roi *time"], top: int, power: int = 0
+) -> Float[Tensor, "*node roi *time"]:
+    """Sum over the counts k up to ``top`` of ``k**power * weights * tilt**k``: a Horner scheme."""
+    total = top**power * weights[:, top]
+    for k in range(top - 1, -1, -1):
+        total = torch.addcmul(weights[:, k] if power == 0 else k**power * weights[:, k], total, tilt)
+    return total
 
 
 def _moments(
-    weights: Float[Tensor, "roi count time"], tilt: Float[Tensor, "*node roi time"]
-) -> Float[Tensor, "*node roi time"]:
-    """Mean count under weights tilted by ``tilt**k``: two Horner schemes."""
+    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, "*node roi *time"], order: int = 1
+) -> list[Float[Tensor, "*node roi *time"]]:
+    """Mean count, mean squared count … under weights tilted by ``tilt**k``."""
     top = weights.shape[1] - 1
-    total = weights[:, top]
-    first = top * weights[:, top]
-    for k in range(top - 1, -1, -1):
-        total = torch.addcmul(weights[:, k], total, tilt)
-        first = torch.addcmul(k * weights[:, k], first, tilt)
-    return first / total
+    total = _total(weights, tilt, top)
+    return [_total(weights, tilt, top, power) / total for power in range(1, order + 1)]
 
 
 def count_logits(
@@ -209,24 +252,22 @@ def count_logits(
     return torch.cat([logits[:, :1], logits[:, 1:] + residual], 1)
 
 
-class _Block(nn.Module):
-    """Two convolutions around a residual path, scaled and shifted by a condition (FiLM)."""
+def gain_layers(n_condition: int) -> nn.Sequential:
+    """From what is known of a trace as a whole to the mean of its log-gain, and what `gain_deviation` takes."""
+    last = nn.Linear(32, 2)
+    with torch.no_grad():
+        last.weight[:] = 0
+        last.bias[:] = torch.tensor([0.0, math.log(0.3)])
+    return nn.Sequential(nn.Linear(n_condition, 32), nn.ReLU(), last)
 
-    def __init__(self, n_in: int, n_out: int, n_condition: int, kernel: int = 5) -> None:
-        super().__init__()
-        self.first = nn.Conv1d(n_in, n_out, kernel, padding=kernel // 2)
-        self.second = nn.Conv1d(n_out, n_out, kernel, padding=kernel // 2)
-        self.skip = nn.Conv1d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.film = nn.Linear(n_condition, 2 * n_out)
-        nn.init.zeros_(self.film.weight)
-        nn.init.zeros_(self.film.bias)
-        with torch.no_grad():
-            self.second.weight.mul_(0.5)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.film(condition)[..., None].chunk(2, 1)
-        h = torch.addcmul(shift, self.first(x), 1 + scale)
-        return self.skip(x) + self.second(torch.relu_(h))
+def gain_deviation(width: Float[Tensor, " roi"], limit: float | None) -> Float[Tensor, " roi"]:
+    """Standard deviation of a log-gain, below ``limit`` if there is one.
+
+    A snippet says hardly anything against a far wider prior of one number, so that without a limit the deviation drifts
+    to several units, at which the mean over gains is that of a few absurd ones.
+    """
+    return width.clamp(-4, 1.5).exp() if limit is None else limit * torch.sigmoid(width + 0.5)
 
 
 class FactorizedNetwork(RecognitionNetwork):
@@ -246,9 +287,15 @@ class FactorizedNetwork(RecognitionNetwork):
         Channels of the features that it is given, where it is part of another network.
     local_gain
         Whether it says frame by frame how far the gain acts; else it acts on all alike.
+    light
+        Half the multiplications for as good an answer: the finest level takes two frames at once, filters are 3 long
+        instead of 5, and what a level has seen is added to what comes from the coarser ones instead of put beside it.
+    gain_limit
+        Highest standard deviation of the log-gain before ``gain_scale``; None in networks from before there was one.
     """
 
     name: ClassVar[str] = "factorized"
+    unnamed: ClassVar[Mapping[str, Any]] = {"gain_limit": None}
 
     def __init__(
         self,
@@ -258,6 +305,8 @@ class FactorizedNetwork(RecognitionNetwork):
         min_frames: int = 1,
         n_features: int = N_FEATURES,
         local_gain: bool = False,
+        light: bool = False,
+        gain_limit: float | None = GAIN_LIMIT,
     ) -> None:
         super().__init__()
         widths = tuple(widths)
@@ -268,34 +317,38 @@ class FactorizedNetwork(RecognitionNetwork):
             "min_frames": min_frames,
             "n_features": n_features,
             "local_gain": local_gain,
+            "light": light,
+            "gain_limit": gain_limit,
         }
+        self.gain_limit = gain_limit
         self.local_gain = local_gain
         self.max_count = max_count
         self.min_frames = min_frames
         self.gain_scale = gain_scale
-        self.stride = 2 ** (len(widths) - 1)
-        # Each level reaches 4 frames of its own rate in either direction per block (one on the way down, one up), and
-        # the changes of rate one more each.
-        self.halo = sum(10 * 2**level for level in range(len(widths)))
+        self.light = light
+        step, kernel = (2, 3) if light else (1, 5)
+        self.stride = step * 2 ** (len(widths) - 1)
+        # Two filters per block, one block on the way down and one up, reach so far in either direction at the rate of
+        # each level, and the changes of rate one more each.
+        self.halo = sum((4 * (kernel // 2) + 2) * step * 2**level for level in range(len(widths)))
         n_summary, n_rate = widths[-1], 8
         self.rate = nn.Sequential(nn.Linear(2, n_rate), nn.ReLU(), nn.Linear(n_rate, n_rate))
-        self.stem = nn.Conv1d(n_features, widths[0], 5, padding=2)
-        self.down = nn.ModuleList(_Block(w, w, n_rate) for w in widths)
+        self.stem = nn.Conv1d(n_features, widths[0], 4 + step, stride=step, padding=2)
+        self.down = nn.ModuleList(FilmBlock(w, w, n_rate, kernel) for w in widths)
         self.shrink = nn.ModuleList(nn.Conv1d(a, b, 4, stride=2, padding=1) for a, b in itertools.pairwise(widths))
         self.pool = nn.Linear(2 * widths[-1], n_summary)
-        self.bottom = _Block(widths[-1], widths[-1], n_rate + n_summary)
+        self.bottom = FilmBlock(widths[-1], widths[-1], n_rate + n_summary, kernel)
         self.grow = nn.ModuleList(nn.Conv1d(b, a, 1) for a, b in itertools.pairwise(widths))
-        self.up = nn.ModuleList(_Block(2 * w, w, n_rate + n_summary) for w in widths[:-1])
-        self.head = nn.Conv1d(widths[0], 1 + max_count + local_gain, 1)
-        gain = nn.Linear(32, 2)
-        self.gain = nn.Sequential(nn.Linear(n_rate + n_summary, 32), nn.ReLU(), gain)
+        self.up = nn.ModuleList(FilmBlock(w if light else 2 * w, w, n_rate + n_summary, kernel) for w in widths[:-1])
+        n_out = 1 + max_count + local_gain
+        self.head = nn.Conv1d(widths[0], step * n_out, 1)
+        self.gain = gain_layers(n_rate + n_summary)
         with torch.no_grad():
             # Start as a Poisson distribution of about one spike per second, whatever the frame rate.
-            self.head.weight[1:] = 0
-            cast(Tensor, self.head.bias)[:] = 0
-            cast(Tensor, self.head.bias)[1 + max_count :] = 2.0
-            gain.weight[:] = 0
-            gain.bias[:] = torch.tensor([0.0, math.log(0.3)])
+            weight, bias = (x.unflatten(0, (step, n_out)) for x in (self.head.weight, cast(Tensor, self.head.bias)))
+            weight[:, 1:] = 0
+            bias[:] = 0
+            bias[:, 1 + max_count :] = 2.0
 
     def set_gain_scale(self, gain_scale: float) -> None:
         """Widen the posterior of the log-gain by this factor."""
@@ -319,20 +372,21 @@ class FactorizedNetwork(RecognitionNetwork):
 
     def _pool(self, coarsest: Tensor) -> Tensor:
         spread = (coarsest.var(-1, unbiased=False) + 1e-6).sqrt()
-        return torch.relu(self.pool(torch.cat([coarsest.mean(-1), spread], 1)))
+        return torch.relu(self.pool(torch.cat([coarsest.mean(-1), spread], 1).squeeze(-1)))
 
     def _decode(self, skips: list[Tensor], rate: Tensor, summary: Tensor) -> Tensor:
         condition = torch.cat([rate, summary], 1)
         x = self.bottom(skips[-1], condition)
         for grow, up, skip in zip(reversed(self.grow), reversed(self.up), reversed(skips[:-1]), strict=True):
-            x = torch.repeat_interleave(grow(x), 2, -1)[..., : skip.shape[-1]]
-            x = up(torch.cat([x, skip], 1), condition)
-        return self.head(torch.relu(x))
+            coarse = upsample(convolve(cast(nn.Conv1d, grow), x))
+            x = up(coarse + skip if self.light else torch.cat([coarse, skip], 1), condition)
+        out = to_frames(self.head, torch.relu(x))
+        return out.unflatten(1, (2, -1)).movedim(1, -1).flatten(-2) if self.light else out
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
-        mean, log_std = self.gain(torch.cat([self._rate(log_rate), summary], 1)).unbind(-1)
-        gain_std = log_std.clamp(-4, 1.5).exp()
+        mean, width = self.gain(torch.cat([self._rate(log_rate), summary], 1)).unbind(-1)
+        gain_std = gain_deviation(width, self.gain_limit)
         n = 1 + self.max_count
         response = torch.sigmoid(local[:, n]) if self.local_gain else None
         return GainCategorical(count_logits(local[:, :n], log_rate), mean, gain_std, response).widened(self.gain_scale)
@@ -344,8 +398,8 @@ class FactorizedNetwork(RecognitionNetwork):
     def _encode(self, features: Tensor, rate: Tensor) -> list[Tensor]:
         """Outputs of every level, finest first; the trace is padded to a multiple of ``stride``."""
         padding = -features.shape[-1] % self.stride
-        x = self.stem(nn.functional.pad(features, (0, padding)))
+        x = convolve(self.stem, to_channels_last(nn.functional.pad(features, (0, padding))))
         skips = [self.down[0](x, rate)]
         for shrink, block in zip(self.shrink, self.down[1:], strict=True):
-            skips.append(block(shrink(skips[-1]), rate))
+            skips.append(block(convolve(cast(nn.Conv1d, shrink), skips[-1]), rate))
         return skips

@@ -7,7 +7,7 @@ beside the action potentials that the first one found. The spines share their ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, trace_features
-from napari_calvae.recognition.factorized import FactorizedNetwork, GainCategorical
+from napari_calvae.recognition.factorized import GAIN_LIMIT, FactorizedNetwork, GainCategorical
 
 #: Channels that say what a spine shows once the shaft is regressed out: the rest twice, and the slope.
 _N_REST = 3
@@ -42,9 +42,12 @@ class SpineNetwork(RecognitionNetwork):
         Factor on the standard deviation of the log-gains, calibrated on simulations unlike those of training.
     min_frames
         Shortest recording that it is trained on.
+    gain_limit
+        Highest standard deviation of the log-gains before ``gain_scale``; None in networks from before there was one.
     """
 
     name: ClassVar[str] = "spines"
+    unnamed: ClassVar[Mapping[str, Any]] = {"gain_limit": None}
     coupled: ClassVar[bool] = True
 
     def __init__(
@@ -55,6 +58,7 @@ class SpineNetwork(RecognitionNetwork):
         max_count: int = 10,
         gain_scale: float = 1.0,
         min_frames: int = 1,
+        gain_limit: float | None = GAIN_LIMIT,
     ) -> None:
         super().__init__()
         if len(shaft_widths) != len(spine_widths):
@@ -69,13 +73,16 @@ class SpineNetwork(RecognitionNetwork):
             "max_count": max_count,
             "gain_scale": gain_scale,
             "min_frames": min_frames,
+            "gain_limit": gain_limit,
         }
         self.max_count = max_count
         self.min_frames = min_frames
         n_spine = 2 * N_FEATURES + _N_REST + _N_BAP
         self.shared = nn.Conv1d(N_FEATURES + _N_REST, n_shared, 5, padding=2)
-        self.shaft = FactorizedNetwork(shaft_widths, max_count, gain_scale, n_features=N_FEATURES + n_shared)
-        self.spine = FactorizedNetwork(spine_widths, max_count, gain_scale, n_features=n_spine)
+        self.shaft = FactorizedNetwork(
+            shaft_widths, max_count, gain_scale, n_features=N_FEATURES + n_shared, gain_limit=gain_limit
+        )
+        self.spine = FactorizedNetwork(spine_widths, max_count, gain_scale, n_features=n_spine, gain_limit=gain_limit)
         self.stride = self.shaft.stride
         self.halo = 2 + self.shaft.halo + self.spine.halo
         # Their summaries differ in length; both come before the slope, the shorter one filled up.
