@@ -36,6 +36,16 @@ def saved(vae, tmp_path):
     return vae.save(tmp_path / "model.safetensors")
 
 
+def edit_spec(path, edit):
+    """Change what the header of a model's file says."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"]["calvae"] = json.dumps(edit(json.loads(header["__metadata__"]["calvae"])))
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
 def test_a_saved_model_is_the_same_model(vae, saved):
     again = SpikeVAE.load(saved)
     f = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
@@ -45,6 +55,24 @@ def test_a_saved_model_is_the_same_model(vae, saved):
     assert again.recognition.gain_scale == 1.5
     assert again.sha256 == vae.sha256 != ""
     assert [p.name for p in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_files_from_before_the_gain_had_a_limit_keep_their_gain(vae, tmp_path):
+    vae.recognition = NETWORKS["factorized"](widths=(4, 6), max_count=3, gain_limit=None).eval()
+    with torch.no_grad():
+        vae.recognition.gain[-1].bias[1] = 0.5
+    path = vae.save(tmp_path / "model.safetensors")
+    f = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    expected = vae.recognition(f, 20.0).gain_std
+    assert (expected > 1.5).all()
+
+    def older(spec):
+        del spec["recognition"]["config"]["gain_limit"]
+        return spec
+
+    edit_spec(path, older)
+    assert torch.equal(SpikeVAE.load(path).recognition(f, 20.0).gain_std, expected)
+    assert (NETWORKS["factorized"](widths=(4, 6))(f, 20.0).gain_std < 0.6).all()
 
 
 def test_a_saved_model_remembers_what_it_was_trained_on(vae, tmp_path):
@@ -108,14 +136,7 @@ def test_a_saved_model_keeps_its_prior_and_of_values_per_cell_their_geometric_me
 def test_files_from_before_noise_and_prior_had_kinds_still_load(saved):
     """The shipped model is one of them; here is another, with every old key."""
     assert load_model("universal").prior.rate == 1.0
-    data = saved.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    spec = json.loads(header["__metadata__"]["calvae"])
-    old = spec | {"noise": "correlated", "prior": {"rate": 0.7, "max_count": 3}}
-    header["__metadata__"]["calvae"] = json.dumps(old)
-    text = json.dumps(header).encode()
-    saved.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    edit_spec(saved, lambda spec: spec | {"noise": "correlated", "prior": {"rate": 0.7, "max_count": 3}})
     again = SpikeVAE.load(saved)
     assert (again.prior.rate, again.prior.max_count, again.generative.noise.name) == (0.7, 3, "correlated")
 

@@ -35,7 +35,7 @@ from napari_calvae.vae import SpikeVAE, load_model
 
 OURS = "calvae"
 #: Factors on the deviation of the log-gain that are tried where it is calibrated.
-GAIN_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
+GAIN_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 #: Lengths (s) of the windows in which spikes are counted, and probabilities of the intervals.
 WINDOWS, LEVELS = (1.0, 10.0), (0.1, 0.3, 0.5, 0.7, 0.9)
 #: Those among them that targets are set for, and the gain is calibrated by.

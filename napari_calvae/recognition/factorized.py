@@ -84,18 +84,17 @@ class GainCategorical(SpikePosterior):
         # The higher the gain, the less silent a frame. Where a number does not exceed the probability of silence at the
         # highest gain there is no spike at any; only the few other frames are worked out. The margin is for rounding.
         silent = weights[:, 0] / _total(weights, (highest * self.response).exp(), top) - 1e-5
-        for row, drawn_gain in enumerate(gain):
-            roi, frame = (u[row] > silent).nonzero().unbind(1)
-            chosen = weights[roi, : top + 1, frame].T.contiguous()
-            power = own = (drawn_gain[roi, 0] * self.response[roi, frame]).exp()
-            threshold = u[row, roi, frame] * _total(chosen[None], own[None], top)[0]
-            below = chosen[0]
-            drawn = (threshold > below).to(torch.uint8)
-            for k in range(1, top):
-                below = torch.addcmul(below, chosen[k], power)
-                power = power * own
-                drawn += threshold > below
-            counts[row, roi, frame] = drawn
+        row, roi, frame = (u > silent).nonzero().unbind(1)
+        chosen = weights[roi, : top + 1, frame].T.contiguous()
+        power = own = (gain[row, roi, 0] * self.response[roi, frame]).exp()
+        threshold = u[row, roi, frame] * _total(chosen[None], own[None], top)[0]
+        below = chosen[0]
+        drawn = (threshold > below).to(torch.uint8)
+        for k in range(1, top):
+            below = torch.addcmul(below, chosen[k], power)
+            power = power * own
+            drawn += threshold > below
+        counts[row, roi, frame] = drawn
         return counts
 
     def log_prob(
