@@ -285,6 +285,6 @@ def simulate_theta():
 def test_real_cells_are_explained(shared):
     result = calvae.infer(calvae.read(shared / "formats" / "suite2p"), device="cpu")
     r2, coverage = result.quality["reconstruction_r2"], result.quality["band_coverage"]
-    assert np.median(r2) > 0.75
+    assert np.median(r2) > 0.7
     assert r2.min() > 0.3
     assert np.median(coverage) == pytest.approx(0.95, abs=0.03)

@@ -164,7 +164,7 @@ def test_what_a_lag_costs_is_measured(causal, tmp_path, monkeypatch):
     path = causal.save(tmp_path / "causal.safetensors")
     rows = list(live.iter_live(sweeps, str(path)))
     assert [list(row) for row in rows] == [["data set", "cells", "whole trace", "lag 0", "lag 2"]]
-    assert rows[0]["whole trace"] > 0.3
+    assert rows[0]["whole trace"] > 0.2
     assert rows[0]["lag 2"] < rows[0]["whole trace"]  # this network has learned nothing
     streamed = live.live_method(causal, 2)(sweeps[0].dff, 30.0)
     whole = calvae.stream(causal, 30.0, lag=2)

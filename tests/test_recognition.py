@@ -9,7 +9,7 @@ import torch
 from napari_calvae.benchmark.paper.enumeration import all_trains
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.base import trace_features
-from napari_calvae.recognition.factorized import GainCategorical
+from napari_calvae.recognition.factorized import REACH, GainCategorical
 
 SMALL = {
     "convolutional": {"width": 6, "kernels": (5, 3), "max_count": 2},
@@ -217,6 +217,23 @@ def test_more_doubt_about_the_gain_does_not_mean_more_spikes():
     assert float(narrow.gain_for(narrow.mean.sum(-1))) == pytest.approx(0.08, abs=0.005)
     same = narrow.widened(1.0)
     assert torch.equal(same.gain_mean, narrow.gain_mean)
+
+
+def test_a_widened_gain_reaches_the_ends_of_its_intervals_and_no_further():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 300) - 2 * torch.arange(4.0)[:, None]
+    narrow = GainCategorical(logits, torch.tensor([0.0, 0.5]), torch.tensor([0.3, 0.6]))
+    wide = narrow.widened(2.5)
+    drawn = wide.sample(4000, torch.Generator().manual_seed(0)).float()
+    low, high = (wide.at_gain(wide.gain_mean + sign * REACH * wide.gain_std) for sign in (-1, 1))
+    ends = [(torch.softmax(x, 1) * torch.arange(4.0)[:, None]).sum((1, 2)) for x in (low, high)]
+    totals = drawn.sum(-1)
+    assert (totals.quantile(0.5, 0) > ends[0]).all()
+    assert (totals.quantile(0.5, 0) < ends[1]).all()
+    torch.testing.assert_close(totals.quantile(0.98, 0), ends[1], rtol=0.1, atol=0)
+    torch.testing.assert_close(drawn.mean(0).sum(-1), wide.mean.sum(-1), rtol=0.02, atol=0)
+    both = GainCategorical.join([wide, wide])
+    torch.testing.assert_close(both.mean[2:], wide.mean)
 
 
 def test_summary_and_outputs_in_one_go_are_those_of_two(network):
