@@ -98,7 +98,8 @@ def test_numbers_of_cells_and_connections(estimated, scene):
     assert all(cell.evoked_low <= cell.evoked <= cell.evoked_high for cell in cells)
     found = responses.connections(estimated)
     assert len(found) == 12
-    assert [c.probability for c in found] == sorted((c.probability for c in found), reverse=True)
+    certain = [round(c.probability, 2) for c in found]  # beyond that the stronger comes first
+    assert certain == sorted(certain, reverse=True)
     one = found[0]
     assert one.strength == pytest.approx(estimated.connectivity[one.receiver - 1, one.sender - 1])
     lines = list(csv.DictReader(io.StringIO(responses.csv_text(found))))
