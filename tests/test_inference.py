@@ -204,8 +204,9 @@ def test_cuda_agrees_with_the_cpu():
 def test_the_shipped_model_finds_the_spikes_of_a_simulation():
     traces, counts = simulated(4, 3600)
     result = calvae.infer(traces, n_samples=50)
-    correlation = score_correlation(result.rate, smooth_spikes(counts, 30.0, 0.05))
-    assert np.median(correlation) > 0.6
+    # Here fluorescence is at its peak in the frame of the spike, as of no indicator: the spike seems to be one before.
+    correlation = score_correlation(np.roll(result.rate, 1, -1), smooth_spikes(counts, 30.0, 0.05))
+    assert np.median(correlation) > 0.75
     assert (result.quality["reconstruction_r2"] > 0.7).all()
     inside = result.interval(0.9, window=10.0)
     total = counts.reshape(4, 12, 300).sum(-1)
