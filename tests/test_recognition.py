@@ -143,6 +143,45 @@ def test_gain_posterior_agrees_with_a_fine_integral():
     torch.testing.assert_close(posterior.mean[0], mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_log_probability_has_the_gradient_of_its_value(scale):
+    torch.manual_seed(0)
+    counts = torch.randint(0, 3, (2, 30))
+    inputs = (torch.randn(2, 4, 30), torch.tensor([0.1, -0.3]), torch.tensor([0.4, 0.6]), torch.rand(2, 30))
+
+    def log_prob(logits, mean, std, response):
+        posterior = GainCategorical(logits, mean, std, response, n_nodes=31).widened(scale)
+        with torch.no_grad():
+            assert posterior.mean.isfinite().all()  # what is kept of this must not end up in a gradient
+        return posterior.log_prob(counts)
+
+    assert torch.autograd.gradcheck(log_prob, [x.double().requires_grad_() for x in inputs], atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0.0, 1.0, 1.7, -1.7, 3.0, -4.0])
+def test_a_widened_gain_gives_counts_beyond_its_reach_the_probability_of_its_end(place):
+    torch.manual_seed(1)
+    k = torch.arange(5.0, dtype=torch.float64)
+    logits = (k * np.log(0.05) - torch.lgamma(k + 1))[None, :, None] + 0.3 * torch.randn(2, 5, 1000).double()
+    mean, std = torch.tensor([-0.2, 0.3]).double(), torch.full((2,), 0.6).double()
+    posterior = GainCategorical(logits, mean, std, 0.5 + 0.5 * torch.rand(2, 1000).double()).widened(2.0)
+    at_place = posterior.given(posterior.gain_mean + place * posterior.gain_std, torch.zeros(2).double())
+    at_place.reach = np.inf
+    counts = at_place.sample(1, torch.Generator().manual_seed(0))[0].long()
+
+    def term(z):
+        log_p = torch.log_softmax(posterior.at_gain(posterior.gain_mean + posterior.gain_std * z), 1)
+        return log_p.gather(1, counts[:, None]).sum((1, 2))
+
+    z = torch.linspace(-REACH, REACH, 8001, dtype=torch.float64)
+    density = -(z**2) / 2 - 0.5 * np.log(2 * np.pi) + torch.log(z[1] - z[0])
+    density[[0, -1]] -= np.log(2)  # of the trapezoidal rule
+    end = torch.special.log_ndtr(torch.tensor(-REACH, dtype=torch.float64))
+    ends = [term(-REACH) + end, term(REACH) + end]
+    expected = torch.logsumexp(torch.stack([*(term(x) + d for x, d in zip(z, density, strict=True)), *ends]), 0)
+    torch.testing.assert_close(posterior.log_prob(counts), expected, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(("n_frames", "spread"), [(100, 0.3), (1000, 1.0), (4000, 2.0)])
 def test_long_trains_tell_the_gain_without_loss_of_probability(n_frames, spread):
     torch.manual_seed(n_frames)

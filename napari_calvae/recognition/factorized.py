@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -60,6 +59,7 @@ class GainCategorical(SpikePosterior):
         self.gain_std = gain_std
         self.n_nodes = n_nodes
         self.reach = reach
+        self._probability: Tensor | None = None
 
     @property
     def mean(self) -> Float[Tensor, "roi time"]:
@@ -109,8 +109,8 @@ class GainCategorical(SpikePosterior):
         """Log-probability of whole trains; frames where ``valid`` is False are left out of the product.
 
         Given the counts a gain is known far better than before, so the nodes of the quadrature go to where they say it
-        is (adaptive Gauss–Hermite quadrature, Naylor & Smith 1982): at nodes of the prior, which are apart by more than
-        that is wide, a gain would seem the more certain the closer its nodes.
+        is (adaptive quadrature, Naylor & Smith 1982): at nodes of the prior, which are apart by more than that is wide,
+        a gain would seem the more certain the closer its nodes.
         """
         index = counts.long().movedim(-2, 0)  # roi *sample time
         flat = index.reshape(len(self.logits), -1, index.shape[-1])
@@ -118,14 +118,10 @@ class GainCategorical(SpikePosterior):
         local = (torch.log_softmax(self.logits, 1).gather(1, flat) * mask[:, None]).sum(-1)  # roi sample
         response = self.response * mask
         spikes = (flat * response[:, None]).sum(-1)
-        x, weight = self._hermite_nodes()
-        with torch.no_grad():
-            mode, width = self._gain_given(spikes, response)
-            z = mode + width * x[:, None, None]  # node roi sample
-            density = weight.log()[:, None, None] + width.log() + (x[:, None, None] ** 2 - z**2) / 2
+        z, log_weight = self._nodes_given(spikes, response)
         gain = self._gain(z)
         constant = torch.stack([self._log_total(g, response, mask) for g in gain])
-        log_p = local + torch.logsumexp(density + gain * spikes - constant, 0)
+        log_p = local + torch.logsumexp(log_weight + gain * spikes - constant, 0)
         return log_p.reshape(index.shape[:-1]).movedim(0, -1)
 
     def select(self, rois: slice) -> GainCategorical:
@@ -185,9 +181,13 @@ class GainCategorical(SpikePosterior):
     def _counts(self) -> Float[Tensor, " count"]:
         return torch.arange(self.logits.shape[1], device=self.logits.device, dtype=self.logits.dtype)
 
-    @cached_property
+    @property
     def _weights(self) -> Float[Tensor, "roi count time"]:
-        return torch.softmax(self.logits, 1)
+        """Probabilities at gain 0, worked out once, and again if gradients are wanted for the first time."""
+        kept = self._probability
+        if kept is None or (torch.is_grad_enabled() and self.logits.requires_grad and not kept.requires_grad):
+            kept = self._probability = torch.softmax(self.logits, 1)
+        return kept
 
     def _nodes(self) -> tuple[Float[Tensor, "node roi"], Float[Tensor, " node"]]:
         """Log-gains and probabilities of the quadrature."""
@@ -195,7 +195,7 @@ class GainCategorical(SpikePosterior):
             node, probability = self._hermite_nodes()
         else:  # both ends, and Legendre's nodes in between
             inner, share = np.polynomial.legendre.leggauss(self.n_nodes - 2)
-            ends = math.erfc(self.reach / math.sqrt(2)) / 2
+            ends = self._beyond()
             share = share * np.exp(-0.5 * (self.reach * inner) ** 2)
             node = self.logits.new_tensor(self.reach * np.array([-1.0, *inner, 1.0]))
             probability = self.logits.new_tensor([ends, *((1 - 2 * ends) * share / share.sum()), ends])
@@ -211,7 +211,7 @@ class GainCategorical(SpikePosterior):
         if math.isinf(r):
             return s**2 / 2
         inside = (s**2 / 2).exp() * (torch.special.ndtr(r - s) - torch.special.ndtr(-r - s))
-        return torch.log(inside + torch.cosh(r * s) * math.erfc(r / math.sqrt(2)))
+        return torch.log(inside + 2 * torch.cosh(r * s) * self._beyond())
 
     def _hermite_nodes(self) -> tuple[Float[Tensor, " node"], Float[Tensor, " node"]]:
         """Nodes and probabilities for a standard normal number."""
@@ -227,20 +227,57 @@ class GainCategorical(SpikePosterior):
         total = _total(self._weights[:, :, None], tilt, self._weights.shape[1] - 1)
         return (total.log() * mask[:, None]).sum(-1)
 
-    def _gain_given(
+    @torch.no_grad()
+    def _nodes_given(
+        self, spikes: Float[Tensor, "roi sample"], response: Float[Tensor, "roi time"]
+    ) -> tuple[Float[Tensor, "node roi sample"], Float[Tensor, "node roi sample"]]:
+        """Nodes, in standard units, around where the counts say that the gain is, and logarithms of their weights.
+
+        Of a gain that ends somewhere the ends have a probability of their own, and the density in between may be cut
+        off or steep there: Legendre's nodes over as far as it is within e^−12 of its highest value.
+        """
+        mode, slope, width = self._mode_given(spikes, response)
+        if math.isinf(self.reach):
+            x, weight = (t[:, None, None] for t in self._hermite_nodes())
+            z = mode + width * x
+            return z, weight.log() + width.log() + (x**2 - z**2) / 2
+        steep = slope.abs()
+        far = width**2 * ((steep**2 + 24 / width**2).sqrt() - steep)
+        low, high = (mode - far).clamp_min(-self.reach), (mode + far).clamp_max(self.reach)
+        node, share = (
+            self.logits.new_tensor(t)[:, None, None] for t in np.polynomial.legendre.leggauss(2 * self.n_nodes)
+        )
+        inner = (low + high) / 2 + (high - low) / 2 * node
+        log_inner = share.log() + ((high - low) / 2).log() - inner**2 / 2 - 0.5 * math.log(2 * math.pi)
+        ends = self.reach * torch.ones_like(mode)
+        log_end = torch.full_like(mode, math.log(self._beyond()))
+        return torch.cat([-ends[None], inner, ends[None]]), torch.cat([log_end[None], log_inner, log_end[None]])
+
+    def _mode_given(
         self, spikes: Float[Tensor, "roi sample"], response: Float[Tensor, "roi time"], n_steps: int = 6
-    ) -> tuple[Float[Tensor, "roi sample"], Float[Tensor, "roi sample"]]:
-        """Mode and width, in standard units, of the gain given the counts: Newton's steps, none beyond two units."""
+    ) -> tuple[Float[Tensor, "roi sample"], Float[Tensor, "roi sample"], Float[Tensor, "roi sample"]]:
+        """Mode of the gain given the counts, slope of the log-density there, and width, all in standard units.
+
+        By Newton's steps, none beyond two units, nor beyond reach.
+        """
         std = self.gain_std[:, None]
-        z = torch.zeros_like(spikes)
-        curvature = torch.ones_like(spikes)
-        for _ in range(n_steps):
+
+        def derivatives(z: Tensor) -> tuple[Tensor, Tensor]:
             tilt = (self._gain(z)[..., None] * response[:, None]).exp()
             first, second = _moments(self._weights[:, :, None], tilt, 2)
             slope = std * (spikes - (first * response[:, None]).sum(-1)) - z
-            curvature = 1 + std**2 * ((second - first**2) * response[:, None] ** 2).sum(-1)
-            z = z + (slope / curvature).clamp(-2, 2)
-        return z, curvature.rsqrt()
+            return slope, 1 + std**2 * ((second - first**2) * response[:, None] ** 2).sum(-1)
+
+        z = torch.zeros_like(spikes)
+        for _ in range(n_steps):
+            slope, curvature = derivatives(z)
+            z = (z + (slope / curvature).clamp(-2, 2)).clamp(-self.reach, self.reach)
+        slope, curvature = derivatives(z)
+        return z, slope, curvature.rsqrt()
+
+    def _beyond(self) -> float:
+        """Probability of a gain at either end of its reach."""
+        return math.erfc(self.reach / math.sqrt(2)) / 2
 
 
 def _total(
