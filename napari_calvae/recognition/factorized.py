@@ -145,10 +145,9 @@ class GainCategorical(SpikePosterior):
         """
         if scale == 1:
             return self
-        wide = self.given(self.gain_mean, scale * self.gain_std)
-        wide.reach = REACH
-        wide.gain_mean = self.gain_mean + self._log_mean_gain() - wide._log_mean_gain()
-        return wide
+        std = scale * self.gain_std
+        wide = GainCategorical(self.logits, self.gain_mean, std, self.response, self.n_nodes, REACH)
+        return wide.given(self.gain_mean + self._log_mean_gain() - wide._log_mean_gain(), std)
 
     def gain_for(self, total: Float[Tensor, " roi"]) -> Float[Tensor, " roi"]:
         """The log-gain at which each cell is expected to have ``total`` spikes, by bisection."""
@@ -334,7 +333,8 @@ def gain_deviation(width: Float[Tensor, " roi"], limit: float | None) -> Float[T
     """Standard deviation of a log-gain, below ``limit`` if there is one.
 
     A snippet says hardly anything against a far wider prior of one number, so that without a limit the deviation drifts
-    to several units, at which the mean over gains is that of a few absurd ones.
+    to several units, at which the mean over gains is that of a few absurd ones. The shift by a half lets an untrained
+    network begin at a third of the limit, as without one it begins at 0.3.
     """
     return width.clamp(-4, 1.5).exp() if limit is None else limit * torch.sigmoid(width + 0.5)
 

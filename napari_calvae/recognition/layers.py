@@ -1,8 +1,8 @@
 """Convolutions over time whose channels lie side by side in memory.
 
-As torch keeps it, (roi, channel, time) with time side by side, a one-dimensional convolution of few channels reaches
-half of what a CPU can do, since its kernels reorder what goes in and what comes out. Here a trace is an image one pixel
-high in ``torch.channels_last``, (roi, channel, 1, time), which they take as it is: measured 1.3 to 1.6 times as fast.
+As torch keeps it, (roi, channel, time) with time side by side, a one-dimensional convolution of few channels has to
+reorder what goes in and what comes out. Here a trace is an image one pixel high in ``torch.channels_last``, (roi,
+channel, 1, time), which is taken as it is: of 16,384 frames 1.6 times as fast with 24 channels, 1.1 times with 64.
 """
 
 from __future__ import annotations
