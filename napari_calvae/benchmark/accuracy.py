@@ -34,9 +34,8 @@ from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.vae import SpikeVAE, load_model
 
 OURS = "calvae"
-#: Factors on the deviation of the log-gain that are tried where it is calibrated. Beyond 2 intervals hold more, but
-#: rates, which are means over the gain, get worse: figures are on the model's card.
-GAIN_SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
+#: Factors on the deviation of the log-gain that are tried where it is calibrated.
+GAIN_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
 #: Lengths (s) of the windows in which spikes are counted, and probabilities of the intervals.
 WINDOWS, LEVELS = (1.0, 10.0), (0.1, 0.3, 0.5, 0.7, 0.9)
 #: Those among them that targets are set for, and the gain is calibrated by.
