@@ -1,6 +1,6 @@
 """What looks wrong with traces although spikes can be inferred from them: warnings that a user can act on.
 
-Each check looks at values alone, costs about a millisecond per ROI and tells which ROIs it doubts. ``docs/doubts.md``
+Each check looks at traces alone, costs about a millisecond per ROI and tells which ROIs it doubts. ``docs/doubts.md``
 explains every code. Of the 877 sweeps that Rupprecht et al. (2021, 2025) published one is doubted: a straight line.
 """
 
@@ -108,6 +108,19 @@ def _time_axis(seen: _Seen) -> Doubt | None:
         (),
         f"expected more frames than ROIs, got {seen.n_rois} ROIs of {seen.traces.n_frames} frames.",
         "If rows and columns are swapped, transpose the values: (roi, time).",
+    )
+
+
+def _frame_rate(seen: _Seen) -> Doubt | None:
+    stated = seen.traces.provenance.get("frame_rate_of_file")
+    rate = seen.traces.frame_rate
+    if stated is None or abs(rate / stated - 1) <= 0.01:
+        return None
+    return Doubt(
+        "frame-rate",
+        (),
+        f"expected the frame rate that the file tells, {stated:.5g} Hz, got {rate:.5g} Hz.",
+        "If the file is right, leave the frame rate out.",
     )
 
 
@@ -254,6 +267,7 @@ def _missing(seen: _Seen) -> Doubt | None:
 #: Every check by its code; ``docs/doubts.md`` has a section for each.
 CHECKS: dict[str, Callable[[_Seen], Doubt | None]] = {
     "time-axis": _time_axis,
+    "frame-rate": _frame_rate,
     "raw-as-dff": _raw_as_dff,
     "dff-as-raw": _dff_as_raw,
     "smoothed": _smoothed,

@@ -48,13 +48,26 @@ def spoiled(dff: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
     }
 
 
+def test_a_frame_rate_that_contradicts_the_file_is_doubted(dff, tmp_path):
+    traces = calvae.Traces(dff[:, :600], RATE)
+    for name in ("a.npz", "a.csv", "a.nwb", "a.zarr", "a.parquet", "a.h5", "a.mat"):
+        calvae.write(traces, tmp_path / name)
+        told = {rate: calvae.check(calvae.read(tmp_path / name, rate)) for rate in (None, 30.1, 15.0)}
+        assert told[None] == told[30.1] == (), name
+        assert [str(doubt) for doubt in told[15.0]] == [
+            "frame-rate: expected the frame rate that the file tells, 30 Hz, got 15 Hz. "
+            "If the file is right, leave the frame rate out."
+        ], name
+        assert calvae.read(tmp_path / name, 15.0).frame_rate == 15.0
+
+
 def test_good_traces_are_not_doubted(dff):
     assert codes(dff) == {}
     assert codes(100 * (1 + dff), "raw") == {}
     assert codes(np.round(300 * (1 + dff)), "raw") == {}  # whole numbers, as photon counts
 
 
-@pytest.mark.parametrize("code", CHECKS)
+@pytest.mark.parametrize("code", [code for code in CHECKS if code != "frame-rate"])
 def test_each_doubt_is_about_what_it_says(dff, code):
     values, unit = spoiled(dff)[code]
     found = codes(values, unit)

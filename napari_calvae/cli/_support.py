@@ -49,7 +49,7 @@ def traces_of(
     source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any
 ) -> Traces:
     """Traces of a movie with its label image, or those in a table."""
-    from napari_calvae.formats import is_movie, read, read_labels, read_movie
+    from napari_calvae.formats import believed_rate, is_movie, read, read_labels, read_movie
     from napari_calvae.preprocess import iter_extract
     from napari_calvae.recording import RecordingError
 
@@ -64,9 +64,10 @@ def traces_of(
             f"{source.name}: expected ROIs for a movie, got none. Give a label image with --rois FILE."
         )
     labels = read_labels(rois)
-    steps = iter_extract(movie, labels, frame_rate or stated, neuropil_coefficient=neuropil)  # type: ignore[arg-type]
+    rate, contradicted = believed_rate(frame_rate, stated)
+    steps = iter_extract(movie, labels, rate, neuropil_coefficient=neuropil)  # type: ignore[arg-type]
     traces = finish(steps, lambda fraction: report("Reading the movie", fraction))
-    provenance = {**traces.provenance, "source": source.name, "rois": rois.name}
+    provenance = {**traces.provenance, "source": source.name, "rois": rois.name, **contradicted}
     return traces.replace(unit=unit.value if unit else "raw", provenance=provenance)
 
 

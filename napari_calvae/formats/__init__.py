@@ -26,7 +26,7 @@ from napari_calvae.formats import (
     store,
     suite2p,
 )
-from napari_calvae.formats._files import arrays_of, check_output, existing, whole_files
+from napari_calvae.formats._files import arrays_of, believed_rate, check_output, existing, whole_files
 from napari_calvae.formats.movies import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.pulses import read_stimulation
@@ -38,6 +38,7 @@ __all__ = [
     "FORMATS",
     "StoredInference",
     "arrays_of",
+    "believed_rate",
     "check_output",
     "check_result",
     "is_movie",

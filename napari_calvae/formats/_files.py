@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import secrets
@@ -104,6 +105,16 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
             new.unlink(missing_ok=True)
 
 
+def believed_rate(given: float | None, stated: float | None) -> tuple[float | None, dict[str, float]]:
+    """The frame rate (Hz) that a user gives, else that of the file; for the provenance that of the file if it differs.
+
+    `doubts.check` tells where the two contradict each other.
+    """
+    if given is None or stated is None or given == stated or not math.isfinite(stated):
+        return (stated if given is None else given), {}
+    return given, {"frame_rate_of_file": float(stated)}
+
+
 def traces_of(
     arrays: Mapping[str, np.ndarray], file: Path, frame_rate: float | None = None, unit: Unit | None = None
 ) -> Traces:
@@ -113,16 +124,16 @@ def traces_of(
         raise RecordingError(
             f"{file.name}: expected an array (roi, time) named {' or '.join(TRACE_NAMES)}, got {sorted(arrays)}."
         )
-    if frame_rate is None and "frame_rate" in arrays:
-        frame_rate = float(_single(arrays["frame_rate"], "frame_rate", file))
+    known = float(_single(arrays["frame_rate"], "frame_rate", file)) if "frame_rate" in arrays else None
+    rate, contradicted = believed_rate(frame_rate, known)
     stated = str(_single(arrays["unit"], "unit", file)) if "unit" in arrays else "dff"
     return Traces(
         arrays[name],
-        frame_rate,  # type: ignore[arg-type]
+        rate,  # type: ignore[arg-type]
         unit or TRACE_NAMES[name] or stated,  # type: ignore[arg-type]
         tuple(np.ravel(arrays["roi_ids"]).tolist()) if "roi_ids" in arrays else (),
         float(_single(arrays["t0"], "t0", file)) if "t0" in arrays else 0.0,
-        provenance={"source": file.name},
+        provenance={"source": file.name} | contradicted,
     )
 
 

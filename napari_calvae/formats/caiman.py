@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from napari_calvae.formats._files import DAMAGE
+from napari_calvae.formats._files import DAMAGE, believed_rate
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
 from napari_calvae.trace_source import TraceSource
 
@@ -67,13 +67,15 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
             dff = names == ("F_dff",)
             baseline = np.zeros(n_rois) if dff else _background(estimates, footprints)
             chunks = estimates[names[0]].chunks
+            rate, contradicted = believed_rate(frame_rate, _number(file, _RATES))
             return TraceSource(
                 partial(_fetch, str(path), names, (np.zeros(n_rois) if baseline is None else baseline).astype("f4")),
                 n_rois,
                 n_frames,
-                _number(file, _RATES) if frame_rate is None else frame_rate,  # type: ignore[arg-type]
+                rate,  # type: ignore[arg-type]
                 unit or ("dff" if dff else "raw"),
-                provenance={
+                provenance=contradicted
+                | {
                     "source": path.name,
                     "caiman": {"traces": " + ".join(names), "baseline_restored": not dff and baseline is not None},
                 },

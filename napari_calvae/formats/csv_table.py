@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from napari_calvae.formats._files import arrays_of, provenance_json, whole_files
+from napari_calvae.formats._files import arrays_of, believed_rate, provenance_json, whole_files
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.csv",)
@@ -43,17 +43,17 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     """
     names, table = read_table(path)
     columns = find_columns(names, path)
-    t0 = 0.0
+    t0, measured = 0.0, None
     if columns.clock is not None:
         t0, measured = read_clock(table[:, columns.clock] * columns.seconds, path)
-        frame_rate = measured if frame_rate is None else frame_rate
+    rate, contradicted = believed_rate(frame_rate, measured)
     return Traces(
         table[:, list(columns.rois)].T,
-        frame_rate,  # type: ignore[arg-type]
+        rate,  # type: ignore[arg-type]
         unit or _unit_beside(path) or "dff",
         columns.ids,
         t0,
-        provenance={"source": path.name},
+        provenance={"source": path.name} | contradicted,
     )
 
 

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from napari_calvae.formats import csv_table, tiff
-from napari_calvae.formats._files import DAMAGE, existing
+from napari_calvae.formats._files import DAMAGE, believed_rate, existing
 from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.formats.nwb_results import append, write
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
@@ -75,7 +75,8 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
             raise RecordingError(
                 f"{path.name}: expected one column per ROI in {name}, got {n_rois} columns for {len(table[1])} ROIs."
             )
-        t0, rate = _clock(series, n_frames, path, frame_rate)
+        t0, stated = _clock(series, n_frames, path, frame_rate is not None)
+        rate, contradicted = believed_rate(frame_rate, stated)
         ids = _ids(*table) if table else ()
         found: dict[str, Any] = {"source": path.name, "series": name, "other_series": others}
         if neuropil:
@@ -88,7 +89,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
             unit or ("dff" if _is_relative(file, name) else "raw"),
             ids,
             t0,
-            found | {"session": _session(file)},
+            found | contradicted | {"session": _session(file)},
             _masks(file, *table, ids) if table else None,
             _accepted(*table) if table else None,
             _chunk_rows(data, n_rois),
@@ -114,7 +115,7 @@ def open_movie(path: str | Path) -> tuple[Any, float | None]:
         if not found:
             raise RecordingError(f"{path.name}: expected a TwoPhotonSeries or OnePhotonSeries, found none.")
         series = file[found[0]]
-        rate = _clock(series, None, path, None)[1]
+        rate = _clock(series, None, path)[1]
         if "external_file" in series:
             parts = [_external(path, _text(name)) for name in series["external_file"][:]]
             return parts[0] if len(parts) == 1 else da.concatenate(parts), rate
@@ -314,21 +315,25 @@ def _values(series: h5py.Group, rows: np.ndarray, relative: bool) -> np.ndarray:
 
 
 def _clock(
-    series: h5py.Group, n_frames: int | None, path: Path, frame_rate: float | None
+    series: h5py.Group, n_frames: int | None, path: Path, known: bool = False
 ) -> tuple[float, float | None]:
-    """Time of the first frame (s) and frame rate (Hz, None if unknown) of a series of ``n_frames``, if they matter."""
+    """Time of the first frame (s) and frame rate (Hz, None if unknown) of a series of ``n_frames``, if they matter.
+
+    Where the rate is ``known`` otherwise time stamps need not be evenly spaced: it is then that of the median step.
+    """
     if "starting_time" in series:
         start = series["starting_time"]
-        return float(start[()]), frame_rate or positive(start.attrs.get("rate"))
+        return float(start[()]), positive(start.attrs.get("rate"))
     if "timestamps" not in series:
-        return 0.0, frame_rate
+        return 0.0, None
     times = np.asarray(series["timestamps"][:], float)
     if n_frames is not None and len(times) != n_frames:
         raise RecordingError(
             f"{path.name}: expected one time stamp per frame in {series.name}, got {len(times)} for {n_frames} frames."
         )
-    if frame_rate is not None or not len(times):
-        return (float(times[0]) if len(times) else 0.0), frame_rate
+    if known or not len(times):
+        step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        return (float(times[0]) if len(times) else 0.0), 1 / step if step > 0 else None
     return csv_table.read_clock(times, path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats._files import DAMAGE, arrays_of, provenance_json, whole_files
+from napari_calvae.formats._files import DAMAGE, arrays_of, believed_rate, provenance_json, whole_files
 from napari_calvae.formats.csv_table import (
     event_columns,
     find_columns,
@@ -67,15 +67,16 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         raise
     except (*DAMAGE, arrow.ArrowException) as error:
         raise _unreadable(path, error) from error
+    rate, contradicted = believed_rate(frame_rate, stated.get("frame_rate"))
     return TraceSource(
         partial(_fetch, str(path), tuple(schema.names[i] for i in columns.rois)),
         len(columns.rois),
         n_frames,
-        stated.get("frame_rate") if frame_rate is None else frame_rate,
+        rate,  # type: ignore[arg-type]
         unit or stated.get("unit", "dff"),
         columns.ids,
         t0,
-        provenance={"source": path.name},
+        provenance={"source": path.name} | contradicted,
     )
 
 

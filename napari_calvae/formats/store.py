@@ -310,7 +310,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         facts.unit,
         facts.roi_ids,
         facts.t0,
-        provenance=about.get("provenance", {}).get("traces", {}) | {"source": path.name},
+        provenance=about.get("provenance", {}).get("traces", {}) | dict(facts.provenance),
         rois=rois,
         accepted=accepted,
         chunk_rows=array.chunks[0],

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats._files import provenance_json, readable, whole_files
+from napari_calvae.formats._files import believed_rate, provenance_json, readable, whole_files
 from napari_calvae.formats._pickles import load_dicts
 from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces, Unit
 from napari_calvae.trace_source import TraceSource
@@ -63,7 +63,9 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         raise RecordingError(
             f"{folder.name}: expected one frame rate for all planes, got {rates}. Read each by itself."
         )
-    provenance = {
+    stated = rates.pop() if len(rates) == 1 else None
+    rate, contradicted = believed_rate(frame_rate, stated)
+    provenance = contradicted | {
         "source": folder.name,
         "suite2p": {"version": planes[0].version, "planes": [plane.provenance for plane in planes]},
     }
@@ -74,7 +76,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         partial(_fetch, tuple(plane.files for plane in planes), tuple(ends), n_frames),
         ends[-1],
         n_frames,
-        rates.pop() if frame_rate is None else frame_rate,  # type: ignore[arg-type]
+        rate,  # type: ignore[arg-type]
         unit or "raw",
         provenance=provenance,
         rois=_masks(planes),
