@@ -36,12 +36,16 @@ def adaptation(
     data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
     model: Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")] = "universal",
     only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
+    gain_scale: Annotated[float | None, typer.Option(min=0, help="That of the models; by default their own")] = None,
 ) -> None:
     """What adapting to each data set without its spikes gains."""
     from napari_calvae import benchmark as measure
 
     sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
-    show(measure.adaptation_rows(measure.Models(model), sweeps), summary="mean")
+    models = measure.Models(model)
+    for network in models.networks if gain_scale is not None else ():
+        network.set_gain_scale(gain_scale)
+    show(measure.adaptation_rows(models, sweeps), summary="mean")
 
 
 @benchmark.command()
