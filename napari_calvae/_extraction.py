@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import ndimage, sparse
 
 from napari_calvae._reading import Piece, iter_blocks, pieces
-from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_frame_rate
+from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_frame_rate, unmasked
 
 #: Neuropil ring: pixels left free around the ROI, the least number of pixels that it grows to, and the number below
 #: which a ring is not used at all.
@@ -149,7 +149,7 @@ class FrameReader:
         RecordingError
             If they are not images of the size of the ROIs.
         """
-        images = np.asarray(frames)
+        images = unmasked(frames)
         images = images[None] if images.ndim == 2 else images
         if images.shape[1:] != self.masks.shape or images.dtype.kind not in "fiub":
             raise RecordingError(

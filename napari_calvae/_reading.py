@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from napari_calvae.recording import unmasked
+
 #: Pieces that are read at the same time: one copies or decodes what it has got while the other waits for the disk.
 N_READERS = 2
 #: Bytes of a memory-mapped file that may count as this process's memory before they are given back.
@@ -81,7 +83,7 @@ def iter_blocks(movie: Any, parts: Sequence[Piece]) -> Iterator[tuple[Piece, np.
             return
         movie = plain
     if len(parts) == 1:
-        yield parts[0], np.asarray(movie[tuple(parts[0])])
+        yield parts[0], unmasked(movie[tuple(parts[0])])
         return
     readers = ThreadPoolExecutor(N_READERS, thread_name_prefix="movie")
     try:
@@ -128,7 +130,7 @@ def _read(movie: Any, piece: Piece) -> np.ndarray:
     if hasattr(part, "to_delayed") and part.npartitions == 1 and piece[1:] == _image(movie):
         # One chunk of a dask array: as it is, without the copy that dask makes of results.
         part = part.to_delayed(optimize_graph=False).item().compute()
-    return np.asarray(part)
+    return unmasked(part)
 
 
 def _iter_views(movie: np.ndarray, parts: Sequence[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -139,7 +141,7 @@ def _iter_views(movie: np.ndarray, parts: Sequence[Piece]) -> Iterator[tuple[Pie
         mapped = None
     touched = 0
     for piece in parts:
-        yield piece, np.asarray(movie[tuple(piece)])
+        yield piece, unmasked(movie[tuple(piece)])
         rows = piece.y.stop - piece.y.start
         touched += (piece.frames.stop - piece.frames.start) * rows * math.prod(movie.shape[2:]) * movie.itemsize
         if mapped is not None and touched > MAPPED_BYTES:

@@ -16,7 +16,7 @@ from napari_calvae.preprocess import FrameReader
 from napari_calvae.recognition import CausalNetwork
 from napari_calvae.recognition.base import N_FEATURES, TraceScale, trace_features, trace_scale
 from napari_calvae.recognition.factorized import GainCategorical
-from napari_calvae.recording import RecordingError, RoiMasks, check_frame_rate
+from napari_calvae.recording import RecordingError, RoiMasks, check_frame_rate, unmasked
 from napari_calvae.vae import ModelError, SpikeVAE, load_model
 
 #: What came in the last minute tells baseline, noise and range of a trace: in frames, at least and at most as many as
@@ -96,7 +96,7 @@ class Stream:
         RecordingError
             If the values have another shape than expected.
         """
-        array = np.asarray(values) if self._reader is None else self._reader.read(values)
+        array = unmasked(values) if self._reader is None else self._reader.read(values)
         array = array[:, None] if array.ndim == 1 else array
         known = len(self._pending[0]) if self._pending else None if self._cells is None else self._cells.n_rois
         n_rois = known or (len(array) if array.ndim == 2 else 1)

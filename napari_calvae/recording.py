@@ -44,6 +44,15 @@ def check_frame_rate(frame_rate: float | None) -> float:
     return rate
 
 
+def unmasked(values: ArrayLike) -> np.ndarray:
+    """Values as a plain array, in which NaN is what a masked array masks."""
+    if not np.ma.is_masked(values):
+        return np.asarray(values)
+    found = np.ma.getdata(values).astype(np.result_type(np.ma.getdata(values).dtype, np.float32))
+    found[np.ma.getmaskarray(values)] = np.nan  # type: ignore[arg-type]
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Traces:
     """Fluorescence of some ROIs over time.
@@ -86,7 +95,7 @@ class Traces:
     accepted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        raw = np.asarray(self.values)
+        raw = unmasked(self.values)
         if raw.dtype.kind not in "fiub":
             raise RecordingError(f"traces: expected real numbers, got dtype {raw.dtype}. Convert them to float.")
         with np.errstate(over="ignore"):

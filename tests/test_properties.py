@@ -158,8 +158,72 @@ def test_inference_is_finite_or_refused(model, traces, n_samples):
     assert found.events["count"].max(initial=0) <= 4
 
 
+@pytest.fixture(scope="module")
+def minute() -> np.ndarray:
+    """(roi, time) ΔF/F of three cells, 30 s at 60 Hz."""
+    return calvae.simulate(3, 30.0, 60.0, rate=1.0, seed=3).traces.values
+
+
+def rates(values, frame_rate: float = 60.0) -> np.ndarray:
+    return calvae.infer(calvae.Traces(values, frame_rate), n_samples=0, device="cpu").rate
+
+
+DRESSES = {
+    "big-endian": lambda a: a.astype(">f4"),
+    "double": lambda a: a.astype(float),
+    "by columns": np.asfortranarray,
+    "strided": lambda a: np.repeat(a, 2, axis=1)[:, ::2],
+    "list": np.ndarray.tolist,
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    "masked array": lambda a: np.ma.masked_invalid(np.where(np.isnan(a), np.inf, a)),
+}
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_numbers_are_the_same_in_any_dress(minute, dress):
+    values = minute.copy()
+    values[1, 300:340] = np.nan
+    np.testing.assert_array_equal(rates(DRESSES[dress](values)), rates(values))
+
+
+def test_what_a_mask_hides_is_missing_in_movies_and_frames_too():
+    movie = np.random.default_rng(0).integers(100, 200, (60, 8, 8)).astype(np.uint16)
+    rois = calvae.RoiMasks.from_discs([(4.0, 4.0)], 3.0, (8, 8))
+    masked = np.ma.array(movie, mask=np.zeros(movie.shape, bool))
+    masked[20:23] = np.ma.masked
+    traces = calvae.extract(masked, rois, 30.0)
+    assert np.flatnonzero(~traces.valid[0]).tolist() == [20, 21, 22]
+    whole = calvae.extract(movie, rois, 30.0)
+    np.testing.assert_allclose(traces.values[traces.valid], whole.values[traces.valid], rtol=1e-2)
+    live = calvae.stream(frame_rate=30.0, rois=rois)
+    assert np.isnan(live._reader.read(masked[20])).all()
+    assert np.isfinite(live._reader.read(masked[19])).all()
+
+
+def test_rates_go_with_their_trace_wherever_it_stands(minute):
+    """A constant more, a recording twice with a gap between, its end alone: what is away from the edges is the same."""
+    own, edge = rates(minute), 60
+    np.testing.assert_allclose(rates(minute + 5.0), own, atol=1e-4 * own.max())
+    twice = rates(np.concatenate([minute, np.full((3, 400), np.nan), minute], axis=1))
+    n = minute.shape[1]
+    parts = [(twice[:, :n], own), (twice[:, -n:], own), (rates(minute[:, 400:]), own[:, 400:])]
+    for found, expected in parts:
+        for one, other in zip(found[:, edge:-edge], expected[:, edge:-edge], strict=True):
+            assert np.corrcoef(one, other)[0, 1] > 0.99
+            # Less of a recording tells less of how large a spike shows.
+            assert one.sum() == pytest.approx(other.sum(), rel=0.3)
+
+
+def test_half_the_frame_rate_finds_the_same_spikes(minute):
+    halved, _ = resample(minute, 60.0, 30.0)
+    own = rates(minute)[:, : 2 * halved.shape[1]].reshape(3, -1, 2).mean(-1)
+    for one, other in zip(rates(halved, 30.0), own, strict=True):
+        assert np.corrcoef(one, other)[0, 1] > 0.9
+        assert one.sum() == pytest.approx(other.sum(), rel=0.5)
+
+
 @settings(max_examples=15)
-@given(st.integers(0, 1000), st.floats(-3, 3), st.permutations(range(3)))
+@given(st.integers(0, 1000), st.floats(-9, 9), st.permutations(range(3)))
 def test_neither_scale_nor_order_of_traces_matters(model, seed, exponent, order):
     values = calvae.simulate(3, 8.0, 20.0, rate=1.0, seed=seed).traces.values
     one = calvae.infer(calvae.Traces(values, 20.0), model, n_samples=3, device="cpu")

@@ -43,8 +43,9 @@ def adaptation(
 
     sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
     models = measure.Models(model)
-    for network in models.networks if gain_scale is not None else ():
-        network.set_gain_scale(gain_scale)
+    if gain_scale is not None:
+        for network in models.networks:
+            network.set_gain_scale(gain_scale)
     show(measure.adaptation_rows(models, sweeps), summary="mean")
 
 

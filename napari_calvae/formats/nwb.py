@@ -314,9 +314,7 @@ def _values(series: h5py.Group, rows: np.ndarray, relative: bool) -> np.ndarray:
     return values * np.float32(factor) + np.float32(offset) if (factor, offset) != (1.0, 0.0) else values
 
 
-def _clock(
-    series: h5py.Group, n_frames: int | None, path: Path, known: bool = False
-) -> tuple[float, float | None]:
+def _clock(series: h5py.Group, n_frames: int | None, path: Path, known: bool = False) -> tuple[float, float | None]:
     """Time of the first frame (s) and frame rate (Hz, None if unknown) of a series of ``n_frames``, if they matter.
 
     Where the rate is ``known`` otherwise time stamps need not be evenly spaced: it is then that of the median step.
