@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -195,9 +196,11 @@ def iter_train(
                 "history": history,
                 "made_for": made_for,
             }
+            content = io.BytesIO()  # by itself torch does not say that a disk is full
+            torch.save(state, content)
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             with whole_files(checkpoint) as (temporary,):
-                torch.save(state, temporary)
+                temporary.write_bytes(content.getbuffer())
         yield record
     watch.finish()
     modules.eval()

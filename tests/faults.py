@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,10 @@ import torch
 
 import napari_calvae as calvae
 from napari_calvae.fitting import fit
-from napari_calvae.training import TrainConfig, load_optimizer
+from napari_calvae.formats import write_movie
+from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.training import TrainConfig, iter_train, load_optimizer
 
 #: Formats that are written over an earlier file.
 SUFFIXES = (".npz", ".h5", ".csv", ".parquet", ".nwb", ".zarr")
@@ -129,9 +134,6 @@ def _frames(path: Path) -> int:
 
 def train(work: Path, kills: Kills) -> Iterator[str]:
     """A fit that resumes from its checkpoint ends with the same weights; the model file is whole or absent."""
-    from napari_calvae.generative import MODELS, SpikePrior
-    from napari_calvae.recognition import FactorizedNetwork
-
     torch.manual_seed(0)
     network = FactorizedNetwork(widths=(4, 6), max_count=3)
     base = calvae.SpikeVAE(network, MODELS["linear_ar"](), SpikePrior(rate=1.0, max_count=3))
@@ -180,6 +182,67 @@ def full_disk(tiny: Path) -> Iterator[str]:
         _remove(out)
 
 
+def short_files(place: Path) -> Iterator[str]:
+    """Where a file may not grow beyond some size, as on a disk that is full: an error, and all that was there before.
+
+    The limit is the operating system's, so that whatever a library does in C fails as well.
+    """
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for name, write in _writers().items():
+        folder = place / name
+        folder.mkdir()
+        write(folder / name, 0)
+        write(folder / name, 1)
+        longest = max(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        _remove(folder)
+        folder.mkdir()
+        write(folder / name, 0)
+        before = digest(folder)
+        for limit in np.unique(np.linspace(0, longest - 1, 12).astype(int)).tolist():
+            with _no_longer_than(limit):
+                try:
+                    write(folder / name, 1)
+                    yield f"{name}: written although no file may be longer than {limit} bytes"
+                except OSError:
+                    pass
+            if digest(folder) != before:
+                yield f"{name}: something else than before after a file could not be longer than {limit} bytes"
+                return
+        write(folder / name, 1)  # when there is room
+
+
+def _writers() -> dict[str, Callable[[Path, int], object]]:
+    """All that writes files, each with a small and a larger version of what it writes."""
+    results = [calvae.infer(traces(3, seconds), n_samples=5, device="cpu") for seconds in (10.0, 20.0)]
+    movies = [np.random.default_rng(0).integers(0, 4000, (n, 16, 16)).astype(np.uint16) for n in (10, 30)]
+    networks = [FactorizedNetwork(widths=widths, max_count=3) for widths in ((4, 6), (8, 12))]
+    models = [calvae.SpikeVAE(network, MODELS["linear_ar"](), SpikePrior(1.0, max_count=3)) for network in networks]
+    names = [f"a{suffix}" for suffix in (*SUFFIXES, ".mat")] + ["spks.npy"]
+
+    def append(path: Path, version: int) -> None:
+        calvae.write(results[1] if version else results[1].traces, path, append=bool(version))
+
+    def train(path: Path, version: int) -> None:
+        network, config = networks[0], TrainConfig(n_steps=1 + version)
+        list(iter_train(network, lambda _: (sum(p.square().sum() for p in network.parameters()), {}), config, path))
+
+    return {name: lambda path, k: calvae.write(results[k], path, overwrite=True) for name in names} | {
+        "added.nwb": append,
+        "movie.tif": lambda path, k: write_movie(movies[k], path, 30.0, overwrite=True),
+        "model.safetensors": lambda path, k: models[k].save(path),
+        "checkpoint": train,
+    }
+
+
+@contextmanager
+def _no_longer_than(n_bytes: int) -> Iterator[None]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 def digest_of_store(seen: calvae.Traces, settings: dict[str, object]) -> str:
     with tempfile.TemporaryDirectory() as place:
         calvae.infer(seen, out=Path(place) / "result.zarr", **settings)
@@ -206,7 +269,8 @@ def survey(name: str, n_kills: int) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "full_disk":
-        print(json.dumps([0, list(full_disk(Path(sys.argv[2])))]))  # noqa: T201
+    if sys.argv[1] in ("full_disk", "short_files"):
+        fault = full_disk if sys.argv[1] == "full_disk" else short_files
+        print(json.dumps([0, list(fault(Path(sys.argv[2])))]))  # noqa: T201
     else:
         print(json.dumps(survey(sys.argv[1], int(sys.argv[2]))))  # noqa: T201

@@ -49,6 +49,10 @@ def test_a_disk_that_fills_up(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
+def test_files_that_cannot_be_written_to_their_end_leave_all_as_it_was(tmp_path):
+    assert survey("short_files", tmp_path) == (0, [])
+
+
 def test_a_store_has_one_writer(tmp_path):
     traces = calvae.simulate(3, 4.0, 30.0, rate=1.0, seed=0).traces
     out = tmp_path / "result.zarr"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -103,6 +104,16 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for new in temporary:
             new.unlink(missing_ok=True)
+
+
+def reserve(file: Path, n_bytes: int) -> None:
+    """Make a file longer by so many bytes, or raise an ``OSError`` that says why there is no room for them."""
+    with open(file, "r+b") as opened:
+        end = opened.seek(0, os.SEEK_END)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), end, n_bytes)
+        elif shutil.disk_usage(file.parent).free < n_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def believed_rate(given: float | None, stated: float | None) -> tuple[float | None, dict[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -43,8 +45,22 @@ def _content(dataset: h5py.Dataset) -> np.ndarray:
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
     """Write a result or traces, a dataset per array (see ``arrays_of``), with ``provenance`` as a JSON attribute."""
-    with whole_files(path) as (temporary,), h5py.File(temporary, "w") as file:
+    with whole_hdf5(path) as file:
         for name, array in arrays_of(value).items():
             packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if array.size > 1000 else {}
             file.create_dataset(name, data=str(array) if array.dtype.kind == "U" else array, **packing)
         file.attrs["provenance"] = provenance_json(value)
+
+
+@contextmanager
+def whole_hdf5(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file, built in memory and written when it is complete.
+
+    Where a disk runs full under it HDF5 cannot close a file any more, and ends the process sooner or later.
+    """
+    with whole_files(path) as (temporary,):
+        with h5py.File(temporary, "w", driver="core", backing_store=False) as file:
+            yield file
+            file.flush()
+            image = file.id.get_file_image()
+        temporary.write_bytes(image)

@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.conversion import needed
-from napari_calvae.formats._files import arrays_of, provenance_json, whole_files
+from napari_calvae.formats._files import arrays_of, provenance_json, reserve, whole_files
+from napari_calvae.formats.hdf5 import whole_hdf5
 from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
 
 #: Chunks of series hold so many frames of so many ROIs.
@@ -63,8 +64,10 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
         _add_result(pynwb, file, value, (table, rows))
     else:
         _add_provenance(pynwb, ophys, "TraceProvenance", value)
-    with whole_files(path) as (temporary,), _io(pynwb, temporary, "w") as io:
+    with whole_hdf5(path) as place:
+        io = pynwb.NWBHDF5IO(file=place, mode="w")
         io.write(file)
+    io.close()
 
 
 def append(result: SpikeInference, path: Path) -> None:
@@ -91,7 +94,13 @@ def append(result: SpikeInference, path: Path) -> None:
         )
     with whole_files(path) as (temporary,):
         shutil.copyfile(path, temporary)
-        with _io(pynwb, temporary, "a") as io:
+        # HDF5 does not survive a disk that runs full under it: all room is taken before, and what is left given back.
+        reserve(temporary, 2**20 + sum(array.nbytes for array in arrays_of(result).values()))
+        with warnings.catch_warnings():
+            # The name of a temporary file does not end in ``.nwb``, which pynwb would remark on.
+            warnings.filterwarnings("ignore", message=".*nwb", category=UserWarning)
+            io = pynwb.NWBHDF5IO(str(temporary), "a")
+        with io:
             try:
                 file = io.read()
             except Exception as error:  # what pynwb raises for files that break the standard is not listed anywhere
@@ -106,13 +115,6 @@ def append(result: SpikeInference, path: Path) -> None:
                 )
             _add_result(pynwb, file, result, (file.objects[table_id], [row_of[roi] for roi in result.roi_ids]))
             io.write(file)
-
-
-def _io(pynwb: Any, path: Path, mode: str) -> Any:
-    """Open a file to write; the name of a temporary file does not end in ``.nwb``, which pynwb would remark on."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*nwb", category=UserWarning)
-        return pynwb.NWBHDF5IO(str(path), mode)
 
 
 def _new_file(pynwb: Any, traces: Traces) -> Any:

@@ -6,6 +6,7 @@ and the settings, in ``ops.npy`` or in ``settings.npy`` and ``db.npy``.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,8 +119,10 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
             spikes[row : row + plane["rois"], plane["frames"] :] = 0
             row += plane["rois"]
     with _folder(path.parent), whole_files(*_written(path)) as (temporary, beside):
-        with open(temporary, "wb") as file:
-            np.save(file, spikes.astype(np.float32, copy=False), allow_pickle=False)
+        # Straight into a file numpy would not notice a disk that runs full within the last few kilobytes.
+        content = io.BytesIO()
+        np.save(content, spikes.astype(np.float32, copy=False), allow_pickle=False)
+        temporary.write_bytes(content.getbuffer())
         beside.write_text(provenance_json(value), encoding="utf-8")
 
 
