@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
+from napari_calvae.errors import ModelError
 from napari_calvae.preprocess import FrameReader
 from napari_calvae.recognition import CausalNetwork
 from napari_calvae.recognition.base import N_FEATURES, TraceScale, trace_features, trace_scale
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, RoiMasks, check_frame_rate, unmasked
-from napari_calvae.vae import ModelError, SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, load_model
 
 #: What came in the last minute tells baseline, noise and range of a trace: in frames, at least and at most as many as
 #: training has shown.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from napari_calvae import conversion
+from napari_calvae.errors import RecordingError
 
 Unit = Literal["raw", "dff"]
 
@@ -22,10 +23,6 @@ Unit = Literal["raw", "dff"]
 _PER_ROI = ("pixels", "ids", "weights", "planes")
 #: Layout of one sampled spike event: which posterior sample, ROI and frame, and how many spikes.
 EVENT_DTYPE = np.dtype([("sample", "u2"), ("roi", "u4"), ("frame", "u4"), ("count", "u1")])
-
-
-class RecordingError(ValueError):
-    """Input that cannot be what it claims to be; the message says what was expected, what came, what to do."""
 
 
 def check_frame_rate(frame_rate: float | None) -> float:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from napari_calvae.errors import ModelError
 from napari_calvae.generative import DendriticSpine
 from napari_calvae.inference import InferConfig, inference_of, pick_device, provenance_of
 from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
-from napari_calvae.vae import ModelError, SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, load_model
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from napari_calvae.errors import ModelError, RecordingError
 from napari_calvae.formats import whole_files
 from napari_calvae.generative import MODELS, NOISES, PRIORS, BurstyPrior, GenerativeModel, Noise, SpikePrior
 from napari_calvae.preprocess import check_traces, delta_f_over_f
 from napari_calvae.recognition import NETWORKS, RecognitionNetwork, build_network
-from napari_calvae.recording import RecordingError, Traces
+from napari_calvae.recording import Traces
 
 #: 2: noise with options and weights, other priors. 1 is still read.
 SCHEMA = 2
@@ -32,10 +33,6 @@ _LEEWAY = 1.05
 _NOISE = "generative.noise."
 #: Name of what the training was like, among the weights.
 _TRAINED_ON = "trained_on"
-
-
-class ModelError(ValueError):
-    """A model that cannot be read or used; the message says what was expected, what came, what to do."""
 
 
 class Preprocessing(BaseModel):

@@ -1,0 +1,31 @@
+"""Errors about input that cannot be used: what was expected, what came, what to do. ``docs/errors.md`` has the codes."""
+
+from __future__ import annotations
+
+_WORDS = """
+accepted accuracy amplitude append baseline checkpoint click-benchmark concatenate data demo device diameter expect figure
+figures filter folds frame-rate frames ground-truth input interval label-image labelled-spikes level model movie n-rounds
+neuropil-coefficient oasis objective onset output parquet parts pattern positions pulses refinement repeat roi roi-id
+roi-ids rois sample-data save scheduler script shaft simulate spikes spikevae spines stimulation targets theta tour traces
+trust unit valid values view wanted window
+"""
+#: What an error can be about, besides files.
+CODES = frozenset(_WORDS.split())
+
+
+class InputError(ValueError):
+    """The message begins with what it is about, and a colon."""
+
+    @property
+    def code(self) -> str:
+        """What it is about, one of `CODES`; ``"file"`` where the message begins with the name of one."""
+        words = str(self).partition(":")[0].replace("_", " ").lower().split()
+        return next((code for code in ("-".join(words[:2]), *words[:1]) if code in CODES), "file")
+
+
+class RecordingError(InputError):
+    """Input that cannot be what it claims to be; the message says what was expected, what came, what to do."""
+
+
+class ModelError(InputError):
+    """A model that cannot be read or used; the message says what was expected, what came, what to do."""
