@@ -1,13 +1,13 @@
-"""Errors about input that cannot be used: what was expected, what came, what to do. ``docs/errors.md`` has the codes."""
+"""Errors about input that cannot be used; ``docs/errors.md`` has their codes."""
 
 from __future__ import annotations
 
 _WORDS = """
-accepted accuracy amplitude append baseline checkpoint click-benchmark concatenate data demo device diameter expect figure
-figures filter folds frame-rate frames ground-truth input interval label-image labelled-spikes level model movie n-rounds
-neuropil-coefficient oasis objective onset output parquet parts pattern positions pulses refinement repeat roi roi-id
-roi-ids rois sample-data save scheduler script shaft simulate spikes spikevae spines stimulation targets theta tour traces
-trust unit valid values view wanted window
+accepted accuracy amplitude append baseline checkpoint click-benchmark concatenate data demo device diameter expect
+figure figures filter folds frame-rate frames ground-truth input interval label-image labelled-spikes level model
+movie n-rounds neuropil-coefficient oasis objective onset output parquet parts pattern positions pulses refinement
+repeat roi roi-id roi-ids rois sample-data save scheduler script shaft simulate spikes spikevae spines stimulation
+targets theta tour traces trust unit valid values view wanted window
 """
 #: What an error can be about, besides files.
 CODES = frozenset(_WORDS.split())

@@ -449,7 +449,7 @@ def test_paths_become_pure_ones(tmp_path, kind):
             lambda marker: Runs(np.ndarray.tofile, np.ones(1), str(marker)),
             r"(builtins\.getattr|numpy\.ndarray\.tofile)",
         ),
-        (lambda marker: Runs(RecordingError, str(marker)), r"napari_calvae\.recording\.RecordingError"),
+        (lambda marker: Runs(RecordingError, str(marker)), r"napari_calvae\.errors\.RecordingError"),
     ],
 )
 @pytest.mark.parametrize("protocol", [3, 4])
