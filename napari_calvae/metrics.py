@@ -136,7 +136,7 @@ def _describe(trace: np.ndarray, frame_rate: float) -> tuple[float, ...]:
     if pairs.sum() < 8 or kept.std() == 0:
         return (np.nan,) * 5
     nu = max(float(noise_level(trace, frame_rate)), 1e-6)
-    noise = max(nu / 100 * np.sqrt(frame_rate) / 0.954, 1e-9)
+    noise = nu / 100 * np.sqrt(frame_rate) / 0.954
     middle, peak = np.quantile(kept, [0.5, 0.995])
     z = (kept - kept.mean()) / kept.std()
     skewness = float(np.mean(z * z * z))

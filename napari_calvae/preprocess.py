@@ -7,6 +7,8 @@ by ``napari_calvae._regions``; both are offered here too.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -84,7 +86,7 @@ def noise_level(values: ArrayLike, frame_rate: float) -> np.ndarray:
     if steps.shape[-1] and np.isfinite(steps).all():
         median = np.median(steps, axis=-1)
     else:
-        rows = steps.reshape(-1, steps.shape[-1])
+        rows = steps.reshape(math.prod(steps.shape[:-1]), steps.shape[-1])
         kept = (row[np.isfinite(row)] for row in rows)
         median = np.array([np.median(row) if len(row) else np.nan for row in kept]).reshape(steps.shape[:-1])
     return 100 * median / np.sqrt(check_frame_rate(frame_rate))
@@ -175,7 +177,7 @@ def resample(values: ArrayLike, frame_rate: float, new_frame_rate: float) -> tup
             if gaps and known.any():
                 row[~known] = np.interp(np.flatnonzero(~known), np.flatnonzero(known), row[known])
         centres = np.clip((np.arange(len(edges) - 1) + 0.5) * (old / new) - 0.5, 0, n - 1)
-        left = np.minimum(centres.astype(np.int64), max(n - 2, 0))
+        left = centres.astype(np.int64)
         weight = centres - left
         out = rows[:, left] * (1 - weight) + rows[:, np.minimum(left + 1, n - 1)] * weight
     out[covered < (0.5 - 1e-9) * (old / new)] = np.nan

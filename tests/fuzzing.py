@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import napari_calvae as calvae
+from napari_calvae.formats._pickles import load_dicts
 from napari_calvae.formats.movies import read_labels, read_movie
 
 #: Limits of one file: seconds, and bytes beyond what the process had before.
@@ -56,6 +56,11 @@ def written(name: str, value: Callable[[], Any] = small) -> Callable[[Path], Pat
 def numbers(folder: Path) -> Path:
     np.save(folder / "a.npy", small().values)
     return folder / "a.npy"
+
+
+def frames(folder: Path) -> Path:
+    np.save(folder / "movie.npy", np.random.default_rng(0).integers(0, 500, (12, 16, 18)).astype(np.uint16))
+    return folder / "movie.npy"
 
 
 def suite2p(folder: Path, version: str = "0.10") -> Path:
@@ -107,13 +112,59 @@ def pulses(folder: Path) -> Path:
 
 
 def model(folder: Path) -> Path:
-    shutil.copy(calvae.models()["spines"], folder / "model.safetensors")
-    return folder / "model.safetensors"
+    """A small one: what a forger could gain is in the header, not in the weights."""
+    from napari_calvae.generative import MODELS, SpikePrior
+    from napari_calvae.recognition import NETWORKS
+    from napari_calvae.vae import SpikeVAE
+
+    network = NETWORKS["factorized"](widths=(4, 6), max_count=3, gain_scale=1.5)
+    vae = SpikeVAE(network, MODELS["linear_ar"](), SpikePrior(rate=0.7, max_count=3), theta={"tau_decay": 0.4})
+    return vae.save(folder / "model.safetensors")
+
+
+def dicts(folder: Path) -> Path:
+    """A dictionary as suite2p keeps it, with everything that is let through."""
+    import datetime
+
+    value = {
+        "fs": 15.0, "text": "a", "array": np.arange(3), "texts": np.array(["a", None], object), "path": Path("a/b"),
+        "date": datetime.datetime(2021, 5, 6, tzinfo=datetime.UTC), "set": {1, 2}, "number": np.float32(3),
+        "slice": slice(1, 2), "complex": 1j, "list": [(1, 2), {"a": b"c"}],
+    }  # fmt: skip
+    np.save(folder / "ops.npy", np.array(value, object), allow_pickle=True)
+    return folder / "ops.npy"
+
+
+def bruker(folder: Path) -> Path:
+    from test_movies import a_bruker_folder
+
+    images = np.random.default_rng(0).integers(0, 500, (4, 6, 7)).astype(np.uint16)
+    return a_bruker_folder(folder / "series", [[[image] for image in images]])
+
+
+def video(folder: Path) -> Path:
+    from test_movies import GREY, a_video
+
+    return a_video(folder / "movie.avi", GREY, "rawvideo", "gray")
+
+
+def growing_pages(folder: Path, bigtiff: bool) -> Path:
+    import tifffile
+
+    with tifffile.TiffWriter(folder / "growing.tif", bigtiff=bigtiff) as file:
+        for image in np.random.default_rng(0).integers(0, 500, (4, 6, 7)).astype(np.uint16):
+            file.write(image, contiguous=False, metadata=None)
+    return folder / "growing.tif"
 
 
 def look_at_movie(path: Path) -> None:
     found, _ = read_movie(path)
     np.asarray(found)
+
+
+def look_at_growing(path: Path) -> None:
+    found = calvae.open_growing(path)
+    found.read(0, found.poll())
 
 
 def look_at_result(path: Path) -> None:
@@ -159,10 +210,17 @@ READERS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "result": (written("result.zarr", result), look_at_result),
     "suite2p": (suite2p, look_at_traces),
     "suite2p 1.1": (lambda folder: suite2p(folder, "1.1"), look_at_traces),
+    "dicts": (dicts, load_dicts),
     "caiman": (caiman, look_at_traces),
     "movie.tif": (lambda folder: movie(folder, ".tif"), look_at_movie),
     "movie.h5": (lambda folder: movie(folder, ".h5"), look_at_movie),
     "movie.zarr": (lambda folder: movie(folder, ".zarr"), look_at_movie),
+    "movie.npy": (frames, look_at_movie),
+    "movie.avi": (video, look_at_movie),
+    "bruker": (bruker, look_at_movie),
+    "growing.tif": (lambda folder: growing_pages(folder, False), look_at_growing),
+    "growing big.tif": (lambda folder: growing_pages(folder, True), look_at_growing),
+    "growing.zarr": (lambda folder: movie(folder, ".zarr"), look_at_growing),
     "labels": (image, read_labels),
     "spikes": (spikes, calvae.read_spikes),
     "pulses": (pulses, calvae.read_stimulation),
@@ -203,15 +261,20 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
     return found.tobytes()
 
 
+def refusals(name: str) -> tuple[type[Exception], ...]:
+    """What a reader may raise."""
+    if name == "model":
+        from napari_calvae.vae import ModelError
+
+        return (ModelError,)
+    return calvae.RecordingError, FileNotFoundError, FileExistsError
+
+
 def attempt(name: str, first: int, last: int, say: Callable[[dict[str, Any]], None]) -> None:
     """Read damaged files of one kind, by number, and say what goes wrong."""
     warnings.simplefilter("ignore")
     make, read = READERS.get(name, (plain, trouble))
-    errors = (calvae.RecordingError, FileNotFoundError, FileExistsError)
-    if name == "model":
-        from napari_calvae.vae import ModelError
-
-        errors = (ModelError,)
+    errors = refusals(name)
     with tempfile.TemporaryDirectory() as place:
         whole = make(Path(place))
         read(whole)

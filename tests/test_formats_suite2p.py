@@ -526,6 +526,15 @@ def test_absurd_headers(tmp_path, content):
         load_dicts(tmp_path / "a.npy")
 
 
+def test_a_pickle_that_remembers_an_object_at_an_absurd_place_is_refused(tmp_path):
+    whole = pickle.dumps(np.array({"a": "b"}, object), protocol=2)
+    at = whole.index(b"q\x00")  # the first that is remembered
+    for place in (b"r" + (2**30).to_bytes(4, "little"), b"p1073741824\n"):
+        write_pickle(tmp_path / "a.npy", whole[:at] + place + whole[at + 2 :])
+        with pytest.raises(RecordingError, match=r"a\.npy.*that hold an object number 1073741824"):
+            load_dicts(tmp_path / "a.npy")
+
+
 def test_the_depth_and_kind_of_what_is_found(tmp_path):
     for content in (
         b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",

@@ -22,6 +22,9 @@ def test_smoothing_keeps_the_number_of_spikes():
     rate = metrics.smooth_spikes(counts, 30.0, 0.2)
     assert rate.sum() / 30 == pytest.approx(4)
     assert np.argmax(rate) in (199, 200)
+    one = metrics.smooth_spikes(np.eye(1, 101, 50), 30.0, 0.2)[0]
+    assert one[56] / one[50] == pytest.approx(np.exp(-0.5))
+    assert (np.flatnonzero(one)[[0, -1]] == [20, 80]).all()  # five standard deviations to either side
 
 
 def test_error_and_bias_of_a_doubled_rate_are_one():
@@ -29,6 +32,24 @@ def test_error_and_bias_of_a_doubled_rate_are_one():
     np.testing.assert_allclose(metrics.score_error(2 * truth, truth), 1)
     np.testing.assert_allclose(metrics.score_bias(2 * truth, truth), 1)
     assert np.isnan(metrics.score_bias(truth, 0 * truth)).all()
+
+
+def test_scores_are_per_trace_whatever_the_scale_and_nan_without_spikes():
+    assert [*metrics.SCORES] == ["correlation", "error", "bias"]
+    rng = np.random.default_rng(0)
+    rate, truth = 1e-3 * rng.random((2, 2, 3, 40))
+    for score in metrics.SCORES.values():
+        apart = [[score(a, b) for a, b in zip(*both, strict=True)] for both in zip(rate, truth, strict=True)]
+        np.testing.assert_allclose(score(rate, truth), apart)
+        np.testing.assert_allclose(score(500 * rate, 500 * truth), apart)
+        assert np.isnan(score(rate, 0 * truth)).all()
+    assert metrics.score_error(rate, truth)[0, 0] == pytest.approx(np.abs(rate - truth)[0, 0].sum() / truth[0, 0].sum())
+
+
+def test_pit_counts_the_truth_among_the_samples():
+    u = np.random.default_rng(0).random((1,))
+    pit = metrics.randomised_pit(np.array([[0], [1], [1], [2], [5]]), np.array([1]), np.random.default_rng(0))
+    np.testing.assert_allclose(pit, (1 + 3 * u) / 6)
 
 
 def test_pit_is_uniform_when_truth_is_another_sample():
@@ -56,6 +77,45 @@ def test_quality_of_a_perfect_explanation():
     assert row["noise_level"] == pytest.approx(100 * 0.954 * 0.1 / 5, rel=0.05)
 
 
+def test_quality_in_closed_form():
+    wave = np.tile([0.5, -0.5], 50)
+    dff = np.stack([wave + 2, wave + 4, np.full(100, 3.0)])
+    x = metrics.Explained(dff, dff, np.array([[2.0], [3.0], [3.0]]) + 0 * dff, np.full_like(dff, 0.25), 25.0)
+    nan = np.nan
+    np.testing.assert_array_equal(metrics.qc_reconstruction_r2(x), [0, 1 - 1.25 / 0.25, nan])
+    np.testing.assert_allclose(metrics.qc_residual_autocorrelation(x), [-1, -1, nan])
+    np.testing.assert_array_equal(metrics.qc_band_coverage(x), [1, 0.5, 1])
+    few = np.full((2, 100), nan)
+    few[0, 7] = 0.1
+    x = metrics.Explained(few, few, 0 * dff[:2], np.full((2, 100), 0.25), 25.0)
+    np.testing.assert_array_equal(metrics.qc_band_coverage(x), [1, 0])
+
+
+def test_what_is_unfamiliar_is_a_metric_of_models_that_know_what_they_were_trained_on():
+    rng = np.random.default_rng(0)
+    dff, known = rng.standard_normal((2, 300)), rng.standard_normal((50, 5))
+    parts = dff, np.ones_like(dff), 0 * dff, np.ones_like(dff), 25.0
+    assert np.isnan(metrics.quality_table(metrics.Explained(*parts))["unfamiliarity"]).all()
+    found = metrics.quality_table(metrics.Explained(*parts, trained_on=known))["unfamiliarity"]
+    np.testing.assert_allclose(found, metrics.unfamiliarity(metrics.describe(dff, 25.0), known), rtol=1e-6)
+
+
+def test_descriptors_in_closed_form():
+    white = 3 + 0.1 * np.random.default_rng(0).standard_normal((2, 5000))
+    found = metrics.describe(white, 25.0)
+    for trace, (_, nu, over, skewness, _) in zip(white, found, strict=True):
+        noise = np.median(np.abs(np.diff(trace))) / 0.954
+        assert nu == pytest.approx(np.log(100 * noise * 0.954 / 5), abs=1e-5)
+        assert over == pytest.approx(np.log((np.quantile(trace, 0.995) - np.median(trace)) / noise), abs=1e-5)
+        assert skewness == pytest.approx(0, abs=0.1)
+    dips = np.ones(5000)
+    dips[::100] = 0  # neither noise nor peak: their logarithms are bounded
+    np.testing.assert_allclose(metrics.describe(dips, 25.0)[0, 1:3], np.log([1e-6, 1e-3]), rtol=1e-6)
+    assert np.isfinite(metrics.describe(white[:1, :10], 25.0)).all()
+    assert np.isnan(metrics.describe(white[:1, :9], 25.0)).all()
+    assert np.isnan(metrics.describe(np.full(50, 2.0), 25.0)).all()
+
+
 def test_white_noise_smooth_and_skewed_traces_are_described_as_such():
     rng = np.random.default_rng(0)
     white = 0.1 * rng.standard_normal(20_000)
@@ -70,9 +130,7 @@ def test_white_noise_smooth_and_skewed_traces_are_described_as_such():
     assert np.isnan(metrics.describe(np.full(50, np.nan), 25.0)).all()
     gaps = white.copy()
     gaps[::7] = np.nan
-    np.testing.assert_allclose(
-        metrics.describe(gaps, 25.0)[0, :3], [rate, nu, metrics.describe(white, 25.0)[0, 2]], atol=0.1
-    )
+    np.testing.assert_allclose(metrics.describe(gaps, 25.0), metrics.describe(white, 25.0), atol=0.1)
 
 
 def test_what_is_far_from_all_that_is_known_is_unfamiliar():
@@ -84,3 +142,18 @@ def test_what_is_far_from_all_that_is_known_is_unfamiliar():
     # Of more of the same 5 % are as far from it as 1, or farther; 0.02 is what 500 known ones leave open.
     more = metrics.unfamiliarity(rng.standard_normal((5000, 5)), known)
     assert np.mean(more >= 1) == pytest.approx(0.05, abs=0.02)
+
+
+def test_unfamiliarity_equals_the_plain_distances():
+    rng = np.random.default_rng(0)
+    known = (rng.standard_normal((60, 3)) * [1, 10, 1e-4]).astype(np.float32)
+    described = known[:4] * 3
+    spread = known.std(0) + 1e-6
+
+    def to_known(points, n):
+        return np.sort(np.sqrt((((points[:, None] - known) / spread) ** 2).sum(-1)), 1)[:, n - 1]
+
+    expected = to_known(described, 5) / np.quantile(to_known(known, 6), 0.95)  # the nearest to a known one is itself
+    described[3, 1] = np.nan
+    expected[3] = np.nan
+    np.testing.assert_allclose(metrics.unfamiliarity(described, known), expected, rtol=1e-4)

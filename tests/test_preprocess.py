@@ -184,6 +184,8 @@ def test_noise_level_of_white_noise():
     assert level[0] == pytest.approx(expected, rel=0.01)
     assert np.isnan(level[1])
     assert noise_level(values[0], rate).shape == ()
+    assert noise_level([0, 1, 0, 1], 4.0) == 50
+    assert np.isnan(noise_level(np.ones((2, 1)), 4.0)).all()
 
 
 def test_delta_f_over_f_undoes_a_slow_baseline():
@@ -208,6 +210,48 @@ def test_short_recordings_have_one_baseline(n):
     dff = delta_f_over_f(Traces(values, 30.0, "raw"), window=60.0)
     f0 = np.percentile(values, 10, axis=1, keepdims=True)
     np.testing.assert_allclose(dff.values, values / f0 - 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("percentile", [0, 0.5, 10, 99.5, 100])
+@pytest.mark.parametrize(("n", "window"), [(40, 3), (100, 20), (103, 21), (103, 22), (50, 1)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_baseline_equals_the_plain_loop(n, window, percentile, missing):
+    values = np.random.default_rng(0).uniform(0.5, 1.5, (2, n))
+    if missing:
+        values[0, 30:37] = np.nan
+    dff = delta_f_over_f(Traces(values, 10.0, "raw"), window / 10, percentile)
+    # Evenly from the first window to the last, a quarter of a window apart at most, on whole frames.
+    n_steps = -(-(n - window) // max(window // 4, 1))
+    starts = np.array([round(k * (n - window) / n_steps) for k in range(n_steps + 1)])
+    for row, found in zip(values, dff.values, strict=True):
+        windows = [row[s : s + window][np.isfinite(row[s : s + window])] for s in starts]
+        known = [
+            (s + (window - 1) / 2, np.percentile(w, percentile)) for s, w in zip(starts, windows, strict=True) if len(w)
+        ]
+        baseline = np.interp(np.arange(n), *np.transpose(known))
+        np.testing.assert_allclose(found, row / baseline - 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "percentile"), [(0, 10), (-1, 10), (np.nan, 10), (60, -0.5), (60, 100.5), (60, np.nan)]
+)
+def test_baselines_of_no_length_or_beyond_all_ranks_are_refused(window, percentile):
+    traces = Traces(np.random.default_rng(0).uniform(90, 110, (2, 90)), 30.0, "raw")
+    with pytest.raises(RecordingError, match="baseline: expected a window of more than 0 s and a percentile between"):
+        delta_f_over_f(traces, window, percentile)
+
+
+def test_a_window_is_a_frame_at_least():
+    traces = Traces(np.random.default_rng(0).uniform(90, 110, (2, 90)), 30.0, "raw")
+    np.testing.assert_allclose(delta_f_over_f(traces, 0.001).values, 0, atol=1e-6)
+
+
+def test_a_baseline_that_falls_to_zero_is_refused_and_its_roi_named():
+    values = np.random.default_rng(0).uniform(9, 11, (4, 900))
+    values[1, 600:] -= 13
+    values[3, 600:] -= 33
+    with pytest.raises(RecordingError, match=r"ROIs 2, 4: expected raw fluorescence .* got -3\.99\."):
+        delta_f_over_f(Traces(values, 30.0, "raw"), 2.0, 0)
 
 
 def test_percentiles_with_and_without_missing_frames_agree():
@@ -237,6 +281,24 @@ def test_check_traces_names_the_roi():
     values[3] = 1
     with pytest.raises(RecordingError, match="ROI 13:"):
         check_traces(Traces(values, 30.0, roi_ids=tuple(range(10, 19))))
+    values[3] = np.nan
+    with pytest.raises(RecordingError, match="ROI 4: expected fluorescence, got only missing"):
+        check_traces(Traces(values, 30.0))
+
+
+def test_a_second_is_long_enough():
+    values = np.random.default_rng(0).random((1, 45))
+    check_traces(Traces(values, 30.0))
+    check_traces(Traces(values, 45.0))
+
+
+@pytest.mark.parametrize(
+    ("n", "names"), [(4, "ROIs 1, 2, 3, 4"), (5, "ROIs 1, 2, 3, 4, 5"), (6, "ROIs 1, 2, 3, 4, 5 and 1 more")]
+)
+def test_the_first_few_rois_are_named_and_the_first_value(n, names):
+    constant = np.arange(7.0, 7 + n)[:, None] + np.zeros(90)
+    with pytest.raises(RecordingError, match=f"^{names}: .* got the constant 7"):
+        check_traces(Traces(constant, 30.0))
 
 
 @pytest.mark.parametrize("new", [7.5, 11.3, 29.0])
@@ -284,6 +346,17 @@ def test_missing_frames_when_resampling():
     up, _ = resample(np.array([0.0, np.nan, 2.0, 3.0]), 10.0, 30.0)
     np.testing.assert_array_equal(np.isnan(up), [*[False] * 3, *[True] * 3, *[False] * 6])
     assert np.isnan(resample(np.full(10, np.nan), 10.0, 20.0)[0]).all()
+    values = np.full(90, 4.0)
+    values[[7, 20, 21, 22, 50, 65]] = np.nan
+    out, _ = resample(values, 30.0, 29.0)  # some new frames are measured in part, others not at all
+    assert np.isnan(out).any()
+    np.testing.assert_allclose(out[np.isfinite(out)], 4)
+
+
+def test_more_frames_are_interpolated_to_the_ends_and_one_too_few_is_missing():
+    np.testing.assert_allclose(resample(np.arange(4.0), 10.0, 20.0)[0], [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+    assert resample(np.array([5.0]), 10.0, 20.0)[0].tolist() == [5, 5]
+    np.testing.assert_array_equal(resample(np.array([1.0, 2.0]), 30.0, 1.0)[0], [np.nan])
 
 
 def test_a_last_frame_counts_if_half_of_it_was_recorded():

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import collections
 import datetime
+import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -44,6 +46,7 @@ def load_dicts(path: Path) -> list[dict[str, Any]]:
             shape, dtype = _header(file)
             if not dtype.hasobject:
                 raise RecordingError(f"{path.name}: expected dictionaries, got an array of numbers, {dtype} {shape}.")
+            _check_memo(file)
             found = _Unpickler(file, path.name).load()
         if not isinstance(found, np.ndarray) or found.shape != shape:
             raise ValueError(f"no array of shape {shape} in it")
@@ -60,7 +63,7 @@ def load_dicts(path: Path) -> list[dict[str, Any]]:
     return dicts
 
 
-def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of the array in a NumPy file."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -70,6 +73,16 @@ def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     else:
         raise ValueError(f"version {version} of the NumPy format")
     return shape, dtype
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse places to remember objects at that are beyond the length of the pickle: all up to them are allocated."""
+    begin = file.tell()
+    content = file.read()
+    for operation, place, _ in pickletools.genops(io.BytesIO(content)):
+        if operation.name.endswith("PUT") and int(place or 0) > len(content):
+            raise ValueError(f"{len(content)} bytes that hold an object number {place}")
+    file.seek(begin)
 
 
 class _Dtype:
