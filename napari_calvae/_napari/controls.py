@@ -226,10 +226,14 @@ class Controls(QWidget):
     def choose_file(self, path: str) -> None:
         """Offer the model in a file as well, and choose it; nothing is emitted."""
         with _silent(self.model):
-            if path not in self._files:
-                self._files.append(path)
-                self.model.addItem(Path(path).stem, path)
+            self.offer_file(path)
             self.model.setCurrentIndex(self.model.findData(path))
+
+    def offer_file(self, path: str) -> None:
+        """Offer the model in a file as well."""
+        if path not in self._files:
+            self._files.append(path)
+            self.model.addItem(Path(path).stem, path)
 
     def show_need(self, movie: bool, neuropil: bool) -> None:
         """Show whether a movie is needed, and a neuropil coefficient; ROIs of files may have traces of their own."""

@@ -13,10 +13,11 @@ from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
 from napari.viewer import Viewer
 from qtpy.QtCore import QTimer, Signal
-from qtpy.QtWidgets import QHBoxLayout, QWidget
+from qtpy.QtWidgets import QHBoxLayout, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, picking, remembering, running, session, writing
+from napari_calvae._napari.autosave import Autosave, RecoveryBar, recover
 from napari_calvae._napari.batch import Batch
 from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import Controls
@@ -25,6 +26,7 @@ from napari_calvae._napari.following import Follower
 from napari_calvae._napari.overlays import Overlays
 from napari_calvae._napari.placing import Placing
 from napari_calvae._napari.plots import Palette, PosteriorPlots
+from napari_calvae._napari.recovery import Leftover
 from napari_calvae._napari.work import Worker
 
 #: Height (pixels) that the plots ask for when docked at the bottom.
@@ -67,10 +69,14 @@ class InferenceWidget(QWidget):
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
         self.controls.restore(remembering.read())
-        layout = QHBoxLayout(self)
+        self.recovery = RecoveryBar()
+        row = QHBoxLayout()
+        row.addWidget(self.controls)
+        row.addWidget(self.plots, 1)
+        layout = QVBoxLayout(self)
         layout.setContentsMargins(6, 4, 4, 2)
-        layout.addWidget(self.controls)
-        layout.addWidget(self.plots, 1)
+        layout.addWidget(self.recovery)
+        layout.addLayout(row, 1)
         self.setMinimumHeight(HEIGHT)
         # The dock grows for pinned cells, so that the picked one stays legible.
         pinned = self.plots.pinned
@@ -93,6 +99,7 @@ class InferenceWidget(QWidget):
         self.controls.say("Click a ROI to see its spikes.")
         self._on_layers()
         self._clicked.start(answers.iter_ready())
+        self.recovery.offer()
         _OPEN[napari_viewer] = self
 
     def _connect(self) -> None:
@@ -114,6 +121,7 @@ class InferenceWidget(QWidget):
         self._follower.edited.connect(self._on_edited)
         controls.resized.connect(self._on_resized)
         controls.left_at.connect(remembering.write)
+        self.recovery.recovered.connect(self._on_recovered)
         get_qapp().aboutToQuit.connect(self.close_down)
         self.attach()
 
@@ -409,6 +417,13 @@ class InferenceWidget(QWidget):
         theme = get_theme(self._viewer.theme)
         self.plots.set_palette(Palette.on(theme.background.as_hex(), theme.text.as_hex()))
 
+    def _on_recovered(self, leftover: Leftover) -> None:
+        try:
+            recover(leftover, self._viewer, self.controls, self._autosave)
+        except (ValueError, OSError) as error:
+            leftover.let_go()
+            self._fail(session.explain(error))
+
     def follow_movie(self, on: bool) -> None:
         """Infer anew when the movie's data change, or do not: one that is being written changes all the time."""
         self._follows_movie = on
@@ -424,6 +439,8 @@ class InferenceWidget(QWidget):
             return
         self._attached = True
         self._clicks = picking.Clicks(self._viewer, self.pick)
+        self._autosave = Autosave(self, self._viewer, lambda: self.choices.real_movie)
+        self._autosave.failed.connect(lambda sentence: self.controls.say(sentence, error=True))
         self._follow()
         for event, slot in self._viewer_slots():
             event.connect(slot)
@@ -434,6 +451,8 @@ class InferenceWidget(QWidget):
             return
         self._attached = False
         self._clicks.close()
+        self._autosave.close()
+        self._autosave.deleteLater()
         self._follower.let_go()
         for event, slot in self._viewer_slots():
             event.disconnect(slot)
@@ -451,6 +470,7 @@ class InferenceWidget(QWidget):
             del _OPEN[self._viewer]
         get_qapp().aboutToQuit.disconnect(self.close_down)
         self.detach()
+        self.recovery.let_go()
         self._outline_timer.stop()
         self._doubt_timer.stop()
         self.overlays.close()

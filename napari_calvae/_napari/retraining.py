@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import logging
 import math
 import random
 import re
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers
+from napari_calvae._napari import answers, recovery
 from napari_calvae._napari.session import explain
 
 logger = logging.getLogger(__name__)
@@ -28,7 +25,7 @@ logger = logging.getLogger(__name__)
 MOST_ROIS = 200
 #: The posterior of the chosen cell is refreshed about this often in a fit.
 N_GLIMPSES = 20
-SUFFIX = ".safetensors"
+SUFFIX = recovery.MODEL
 #: Entries of a training record that are no parameters of a cell: label and unit.
 TERMS = {
     "loss": ("Loss", "per frame"),
@@ -120,13 +117,17 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """The end of a fit: the model, the verdict, and the chosen cell by the old model and by the new one."""
+    """The end of a fit: the model, the verdict, and the chosen cell by the old model and by the new one.
+
+    ``path`` is where the model is until napari ends, if there is anything to keep and it could be written.
+    """
 
     number: int
     model: calvae.SpikeVAE
     verdict: Verdict
     before: calvae.SpikeInference
     after: calvae.SpikeInference
+    path: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +196,8 @@ def iter_retrain(order: Order) -> Iterator[Message]:
         model = yield from _iter_steps(order, steps, cell)
         yield answers.Progress(number, 1.0, "looking at the cell again")
         after = calvae.infer(cell, model, **settings)
-        yield Fitted(number, model, verdict_of(model.description), before, after)
+        verdict = verdict_of(model.description)
+        yield Fitted(number, model, verdict, before, after, None if verdict.kept is False else _at_hand(model, order))
     except Exception as error:
         logger.info("fit %d failed", number, exc_info=True)
         yield answers.Failure(number, explain(error))
@@ -221,6 +223,15 @@ def _iter_steps(
         if glimpse is not None:
             yield glimpse
         yield Step(order.number, record.step, record.n_steps, {"loss": record.loss, **record.terms}, left)
+
+
+def _at_hand(model: calvae.SpikeVAE, order: Order) -> Path | None:
+    """Path of the model among what outlasts a crash; None if it cannot be written."""
+    try:
+        return keep(model, recovery.folder(), order.objective)
+    except OSError:
+        logger.warning("the fitted model was not written", exc_info=True)
+        return None
 
 
 def chosen(order: Order, times: Mapping[int, np.ndarray] | None) -> tuple[tuple[int, ...], str]:
@@ -296,18 +307,7 @@ def save(model: calvae.SpikeVAE, path: Path, overwrite: bool = False) -> Path:
 
 def keep(model: calvae.SpikeVAE, folder: Path, objective: str) -> Path:
     """Write a model under the next free name in a folder."""
-    number = 1
-    while (path := folder / f"{objective} {number}{SUFFIX}").exists():
-        number += 1
-    return model.save(path)
-
-
-@functools.cache
-def session_folder() -> Path:
-    """Folder of kept models, until Python ends."""
-    folder = tempfile.TemporaryDirectory(prefix="calvae-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
+    return model.save(recovery.free_name(folder, objective, SUFFIX))
 
 
 def told(seconds: float) -> str:

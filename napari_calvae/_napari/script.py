@@ -40,11 +40,12 @@ def source_of(movie: Any, frames: Any, rois: Any, labels: np.ndarray) -> Source:
         masks = calvae.RoiMasks.from_labels(labels)
         edited = set(masks.ids) - frames.traces.unedited(masks, frames.plane)
         return Source(None, None, labels, frames.traces, tuple(sorted(edited)))
-    path = _path_of(movie)
-    return Source(path if path is not None and _shows(path, frames) else None, _path_of(rois), labels)
+    path = path_of(movie)
+    return Source(path if path is not None and _shows(path, frames) else None, path_of(rois), labels)
 
 
-def _path_of(layer: Any) -> Path | None:
+def path_of(layer: Any) -> Path | None:
+    """File that a layer was read from, if it is still there."""
     path = layer.metadata.get("path") or layer.source.path
     return Path(path) if path is not None and Path(path).is_file() else None
 

@@ -12,7 +12,7 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QFileDialog, QTabWidget, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, retraining, session, trust
+from napari_calvae._napari import answers, recovery, retraining, session, trust
 from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.inference_widget import InferenceWidget
 from napari_calvae._napari.plot_items import Palette
@@ -143,10 +143,13 @@ class TrainingWidget(QWidget):
     def _on_keep(self) -> None:
         if self.fitted is not None:
             self._use(
-                lambda fitted: retraining.keep(fitted.model, retraining.session_folder(), self._objective), "Kept as"
+                lambda fitted: fitted.path or retraining.keep(fitted.model, recovery.folder(), self._objective),
+                "Kept as",
             )
 
     def _on_discard(self) -> None:
+        if self.fitted is not None and self.fitted.path is not None:
+            self.fitted.path.unlink(missing_ok=True)
         self.fitted = None
         self._set_state(State.IDLE)
         self.bar.say("Discarded: the old model stays as it was.")

@@ -34,6 +34,18 @@ def own_settings(tmp_path, monkeypatch):
     settings._clear_plugin_settings_cache()
 
 
+@pytest.fixture(autouse=True)
+def own_sessions(tmp_path_factory, monkeypatch):
+    """What is saved on the way is in a place of its own."""
+    from napari_calvae._napari import recovery
+
+    place = tmp_path_factory.mktemp("sessions")
+    monkeypatch.setattr(recovery, "home", lambda: place)
+    recovery.folder.cache_clear()
+    yield place
+    recovery.folder.cache_clear()
+
+
 @pytest.fixture
 def network(monkeypatch) -> Network:
     stand_in = Network()
