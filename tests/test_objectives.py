@@ -125,13 +125,44 @@ def test_supervised_leaves_out_rois_without_frames():
     log_q = torch.tensor([-4.0, -9.0, 0.0])
     assert supervised(log_q) == pytest.approx(13 / 3)
     assert supervised(log_q, torch.tensor([2.0, 3.0, 0.0])) == pytest.approx((2 + 3) / 2)
+    assert supervised(log_q[:1], torch.tensor([0.5])) == 4
+    assert supervised(log_q[:1], torch.tensor([0.0])) == 0
 
 
-def test_too_few_samples_are_refused():
-    with pytest.raises(ValueError, match="at least 2 sample"):
-        vimco(torch.zeros(1, 2), torch.zeros(1, 2))
+@pytest.mark.parametrize(
+    ("objective", "least"), [(elbo, 1), (iwae, 1), (vimco, 2), (wake_theta, 1), (wake_phi, 2), (wake_sleep, 2)]
+)
+def test_too_few_samples_are_refused(objective, least):
+    assert torch.isfinite(objective(torch.zeros(least, 2), torch.zeros(least, 2)))
+    with pytest.raises(
+        ValueError, match=rf"at least {least} sample\(s\), got \({least - 1}, 2\) and \({least - 1}, 2\)"
+    ):
+        objective(torch.zeros(least - 1, 2), torch.zeros(least - 1, 2))
     with pytest.raises((ValueError, TypeError)):  # TypeError where jaxtyping checks shapes first
-        elbo(torch.zeros(2, 2), torch.zeros(2, 3))
+        objective(torch.zeros(least + 1, 2), torch.zeros(least, 2))
+
+
+def test_info_vae_and_mmd_refuse_what_is_too_little():
+    none, one, two = torch.zeros(0, 2), torch.zeros(1, 2), torch.zeros(2, 2)
+    discrepancy = torch.tensor(1.0)
+    assert info_vae(one, one, one, discrepancy) == 1  # with the default weight
+    assert info_vae(one, 3 + one, one, discrepancy, alpha=1.0) == 1
+    assert info_vae(one, 3 + one, one, discrepancy) == -2
+    with pytest.raises(ValueError, match=r"at least 1 sample\(s\), got \(0, 2\)"):
+        info_vae(none, none, none, discrepancy)
+    statistic, prior = torch.zeros(2, 2, 3), torch.zeros(2, 3)
+    assert mmd(two, statistic, prior) == 0
+    with pytest.raises(ValueError, match="two samples or more of both posterior and prior, got 1 and 2"):
+        mmd(one, statistic[:1], prior)
+    with pytest.raises(ValueError, match="two samples or more of both posterior and prior, got 2 and 1"):
+        mmd(two, statistic, prior[:1])
+
+
+def test_mmd_of_known_distances_in_closed_form():
+    statistic, prior = torch.tensor([[[0.0]], [[1.0]]]), torch.tensor([[0.0], [2.0]])
+    near, far = math.exp(-0.5 / 0.5**2), math.exp(-0.5 * 4 / 0.5**2)
+    expected = near - 2 * (1 + far + near + near) / 4 + far
+    assert mmd(torch.zeros(2, 1), statistic, prior).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("max_count", "n_samples"), CASES)
@@ -239,6 +270,10 @@ def test_mmd_sees_bursts_that_single_frames_hide():
 def test_window_counts_leave_out_what_does_not_fit():
     counts = torch.tensor([1.0, 0, 3, 1, 4])
     assert window_counts(counts, (1, 2, 8)).pow(2).round().tolist() == [1, 0, 3, 1, 4, 1, 4]
+    assert window_counts(counts, (5, 6)).pow(2).round().tolist() == [9]
+    long = torch.arange(64.0)
+    whole = window_counts(long).pow(2)
+    assert torch.allclose(whole, torch.cat([long, long.reshape(8, 8).sum(1), long.sum(0, keepdim=True)]))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
@@ -278,5 +313,8 @@ def test_semi_supervised_weighs_cells_with_and_without_truth():
     loss = semi_supervised(bound, toy.log_p(toy.theta)[2:3], toy.log_q(phi)[2:3], share=1.0, weight=2.0)
     exact = finite_differences(lambda x: -2 * toy.log_q(x)[2], toy.phi)
     assert (torch.autograd.grad(loss, phi)[0] - exact).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="share from 0 to 1"):
-        semi_supervised(bound, log_p, log_q, share=1.5)
+    assert semi_supervised(bound, log_p, log_q, share=1.0) == pytest.approx(4 + 1.5)
+    assert semi_supervised(bound, log_p, log_q, share=1.0, weight=0.0) == pytest.approx(4)
+    for share, weight in ((1.5, 1.0), (-0.5, 1.0), (0.5, -0.5)):
+        with pytest.raises(ValueError, match="share from 0 to 1"):
+            semi_supervised(bound, log_p, log_q, share, weight)
