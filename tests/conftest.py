@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 # Before torch is imported: threads that wait for each other on a busy machine spin for seconds.
@@ -15,7 +16,15 @@ from jaxtyping import install_import_hook
 _CHECKED = ("generative", "recognition", "objectives")
 install_import_hook([f"napari_calvae.{module}" for module in _CHECKED], "beartype.beartype")
 
+#: The science is tested where there is no napari, too.
+collect_ignore = [] if find_spec("napari") else ["_napari"]
+
 SHARED = Path(os.environ.get("CALVAE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out."""
+    return ["napari is not installed: the tests of the plugin are left out"] if collect_ignore else []
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import h5py
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatWriteError
@@ -22,6 +20,9 @@ from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, Traces
 
 VALUES = np.random.default_rng(0).random((3, 50)).astype(np.float32)
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 # MATLAB
