@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import tifffile
 import zarr
 
-from napari_calvae.formats import _lazy, is_movie, read_movie
+from napari_calvae.formats import _lazy, is_movie, read_movie, write_movie
 from napari_calvae.recording import RecordingError
 
 SHAPE = (12, 16, 10)
@@ -532,3 +533,17 @@ def test_images_of_which_pieces_are_missing_are_refused_at_once(tmp_path):
         tiff.pages[0].tags["ImageLength"].overwrite(1_000_000)
     with pytest.raises(RecordingError, match=r"images should have \d+ pieces and have 12"):
         read_movie(path)
+
+
+def test_a_file_whose_chain_of_pages_ends_early_is_refused_or_says_so_when_it_is_read(tmp_path):
+    path = tmp_path / "movie.tif"
+    write_movie(np.arange(12 * 16 * 18, dtype=np.uint16).reshape(12, 16, 18), path, 30.0)
+    content = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<I", content, 4)
+    (n_tags,) = struct.unpack_from("<H", content, first)
+    struct.pack_into("<I", content, first + 2 + 12 * n_tags, 0)
+    path.write_bytes(content)
+    with pytest.raises(RecordingError, match=r"movie\.tif: expected"):  # noqa: PT012 - sooner or later
+        movie, _ = read_movie(path)
+        for k in range(12):
+            np.asarray(movie[k])

@@ -122,9 +122,11 @@ class _Pages:
         wanted = self.pages[np.atleast_1d(pages)].tolist()
         with self.lock, self.tiff.filehandle as handle:
             handle.open()
-            # A single page that is in another file of the series is read from there, multiple ones open it themselves.
-            other = self.tiff.series[0].pages[wanted[0]].parent.filehandle if len(wanted) == 1 else handle
+            other = handle
             try:
+                # A single page that is in another file of the series is read from there, multiple ones open it.
+                if len(wanted) == 1:
+                    other = self.tiff.series[0].pages[wanted[0]].parent.filehandle
                 if other is not handle:
                     other.open()
                 stack = self.tiff.asarray(key=wanted, series=0) if wanted else np.empty(0, self.dtype)
