@@ -182,6 +182,34 @@ def full_disk(tiny: Path) -> Iterator[str]:
         _remove(out)
 
 
+def little_memory(place: Path) -> Iterator[str]:
+    """Where memory runs out between two blocks: an error that says so, the first block intact, the rest when it may."""
+    seen, out = traces(3, 6_000.0), place / "result.zarr"
+    settings = {"n_samples": 50, "block_rois": 1, "device": "cpu"}
+    right = digest_of_store(seen, settings)
+    steps = calvae.iter_batch(seen, out, **settings)
+    for step in steps:
+        if step.done:
+            break
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 20_000_000, resource.RLIM_INFINITY))
+    try:
+        list(steps)
+        yield "20 MB were enough"
+    except MemoryError as error:
+        if not str(error).startswith("memory: expected enough for ROI ") or "results that are written stay" not in str(
+            error
+        ):
+            yield f"the error does not say what is the matter: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if not calvae.open_result(out).done.any():
+        yield "nothing was kept"
+    calvae.infer(seen, out=out, **settings)
+    if digest(out) != right:
+        yield "with more memory, another result"
+
+
 def short_files(place: Path) -> Iterator[str]:
     """Where a file may not grow beyond some size, as on a disk that is full: an error, and all that was there before.
 
@@ -256,6 +284,7 @@ def _remove(path: Path) -> None:
 
 
 WORK = {"infer": infer, "export": export, "train": train}
+FAULTS = {"full_disk": full_disk, "short_files": short_files, "little_memory": little_memory}
 
 
 def survey(name: str, n_kills: int) -> tuple[int, list[str]]:
@@ -269,8 +298,7 @@ def survey(name: str, n_kills: int) -> tuple[int, list[str]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("full_disk", "short_files"):
-        fault = full_disk if sys.argv[1] == "full_disk" else short_files
-        print(json.dumps([0, list(fault(Path(sys.argv[2])))]))  # noqa: T201
+    if sys.argv[1] in FAULTS:
+        print(json.dumps([0, list(FAULTS[sys.argv[1]](Path(sys.argv[2])))]))  # noqa: T201
     else:
         print(json.dumps(survey(sys.argv[1], int(sys.argv[2]))))  # noqa: T201

@@ -53,6 +53,11 @@ def test_files_that_cannot_be_written_to_their_end_leave_all_as_it_was(tmp_path)
     assert survey("short_files", tmp_path) == (0, [])
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory are those of Linux")
+def test_memory_that_runs_out_leaves_what_was_inferred(tmp_path):
+    assert survey("little_memory", tmp_path) == (0, [])
+
+
 def test_a_store_has_one_writer(tmp_path):
     traces = calvae.simulate(3, 4.0, 30.0, rate=1.0, seed=0).traces
     out = tmp_path / "result.zarr"

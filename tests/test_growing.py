@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import struct
 import time
 from pathlib import Path
 
@@ -348,3 +349,38 @@ def test_what_is_not_there_is_said_too(tmp_path):
     for wrong in (3, np.zeros((4, 4)), np.zeros((2, 4, 4), complex)):
         with pytest.raises(calvae.RecordingError, match=r"expected frames \(time, y, x\) of real numbers"):
             calvae.open_growing(wrong)
+
+
+@pytest.mark.parametrize("code", [257, 273, 279])
+@pytest.mark.parametrize("what", ["count", "place"])
+def test_a_tiff_that_claims_what_no_file_could_hold_has_no_frames(tmp_path, code, what):
+    path = tmp_path / "movie.tif"
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for image in np.arange(4 * 6 * 7, dtype=np.uint16).reshape(4, 6, 7):
+            file.write(image, contiguous=False, metadata=None)
+    movie = calvae.open_growing(path)
+    content = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<Q", content, 8)
+    (n_tags,) = struct.unpack_from("<Q", content, first)
+    at = next(
+        t for t in range(first + 8, first + 8 + 20 * n_tags, 20) if struct.unpack_from("<H", content, t)[0] == code
+    )
+    struct.pack_into("<Q", content, at + 4, 2**63 - 1 if what == "count" else 2**20)
+    struct.pack_into("<Q", content, at + 12, 2**63)
+    path.write_bytes(content)
+    assert movie.poll() == 0
+
+
+def test_a_tiff_with_a_link_to_nowhere_has_the_frames_before_it(tmp_path):
+    path = tmp_path / "movie.tif"
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for image in np.arange(4 * 6 * 7, dtype=np.uint16).reshape(4, 6, 7):
+            file.write(image, contiguous=False, metadata=None)
+    content = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<Q", content, 8)
+    (n_tags,) = struct.unpack_from("<Q", content, first)
+    struct.pack_into("<Q", content, first + 8 + 20 * n_tags, 2**64 - 1)
+    path.write_bytes(content)
+    movie = calvae.open_growing(path)
+    assert movie.poll() == 1
+    np.testing.assert_array_equal(movie.read(0, 1)[0], np.arange(42).reshape(6, 7))

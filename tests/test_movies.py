@@ -547,3 +547,13 @@ def test_a_file_whose_chain_of_pages_ends_early_is_refused_or_says_so_when_it_is
         movie, _ = read_movie(path)
         for k in range(12):
             np.asarray(movie[k])
+
+
+def test_a_video_that_claims_more_frames_than_fit_into_it_has_those_that_are_there(tmp_path):
+    content = bytearray(a_video(tmp_path / "movie.avi", GREY, "rawvideo", "gray").read_bytes())
+    at = content.index(b"strh") + 8 + 32  # how long the stream is
+    assert struct.unpack_from("<I", content, at) == (len(GREY),)
+    struct.pack_into("<I", content, at, 0x80808080)
+    (tmp_path / "movie.avi").write_bytes(content)
+    movie, _ = read_movie(tmp_path / "movie.avi")
+    np.testing.assert_array_equal(np.asarray(movie), GREY)

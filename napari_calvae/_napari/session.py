@@ -265,5 +265,6 @@ def explain(error: BaseException) -> str:
     if isinstance(error, calvae.RecordingError | ValueError | OSError) and text:
         return text
     if isinstance(error, MemoryError):
-        return "The computer ran out of memory. Use fewer samples or fewer ROIs, or close other programs."
+        general = "The computer ran out of memory. Use fewer samples or fewer ROIs, or close other programs."
+        return text if text.startswith("memory:") else general
     return f"Unexpected {type(error).__name__}: {text or 'no details'}. Earlier results stay; the log has the details."

@@ -31,8 +31,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except OSError as error:
-            fail(str(error))
+        except (OSError, MemoryError) as error:
+            fail(
+                str(error) or "memory: the computer ran out of it. Close other programs, or infer fewer ROIs at a time."
+            )
         except ValueError as error:  # all errors of this package, and pydantic's
             if type(error).__name__ not in ("RecordingError", "ModelError", "ValidationError"):
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import struct
 import time
 from collections import OrderedDict
@@ -302,9 +303,8 @@ class _TiffPages:
     def _page(self, handle: BinaryIO, place: int) -> tuple[int, int, int] | None:
         """Where the pixels of a page begin and end, and where the link to the next page is; None if it is not whole."""
         head, entry = (8, 20) if self._big else (2, 12)
-        handle.seek(place)
-        (n_tags,) = self._unpack(handle.read(head), "Q" if self._big else "H") or (0,)
-        data = handle.read(min(n_tags, 4096) * entry)
+        (n_tags,) = self._unpack(_bytes(handle, place, head), "Q" if self._big else "H") or (0,)
+        data = _bytes(handle, place + head, min(n_tags, 4096) * entry)
         if not n_tags or len(data) < n_tags * entry:
             return None
         tags = {}
@@ -335,8 +335,7 @@ class _TiffPages:
         n_bytes = count * struct.calcsize(letter)
         if n_bytes > len(inline):
             (place,) = struct.unpack(self._order + ("Q" if self._big else "I"), inline)
-            handle.seek(place)
-            inline = handle.read(n_bytes)
+            inline = _bytes(handle, place, n_bytes)
         return self._unpack(inline[:n_bytes], letter, count) or ()
 
     def _unpack(self, data: bytes, letter: str, count: int = 1) -> tuple[int, ...] | None:
@@ -345,8 +344,8 @@ class _TiffPages:
         return struct.unpack(f"{self._order}{count}{letter}", data)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        frames = np.empty((stop - start, *self.image_shape), self.dtype)
         with readable(self.path, _TIFF):
+            frames = np.empty((stop - start, *self.image_shape), self.dtype)
             if not self._plain:
                 with tifffile.TiffFile(self.path) as tiff:
                     for frame, (place, _) in zip(frames, self._pages[start:stop], strict=True):
@@ -413,8 +412,17 @@ def _one_channel(tiff: tifffile.TiffFile) -> bool:
     return int(pixels.get("SizeC", 1)) * int(pixels.get("SizeZ", 1)) == 1
 
 
+def _bytes(handle: BinaryIO, place: int, n: int) -> bytes:
+    """So many bytes from a place on; none if the file does not reach so far, as one that is damaged may claim."""
+    if place + n > os.fstat(handle.fileno()).st_size:
+        return b""
+    handle.seek(place)
+    return handle.read(n)
+
+
 def _check(name: str, shape: tuple[int, ...], dtype: Any, is_movie: bool) -> None:
-    if not is_movie or len(shape) < 3 or np.dtype(dtype).kind not in "biuf" or 0 in shape[-2:]:
+    whole = all(isinstance(n, int | np.integer) for n in shape)
+    if not is_movie or not whole or len(shape) < 3 or np.dtype(dtype).kind not in "biuf" or 0 in shape[-2:]:
         raise RecordingError(
             f"{name}: expected frames (time, y, x) of real numbers, one plane and one channel, with time first, got "
             f"shape {shape} of dtype {dtype}. Write one plane or channel into a movie of its own."

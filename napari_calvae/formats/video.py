@@ -18,6 +18,8 @@ MOVIE_PATTERNS = ("*.avi",)
 _KIND = "an AVI video"
 #: Difference between red, green and blue up to which a pixel is grey: codecs round.
 _GREY = 8
+#: Bytes that a frame takes at least: its name and its length.
+_LEAST = 8
 
 
 def is_movie(path: Path) -> bool:
@@ -41,7 +43,7 @@ class _Frames:
         with _opened(self.file) as (container, stream):
             first = next(container.decode(stream), None)
             n_frames = stream.frames
-            if not n_frames:  # not stated: count
+            if not 0 < n_frames <= file.stat().st_size // _LEAST:  # not stated, or absurd: count
                 container.seek(0)
                 n_frames = sum(packet.size > 0 for packet in container.demux(stream))
             if first is None or not n_frames:

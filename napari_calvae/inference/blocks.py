@@ -6,6 +6,7 @@ ROIs that are inferred with it, nor on their order, nor on the number of cores.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import math
@@ -120,23 +121,69 @@ def _infer_block(
 ) -> SpikeInference:
     device = next(vae.recognition.parameters()).device
 
+    def with_model(model: SpikeVAE, apply: Callable[..., Iterable[Any]], part: Traces) -> SpikeInference:
+        place = next(model.recognition.parameters()).device
+        observed = torch.from_numpy(part.values.copy()).to(place)
+        valid = torch.from_numpy(part.valid.copy()).to(place)
+        posterior = model.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=apply)
+        return inference_of(part, model, config, posterior, provenance, apply=apply)
+
     def each(apply: Callable[..., Iterable[Any]]) -> SpikeInference:
         # One ROI after the other: sums over time are rounded differently where several ROIs are added up at once, and
         # a ROI would depend on its neighbours in the last digits. On a GPU, where that is slow, it may.
         step = 1 if device.type == "cpu" else dff.n_rois
-        parts = []
-        for start in range(0, dff.n_rois, step):
-            part = dff.select(slice(start, start + step))
-            observed = torch.from_numpy(part.values.copy()).to(device)
-            valid = torch.from_numpy(part.valid.copy()).to(device)
-            posterior = vae.recognition(observed, dff.frame_rate, valid, chunk=CHUNK, apply=apply)
-            parts.append(inference_of(part, vae, config, posterior, provenance, apply=apply))
-        return SpikeInference.concatenate(parts)
+        ways: list[Callable[[Traces], SpikeInference]] = [partial(with_model, vae, apply)]
+        if device.type != "cpu":
+            ways.append(lambda part: with_model(_on_cpu(vae), apply, part))
+        parts = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
+        return SpikeInference.concatenate([found for part in parts for found in within_memory(part, ways)])
 
     if n_threads == 1:
         return each(map)
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return each(pool.map)
+
+
+def within_memory(part: Traces, ways: Sequence[Callable[[Traces], SpikeInference]]) -> list[SpikeInference]:
+    """Infer all ROIs at once, in halves where memory runs out, or in the next of some ways where it does for one alone.
+
+    Raises
+    ------
+    MemoryError
+        If there is too little memory for a single ROI either way.
+    """
+    said = ""
+    for place, way in enumerate(ways):
+        try:
+            return [way(part)]
+        except (MemoryError, RuntimeError) as error:
+            if not _ran_out(error):
+                raise
+            said = str(error).strip().partition("\n")[0]
+        # Not in the clause above, where the error still holds on to what it was about.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if part.n_rois > 1:
+            middle = part.n_rois // 2
+            halves = part.select(slice(0, middle)), part.select(slice(middle, part.n_rois))
+            return [found for half in halves for found in within_memory(half, ways[place:])]
+    raise MemoryError(
+        f"memory: expected enough for ROI {part.roi_ids[0]} of {part.n_frames} frames, got too little"
+        f"{f' ({said})' if said else ''}. Draw fewer samples, close other programs, or cut the recording; results that "
+        "are written stay."
+    )
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether this is what numpy and torch say where memory runs out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _on_cpu(vae: SpikeVAE) -> SpikeVAE:
+    """The same model for the CPU, beside the one that is on another device."""
+    there = copy.deepcopy(vae)
+    there.recognition.to("cpu")
+    return there
 
 
 @torch.inference_mode()

@@ -280,9 +280,12 @@ class GainCategorical(SpikePosterior):
 
 
 def _total(
-    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, "*node roi *time"], top: int, power: int = 0
-) -> Float[Tensor, "*node roi *time"]:
-    """Sum over the counts k up to ``top`` of ``k**power * weights * tilt**k``: a Horner scheme."""
+    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, ...], top: int, power: int = 0
+) -> Float[Tensor, ...]:
+    """Sum over the counts k up to ``top`` of ``k**power * weights * tilt**k``: a Horner scheme.
+
+    ``tilt`` and the sum are (node …, roi, time …).
+    """
     total = top**power * weights[:, top]
     for k in range(top - 1, -1, -1):
         total = torch.addcmul(weights[:, k] if power == 0 else k**power * weights[:, k], total, tilt)
@@ -290,8 +293,8 @@ def _total(
 
 
 def _moments(
-    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, "*node roi *time"], order: int = 1
-) -> list[Float[Tensor, "*node roi *time"]]:
+    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, ...], order: int = 1
+) -> list[Float[Tensor, ...]]:
     """Mean count, mean squared count … under weights tilted by ``tilt**k``."""
     top = weights.shape[1] - 1
     total = _total(weights, tilt, top)
