@@ -34,7 +34,7 @@ TESTS = {
     "preprocess": ("test_preprocess", "test_properties", "test_doubts", "test_metrics"),
     "metrics": ("test_metrics", "test_expectation"),
     "objectives": ("test_objectives",),
-    "formats": ("test_formats*", "test_movies", "test_growing", "test_pulses", "test_recording"),
+    "formats": ("test_formats*", "test_movies", "test_growing", "test_pulses", "test_recording", "test_faults"),
 }
 OPERATORS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -89,7 +89,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
         case ast.Assign([ast.Subscript() | ast.Attribute()]):
             yield ast.Pass()
-        case ast.Return(value) if value is not None:
+        case ast.Return(value) if value is not None and getattr(value, "value", 0) is not None:
             yield ast.Return(None)
         case ast.Continue() | ast.Break():
             yield ast.Break() if isinstance(node, ast.Continue) else ast.Continue()

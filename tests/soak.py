@@ -1,7 +1,8 @@
 """A user who clicks at random for hours, with batch inference beside: memory, threads and files must stay as they are.
 
-``xvfb-run -a python tests/soak.py MINUTES [SEED]`` opens napari with a movie and the widgets, does something every
-fraction of a second, and prints what grew, how often each thing was done and every error as JSON.
+``xvfb-run -a python tests/soak.py MINUTES [SEED [ACTION…]]`` opens napari with a movie and the widgets, does something
+every fraction of a second, of all things or of those named, and prints what grew, how often each thing was done and
+every error as JSON.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ while True:
 class User:
     """Does one of the things that users do, drawn at random."""
 
-    def __init__(self, viewer: Any, rng: np.random.Generator) -> None:
+    def __init__(self, viewer: Any, rng: np.random.Generator, only: list[str]) -> None:
         from napari_calvae._napari.inference_widget import InferenceWidget
 
-        self.viewer, self.rng = viewer, rng
+        self.viewer, self.rng, self.only = viewer, rng, only
         self.did: Counter[str] = Counter()
         self.inference = InferenceWidget.of(viewer)
         self.others: dict[str, Any] = {}
@@ -58,6 +59,7 @@ class User:
             self.infer_all, self.cancel, self.oasis, self.light_up, self.table, *[self.judge] * 3, self.theme,
             self.fit, self.frame_rate, self.into_a_store,
         ]  # fmt: skip
+        actions = [action for action in actions if not self.only or action.__name__ in self.only]
         action = actions[self.rng.integers(len(actions))]
         action()
         self.did[action.__name__] += 1
@@ -168,7 +170,7 @@ def scene(viewer: Any) -> None:
         getattr(viewer, f"add_{kind}")(data, **options)
 
 
-def soak(minutes: float, seed: int) -> dict[str, Any]:
+def soak(minutes: float, seed: int, only: list[str]) -> dict[str, Any]:
     import napari
     from napari.utils.notifications import notification_manager
     from qtpy.QtWidgets import QApplication
@@ -183,7 +185,7 @@ def soak(minutes: float, seed: int) -> dict[str, Any]:
     threading.excepthook = lambda given: note(given.exc_type, given.exc_value or given.exc_type())
     notification_manager.notification_ready.connect(lambda n: errors.update([f"told: {n.message}"]))
     scene(viewer)
-    user = User(viewer, np.random.default_rng(seed))
+    user = User(viewer, np.random.default_rng(seed), only)
     user.inference.failed.connect(lambda sentence: errors.update([f"told: {sentence}"]))
     words = [sys.executable, "-c", _BATCH, str(FOLDER / "beside.zarr")]
     looks: list[tuple[float, float, int, int]] = []
@@ -231,4 +233,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="calvae-soak-") as place:
         FOLDER = Path(place)
         os.environ["XDG_DATA_HOME"] = place
-        print(json.dumps(soak(float(sys.argv[1]), int((sys.argv[2:] or ["0"])[0])), indent=1))  # noqa: T201
+        print(json.dumps(soak(float(sys.argv[1]), int((sys.argv[2:] or ["0"])[0]), sys.argv[3:]), indent=1))  # noqa: T201
