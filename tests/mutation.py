@@ -34,7 +34,7 @@ TESTS = {
     "preprocess": ("test_preprocess", "test_properties", "test_doubts", "test_metrics"),
     "metrics": ("test_metrics", "test_expectation"),
     "objectives": ("test_objectives",),
-    "formats": ("test_formats*", "test_movies", "test_growing", "test_pulses", "test_recording", "test_faults"),
+    "formats": ("test_formats*", "test_movies", "test_growing", "test_pulses", "test_recording"),
 }
 OPERATORS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

@@ -280,8 +280,8 @@ class GainCategorical(SpikePosterior):
 
 
 def _total(
-    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, ...], top: int, power: int = 0
-) -> Float[Tensor, ...]:
+    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, "*shape"], top: int, power: int = 0
+) -> Float[Tensor, "*shape"]:
     """Sum over the counts k up to ``top`` of ``k**power * weights * tilt**k``: a Horner scheme.
 
     ``tilt`` and the sum are (node …, roi, time …).
@@ -293,8 +293,8 @@ def _total(
 
 
 def _moments(
-    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, ...], order: int = 1
-) -> list[Float[Tensor, ...]]:
+    weights: Float[Tensor, "roi count *time"], tilt: Float[Tensor, "*shape"], order: int = 1
+) -> list[Float[Tensor, "*shape"]]:
     """Mean count, mean squared count … under weights tilted by ``tilt**k``."""
     top = weights.shape[1] - 1
     total = _total(weights, tilt, top)
