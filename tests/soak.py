@@ -232,5 +232,6 @@ def soak(minutes: float, seed: int, only: list[str]) -> dict[str, Any]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="calvae-soak-") as place:
         FOLDER = Path(place)
-        os.environ["XDG_DATA_HOME"] = place
+        # Neither what is remembered nor what is saved on the way is the user's own.
+        os.environ |= {"XDG_DATA_HOME": place, "NAPARI_CONFIG": f"{place}/settings.yaml"}
         print(json.dumps(soak(float(sys.argv[1]), int((sys.argv[2:] or ["0"])[0]), sys.argv[3:]), indent=1))  # noqa: T201
