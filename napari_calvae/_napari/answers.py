@@ -144,6 +144,11 @@ class Results:
         """Keep the posteriors of all ROIs of ``inference``, asked for under ``key``; or of ``rows``, by ROI id."""
         if self._base != key[2:]:
             self._kept, self._base = {}, key[2:]
+        # What was erased is forgotten now, not at once: that may be undone.
+        newest = self.key.marks if self.key is not None and self.key.plane == key.plane else {}
+        gone = [at for at in self._kept if at[0] == key.plane and at[1] not in key.marks and at[1] not in newest]
+        for at in gone:
+            del self._kept[at]
         taken = {roi: row for row, roi in enumerate(inference.roi_ids)} if rows is None else rows
         for roi, row in taken.items():
             self._kept[key.plane, roi] = key.marks[roi], inference, row

@@ -137,6 +137,16 @@ def test_results_hold_for_the_rois_that_were_not_edited():
     assert kept.known(a_key(marks, movie=2)) == set()
 
 
+def test_results_of_erased_rois_are_not_kept_for_ever():
+    kept, traces = answers.Results(), calvae.Traces(np.random.default_rng(0).normal(size=(2, 90)), 30.0)
+    kept.add(a_key({1: 10, 2: 20}), posterior_of(traces, 5))
+    kept.add(a_key({1: 1}, plane=3), posterior_of(traces.select([0]), 5))
+    assert kept.known(a_key({1: 10})) == {1}
+    kept.add(a_key({1: 11}), posterior_of(traces.select([0]), 5))  # 2 was erased, 1 edited and inferred again
+    assert kept.known(a_key({1: 11, 2: 20})) == {1}
+    assert kept.known(a_key({1: 1}, plane=3)) == {1}
+
+
 def test_an_answer_to_an_older_question_is_no_result_for_edited_rois():
     result = posterior_of(calvae.Traces(np.random.default_rng(0).normal(size=(2, 90)), 30.0), 5)
     kept = answers.Results()
