@@ -180,6 +180,7 @@ def soak(minutes: float, seed: int, only: list[str]) -> dict[str, Any]:
     def note(kind: type[BaseException], error: BaseException, *_: object) -> None:
         errors[f"{kind.__name__}: {error}"] += 1
 
+    napari.utils.resize_dask_cache(5e7)  # napari keeps chunks in a tenth of the memory: that would look like a leak
     viewer = napari.Viewer(show=True)
     sys.excepthook = note
     threading.excepthook = lambda given: note(given.exc_type, given.exc_value or given.exc_type())
