@@ -1,4 +1,4 @@
-"""The words by which files of other programs name movies, rates, units, times and judgements."""
+"""The words by which files of other programs name movies, rates, units and times."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_bruker_times_that_begin_anew_with_each_cycle_leave_the_absolute_ones(tm
     assert read_movie(folder)[1] == pytest.approx(20.0)
 
 
-def test_bruker_lists_without_channels_and_far_into_the_file(tmp_path):
+def test_bruker_lists_without_channels_or_declaration(tmp_path):
     folder = a_bruker_folder(tmp_path / "a", [[[image] for image in MOVIE]])
     changed(folder, ('channel="1" ', ""), ('<?xml version="1.0" encoding="utf-8"?>', ""))
     movie, _ = read_movie(folder)

@@ -67,8 +67,7 @@ class Autosave(QObject):
         now = picking.roi_layers(self._viewer)
         for layer in [layer for layer in self._slots if layer not in now]:
             self._let_go(layer)
-            if (file := _FILES.pop(layer, None)) is not None:
-                self._pool.submit(file.unlink, missing_ok=True)  # the user took it away
+            self._forget(layer)  # the user took it away
         for layer in now:
             if layer not in self._slots:
                 self._listen(layer)
@@ -104,6 +103,7 @@ class Autosave(QObject):
         for layer in dirty:
             drawn = drawn_rois(layer, self._movie())
             if drawn is None:
+                self._forget(layer)  # its last ROI was erased
                 continue
             try:
                 name = f"{secrets.token_hex(4)}{recovery.ROIS}"
@@ -112,6 +112,10 @@ class Autosave(QObject):
                 self._fail(error)
                 return
             self._pool.submit(drawn.save, _FILES[layer]).add_done_callback(self._on_saved)
+
+    def _forget(self, layer: Layer) -> None:
+        if (file := _FILES.pop(layer, None)) is not None:
+            self._pool.submit(file.unlink, missing_ok=True)
 
     def _on_saved(self, done: Future) -> None:
         if (error := done.exception()) is not None:

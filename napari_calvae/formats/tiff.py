@@ -11,7 +11,6 @@ import math
 import re
 import threading
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,7 @@ class _Pages:
         frames, *rest = key if isinstance(key, tuple) else (key,)
         pages = np.arange(self.shape[0])[frames]
         wanted = self.pages[np.atleast_1d(pages)].tolist()
-        handle = self.tiff.filehandle
-        with self.lock, closing(handle):  # as a context of its own it could not be opened again
+        with self.lock, self.tiff.filehandle as handle:
             handle.open()
             other = handle
             try:

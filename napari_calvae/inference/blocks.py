@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,12 @@ def _infer_block(
 ) -> SpikeInference:
     device = next(vae.recognition.parameters()).device
 
+    @cache
+    def on_cpu() -> SpikeVAE:  # the same model beside the one on the device, made only where it is needed
+        there = copy.deepcopy(vae)
+        there.recognition.to("cpu")
+        return there
+
     def with_model(model: SpikeVAE, apply: Callable[..., Iterable[Any]], part: Traces) -> SpikeInference:
         place = next(model.recognition.parameters()).device
         observed = torch.from_numpy(part.values.copy()).to(place)
@@ -134,7 +140,7 @@ def _infer_block(
         step = 1 if device.type == "cpu" else dff.n_rois
         ways: list[Callable[[Traces], SpikeInference]] = [partial(with_model, vae, apply)]
         if device.type != "cpu":
-            ways.append(lambda part: with_model(_on_cpu(vae), apply, part))
+            ways.append(lambda part: with_model(on_cpu(), apply, part))
         parts = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
         return SpikeInference.concatenate([found for part in parts for found in within_memory(part, ways)])
 
@@ -177,13 +183,6 @@ def within_memory(part: Traces, ways: Sequence[Callable[[Traces], SpikeInference
 def _ran_out(error: BaseException) -> bool:
     """Whether this is what numpy and torch say where memory runs out."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def _on_cpu(vae: SpikeVAE) -> SpikeVAE:
-    """The same model for the CPU, beside the one that is on another device."""
-    there = copy.deepcopy(vae)
-    there.recognition.to("cpu")
-    return there
 
 
 @torch.inference_mode()

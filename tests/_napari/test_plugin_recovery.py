@@ -19,7 +19,7 @@ from napari_calvae._napari import autosave, judging, recovery, roi_layer
 pytestmark = pytest.mark.usefixtures("network")
 
 _PROCESS = """
-import os, sys, time
+import sys
 from pathlib import Path
 import numpy as np
 from napari_calvae._napari import recovery
@@ -157,6 +157,11 @@ def test_what_is_drawn_and_judged_is_saved_on_the_way(viewer, qtbot, open_widget
     roi_layer.write_judgements(layer, (1, 9), judging.Judgements({9: judging.Judgement("accepted")}))
     (drawn,) = saved(widget)
     assert drawn.judgements == {9: ("accepted", "")}
+    before = layer.data.copy()
+    layer.data = np.zeros_like(before)  # all ROIs were erased
+    assert saved(widget) == []
+    layer.data = before
+    assert len(saved(widget)) == 1
     viewer.layers.remove(layer)  # by the user's own hand
     assert saved(widget) == []
 
