@@ -348,6 +348,32 @@ def test_label_images(tmp_path):
         np.testing.assert_array_equal(read_back, labels)
 
 
+def test_a_movie_in_place_of_a_label_image_is_refused_before_it_is_loaded(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (200_000, 300, 300))  # 18 GB, all of it holes
+    with pytest.raises(RecordingError, match=r"one label image .*, got the shape \(200000, 300, 300\)"):
+        read_labels(tmp_path / "a.npy")
+
+
+def test_an_image_larger_than_any_microscope_takes_is_not_loaded(tmp_path):
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint16, (20_000, 20_000))
+    with pytest.raises(RecordingError, match="at most 134,217,728 pixels"):
+        read_labels(tmp_path / "a.npy")
+
+
+def test_a_tiff_of_a_few_bytes_that_claims_a_gigabyte_is_not_decoded(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((8, 9), np.uint16), compression="zlib", metadata=None)
+    whole = (tmp_path / "a.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        tags = [file.pages[0].tags[name] for name in ("ImageWidth", "ImageLength", "RowsPerStrip")]
+    forged = bytearray(whole)
+    for tag in tags:
+        size = {3: 2, 4: 4}[tag.dtype]
+        forged[tag.valueoffset : tag.valueoffset + size] = (21_000).to_bytes(size, "little")
+    (tmp_path / "a.tif").write_bytes(forged)
+    with pytest.raises(RecordingError, match=r"at most 134,217,728 pixels, got the shape \(21000, 21000\)"):
+        read_movie(tmp_path / "a.tif")
+
+
 def test_units_stored_as_bytes_are_understood(tmp_path):
     arrays = {"values": VALUES, "frame_rate": np.array(9.0), "unit": np.bytes_("raw")}
     assert _files.traces_of(arrays, tmp_path).unit == "raw"

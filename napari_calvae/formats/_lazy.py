@@ -14,6 +14,8 @@ from napari_calvae.recording import RecordingError
 
 #: Bytes of a movie that are read from its file at a time.
 CHUNK_BYTES = 16 << 20
+#: Pixels of one image: more than any microscope takes at a time, and few enough to be decoded at once.
+MOST_PIXELS = 1 << 27
 #: Names under which files keep a movie, in the order in which they are preferred.
 MOVIE_NAMES = ("mov", "movie", "data", "imaging", "images")
 #: Attributes that state frames per second (Hz).

@@ -6,6 +6,7 @@ array and the frame rate. That comes from where a file states it and else is Non
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from napari_calvae.formats import bruker, hdf5_movie, nwb, tiff, video, zarr_movie
 from napari_calvae.formats._files import existing, readable
-from napari_calvae.formats._lazy import MappedMovie
+from napari_calvae.formats._lazy import MOST_PIXELS, MappedMovie
 from napari_calvae.formats.tiff import write_movie
 from napari_calvae.recording import RecordingError
 
@@ -79,11 +80,20 @@ def read_movie(path: str | Path) -> tuple[Any, float | None]:
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """Read a (y, x) label image from ``.tif`` or ``.npy``: 0 is background, each ROI has one number."""
+    """Read a (y, x) label image from ``.tif`` or ``.npy``: 0 is background, each ROI has one number.
+
+    Raises
+    ------
+    RecordingError
+        If there are several images, or more pixels than any microscope takes; neither is loaded to find that out.
+    """
     movie, _ = read_movie(path)
-    labels = np.asarray(movie)
-    if labels.ndim > 2 and labels.size == labels.shape[-1] * labels.shape[-2]:
-        labels = labels.reshape(labels.shape[-2:])
+    if math.prod(movie.shape[:-2]) != 1 or math.prod(movie.shape) > MOST_PIXELS:
+        raise RecordingError(
+            f"{Path(path).name}: expected one label image (y, x) of at most {MOST_PIXELS:,} pixels, got the shape "
+            f"{movie.shape}. Give the image with the ROIs; a movie is given before it."
+        )
+    labels = np.asarray(movie).reshape(movie.shape[-2:])
     if labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)):
         labels = labels.astype(np.int64)
     return labels

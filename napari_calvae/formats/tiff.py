@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 
 from napari_calvae.formats._files import DAMAGE, check_output, readable, whole_files
-from napari_calvae.formats._lazy import CHUNK_BYTES, SECONDS, MappedMovie, lazy, positive
+from napari_calvae.formats._lazy import CHUNK_BYTES, MOST_PIXELS, SECONDS, MappedMovie, lazy, positive
 from napari_calvae.recording import RecordingError
 
 MOVIE_PATTERNS = ("*.tif", "*.tiff")
@@ -102,6 +102,11 @@ class _Pages:
                         f"{file.name}: expected a TIFF movie of the shape {self.full_shape}, got a file that is "
                         f"{missing} bytes too short. Copy it again."
                     )
+        if not self.mapped and math.prod(page) > MOST_PIXELS:
+            raise RecordingError(
+                f"{file.name}: expected a TIFF movie with images of at most {MOST_PIXELS:,} pixels, got the shape "
+                f"{page}. Copy it again; if that is what it holds, cut it into smaller images."
+            )
         if not self.mapped and len(page) == 2 and math.prod(self.shape) < math.prod(self.full_shape):
             raise RecordingError(
                 f"{file.name}: expected a TIFF movie of the shape {self.full_shape}, got a file that ends after "
