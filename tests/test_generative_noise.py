@@ -182,16 +182,17 @@ def test_drift_is_found_in_half_an_hour_at_thirty_hertz():
     counts = torch.poisson(torch.full((1, n), 0.5 / 30), generator=generator())
     observed = model.simulate(counts, theta, 30.0, generator(1))
     observed[:, 20_000:21_000] = torch.nan
-    drift = model.drift(observed, counts, theta, 30.0)
+    drift, whole = model.explanation(observed, counts, theta, 30.0)
     clean = torch.nan_to_num(observed - model.fluorescence(counts, theta, 30.0))
     smooth = torch.nn.functional.avg_pool1d(clean, 151, 1, 75)
     assert drift.shape == (1, n)
+    assert torch.allclose(whole, model.fluorescence(counts, theta, 30.0) + drift)
     assert float(drift.std()) == pytest.approx(0.03, rel=0.3)  # 90 correlation times: √(1/90) = 0.1
     # Both follow the true drift; a mean over 5 s adds noise of 0.02 √30/√151 = 0.009 to a drift of 0.03.
     assert float(torch.corrcoef(torch.cat([drift, smooth])[:, 21_500:])[0, 1]) > 0.9
     better = model.log_prob(observed, counts, theta, 30.0) - LinearAR().log_prob(observed, counts, theta, 30.0)
     assert float(better) > 100
-    assert (LinearAR().drift(observed, counts, theta, 30.0) == 0).all()
+    assert (LinearAR().explanation(observed, counts, theta, 30.0)[0] == 0).all()
 
 
 def test_a_drift_is_refused_around_what_is_not_normal():

@@ -124,7 +124,7 @@ class GenerativeModel(abc.ABC):
         return torch.where(measured, observed - expected, 0), expected, measured
 
     @final
-    def drift(
+    def explanation(
         self,
         observed: Float[Tensor, "*observed time"],
         counts: Num[Tensor, "*counts bin"],
@@ -132,13 +132,15 @@ class GenerativeModel(abc.ABC):
         frame_rate: float | Num[Tensor, "*rate"],
         valid: Bool[Tensor, "*valid time"] | None = None,
         bins: int = 1,
-    ) -> Float[Tensor, "*out time"]:
-        """Expected slow change of the baseline (ΔF/F) given fluorescence and spikes; zero if the noise has no drift.
+    ) -> tuple[Float[Tensor, "*out time"], Float[Tensor, "*out time"]]:
+        """Expected slow change of the baseline (ΔF/F) given fluorescence and spikes, and expected ΔF/F, that included.
 
-        Arguments are those of `log_prob`. Every frame has one, measured or not.
+        Arguments are those of `log_prob`. Every frame has both, measured or not; without drift in
+        the noise it is zero.
         """
         residual, expected, measured = self.residual(observed, counts, theta, frame_rate, valid, bins)
-        return self.noise.drift(residual, expected, theta, frame_rate, measured)
+        drift = self.noise.drift(residual, expected, theta, frame_rate, measured)
+        return drift, expected + drift
 
     @final
     def simulate(

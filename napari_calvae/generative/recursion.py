@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-#: Frames per block of `exponential_filter`: one matrix product per block, a scan over the blocks.
+#: Frames per block of `exponential_filter`: one matrix product per block, and the same over the blocks.
 BLOCK = 32
 
 
@@ -75,7 +75,7 @@ def exponential_filter(
     y_t = first · x_t + Σ_m tails_m Σ_{n ≥ 1} decays_m^{n−1} x_{t−n}
 
     Within blocks of `BLOCK` frames this is one product with a triangular Toeplitz matrix; what each block leaves behind
-    is passed on by `linear_scan`.
+    decays from block to block as it does from frame to frame, so that this very filter passes it on, a level up.
 
     Parameters
     ----------
@@ -92,12 +92,13 @@ def exponential_filter(
     powers = decays.unsqueeze(-1) ** lags.to(x.dtype)
     late = tails.unsqueeze(-1) * powers
     response = torch.cat([first.unsqueeze(-1), late[..., :-1].sum(-2)], -1)
-    lag = lags - lags.unsqueeze(-1)
-    within = response[..., lag.clamp_min(0)] * (lag >= 0)
-    blocks = pad(x, (0, -n % size)).unflatten(-1, (-1, size))
+    # Row j is the response to an impulse in frame j of the block: zeros, then as much of it as there is room for.
+    within = pad(response, (size - 1, 0)).unfold(-1, size, 1).flip(-2)
+    blocks = (pad(x, (0, -n % size)) if n % size else x).unflatten(-1, (-1, size))
     y = blocks @ within
     if blocks.shape[-2] > 1:
         left = blocks[..., :-1, :] @ powers.flip(-1).mT
-        left = linear_scan((powers[..., -1:] * decays.unsqueeze(-1)), left.mT).mT
+        kept = powers[..., -1] * decays
+        left = exponential_filter(left.mT, torch.ones_like(kept), kept.unsqueeze(-1), kept.unsqueeze(-1)).mT
         y[..., 1:, :] += left @ late
     return y.flatten(-2)[..., :n]

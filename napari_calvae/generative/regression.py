@@ -44,11 +44,15 @@ def shrunk_gain(
     low, high = prior.median * 1e-3, prior.median * 1e3
     u = least_squares.nan_to_num(nan=prior.median, posinf=high, neginf=low).clamp(low, high).log()
     u = torch.where(xx * high**2 * 1e-6 > noise_var, u, prior.centre)
+    own, both = xx / noise_var, xy / noise_var
     for _ in range(12):
         g = u.exp()
-        slope = g * (g * xx - xy) / noise_var + precision * (u - prior.centre)
-        curvature = g * g * xx / noise_var + precision
-        u = u - (slope / curvature).clamp(-1, 1)
+        curvature = g * own
+        slope = g * (curvature - both) + precision * (u - prior.centre)
+        step = (slope / (g * curvature + precision)).clamp(-1, 1)
+        u = u - step
+        if bool(step.abs().amax() < 1e-6):  # the next one, squared, is below what float32 resolves
+            break
     return u.exp()
 
 

@@ -212,10 +212,9 @@ def inference_of(
     given = {} if config.amplitude is None else {"amplitude": config.amplitude}
     known = {name: torch.full_like(estimated[name], value) for name, value in {**vae.theta, **given}.items()}
     theta = {**estimated, **known}
-    drift = vae.generative.drift(observed, mean, theta, dff.frame_rate, valid)
     # That of the expected spikes, which is the mean over all trains where spikes add up, and does not hang on how many
     # are drawn.
-    reconstructed = vae.generative.fluorescence(mean, theta, dff.frame_rate) + drift
+    drift, reconstructed = vae.generative.explanation(observed, mean, theta, dff.frame_rate, valid)
     noise = vae.generative.noise_std(theta, dff.frame_rate)
     events, spread = [np.empty(0, EVENT_DTYPE)], []
     # Compartments of one dendrite are rendered together, cells one by one: what that needs stays in the cache.

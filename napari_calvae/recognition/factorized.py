@@ -24,6 +24,8 @@ from napari_calvae.recognition.layers import FilmBlock, convolve, to_channels_la
 GAIN_LIMIT = 0.6
 #: How far a widened gain reaches, in standard deviations: just beyond the ends of the 90 % in the middle, ±1.645.
 REACH = 1.7
+#: Frames for which all gains are worked out together, so that they stay in the cache.
+_FRAMES = 8192
 
 
 class GainCategorical(SpikePosterior):
@@ -64,13 +66,10 @@ class GainCategorical(SpikePosterior):
     @property
     def mean(self) -> Float[Tensor, "roi time"]:
         """Expected spike count of each frame."""
-        weights = self._weights
         gains, probability = self._nodes()
-        if weights.shape[-1] == 1:  # a frame of a recording that is going on: one pass, where each step is a handful
-            tilt = (gains[..., None] * self.response).exp()
-            return torch.einsum("n,nrt->rt", probability, _moments(weights, tilt)[0])
-        tilts = ((g[:, None] * self.response).exp() for g in gains)
-        return sum(p * _moments(weights, tilt)[0] for p, tilt in zip(probability, tilts, strict=True))
+        parts = zip(self._weights.split(_FRAMES, -1), self.response.split(_FRAMES, -1), strict=True)
+        at_nodes = (_moments(weights, (gains[..., None] * response).exp())[0] for weights, response in parts)
+        return torch.cat([torch.einsum("n,nrt->rt", probability, mean) for mean in at_nodes], -1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Shaped[Tensor, "sample roi time"]:
         """Draw ``n`` spike trains per ROI, as uint8 counts per frame."""
@@ -286,9 +285,10 @@ def _total(
 
     ``tilt`` and the sum are (node …, roi, time …).
     """
-    total = top**power * weights[:, top]
+    factors = weights.unbind(1)
+    total = top**power * factors[top]
     for k in range(top - 1, -1, -1):
-        total = torch.addcmul(weights[:, k] if power == 0 else k**power * weights[:, k], total, tilt)
+        total = torch.addcmul(factors[k] if power == 0 else k**power * factors[k], total, tilt)
     return total
 
 
