@@ -5,22 +5,27 @@ from __future__ import annotations
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from scipy.io import savemat
 from test_movies import MOVIE, a_bruker_folder
 
-from napari_calvae.formats import _lazy, read_movie
+from napari_calvae import RecordingError
+from napari_calvae.formats import FORMATS, _lazy, _mat, is_movie, read, read_movie
 from napari_calvae.formats.ground_truth import read_ground_truth
 
 
-@pytest.mark.parametrize("unit", _lazy.SECONDS)
-def test_units_of_time_are_what_pint_says(unit):
-    pint = pytest.importorskip("pint")
-    said = pint.UnitRegistry()(unit.replace("msec", "ms").replace("sec", "s") if unit in ("sec", "msec") else unit)
-    assert said.to("second").magnitude == pytest.approx(_lazy.SECONDS[unit])
-
-
-def test_all_usual_units_are_known():
-    assert {"s", "sec", "second", "ms", "millisecond", "us", "µs", "min", "minute", "h", "hour"} <= _lazy.SECONDS.keys()
+@pytest.mark.parametrize(
+    "seconds, units",
+    [
+        (1e-6, "us µs microsecond"),
+        (1e-3, "ms msec millisecond"),
+        (1, "s sec second seconds"),
+        (60, "min minute minutes"),
+        (3600, "h hour hours"),
+    ],
+)
+def test_units_of_time(seconds, units):
+    assert {unit for unit, value in _lazy.SECONDS.items() if value == seconds} == set(units.split())
 
 
 @pytest.mark.parametrize("name", ["mov", "movie", "data", "imaging", "images", "group/Movie"])
@@ -39,6 +44,68 @@ def test_rates_by_their_usual_names(tmp_path, name):
         file["mov"] = MOVIE
         file["mov"].attrs[name] = 12.5
     assert read_movie(tmp_path / "a.h5")[1] == 12.5
+
+
+@pytest.mark.parametrize("kind", ["f8", "f4", "?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"])
+def test_numbers_of_all_kinds_in_mat_files_are_seen(tmp_path, kind):
+    savemat(tmp_path / "a.mat", {"a": np.ones((2, 3), kind), "said": "so"})
+    assert _mat.shapes(tmp_path / "a.mat") == {"a": (2, 3), "said": ()}
+
+
+def test_chunks_that_are_larger_than_wanted_are_read_whole():
+    movie = _lazy.lazy(np.arange(120).reshape(5, 4, 6), (2, 4, 6), n_bytes=1)
+    assert movie.chunks == ((2, 2, 1), (4,), (6,))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_pickled_objects_are_not_loaded(tmp_path, name):
+    traces = np.array([[1.0, None], [2.0, 3.0]], object)
+    if name == "a.npy":
+        np.save(tmp_path / name, traces, allow_pickle=True)
+    else:
+        np.savez(tmp_path / name, dff=traces)
+    with pytest.raises(RecordingError, match=r"expected a NumPy file of plain numbers.* never loaded"):
+        read(tmp_path / name, 10.0)
+
+
+def test_only_files_that_are_there_are_movies(tmp_path):
+    np.save(tmp_path / "traces.npy", np.zeros((3, 90)))
+    np.save(tmp_path / "movie.npy", MOVIE)
+    found = {name: is_movie(tmp_path / name) for name in ("traces.npy", "movie.npy", "none.npy", "none.xml")}
+    assert found == {"traces.npy": False, "movie.npy": True, "none.npy": False, "none.xml": False}
+
+
+def test_a_table_without_times_begins_at_zero(tmp_path):
+    (tmp_path / "a.csv").write_text("roi_1,roi_2\n" + "1.5,2\n" * 9)
+    traces = read(tmp_path / "a.csv", 10.0)
+    assert (traces.t0, traces.frame_rate, traces.roi_ids, traces.unit) == (0.0, 10.0, (1, 2), "dff")
+
+
+def test_named_arrays_that_say_no_more_begin_at_zero(tmp_path):
+    np.savez(tmp_path / "a.npz", dff=np.zeros((2, 9)), frame_rate=10.0)
+    assert read(tmp_path / "a.npz").t0 == 0.0
+    np.savez(tmp_path / "a.npz", dff=np.zeros((2, 9)), frame_rate=10.0, t0=[1.0, 2.0])
+    with pytest.raises(RecordingError, match=r"expected one t0 for all ROIs, got 2 values"):
+        read(tmp_path / "a.npz")
+
+
+def test_the_formats_have_the_names_by_which_the_docs_call_them():
+    assert set(FORMATS) == {
+        "suite2p", "zarr", "nwb", "caiman", "numpy", "csv", "parquet", "roiextractors", "matlab", "hdf5"
+    }  # fmt: skip
+
+
+def test_sweeps_of_which_one_is_off_are_not_taken_for_one_recording(tmp_path):
+    times = np.concatenate([np.arange(40) / 10, 10 + np.arange(40) / 10, 20 + np.arange(40) / 11])
+    savemat(tmp_path / "c.mat", {"time_stamps": times[None], "dff": np.arange(120.0)[None], "ap_times": [[1.0]]})
+    with pytest.raises(RecordingError, match=r"expected sweeps of one frame rate, got 10 to 11 Hz"):
+        read(tmp_path / "c.mat")
+
+
+def test_a_frame_that_is_missing_ends_a_sweep(tmp_path):
+    times = np.delete(np.arange(40) / 10, 20)
+    savemat(tmp_path / "c.mat", {"time_stamps": times[None], "dff": np.arange(39.0)[None], "ap_times": [[1.0]]})
+    assert [len(sweep.dff) for sweep in read_ground_truth(tmp_path / "c.mat")] == [20, 19]
 
 
 def a_data_set(path, **changes):
@@ -130,3 +197,15 @@ def test_whole_volumes_of_a_bruker_series_are_all_kept(tmp_path):
     volumes = [[[image] for image in volume] for volume in MOVIE.reshape(3, 4, 16, 10)]
     movie, _ = read_movie(a_bruker_folder(tmp_path / "a", volumes, "TSeries ZSeries Element"))
     assert movie.shape == (3, 4, 16, 10)
+
+
+def test_pages_of_one_file_of_a_bruker_series(tmp_path):
+    folder = a_bruker_folder(tmp_path / "a", [[[image] for image in MOVIE]])
+    text = (folder / "t.xml").read_text()
+    for k in range(1, len(MOVIE) + 1):
+        old = f'page="1" filename="t_Cycle00001_Ch1_{k:06d}.ome.tif"'
+        assert old in text
+        text = text.replace(old, f'page="{k}" filename="all.tif"')
+    (folder / "t.xml").write_text(text)
+    tifffile.imwrite(folder / "all.tif", MOVIE, photometric="minisblack", metadata=None)
+    np.testing.assert_array_equal(np.asarray(read_movie(folder)[0]), MOVIE)

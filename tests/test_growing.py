@@ -162,7 +162,7 @@ def test_what_is_just_being_written_is_read_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"byteorder": ">"}], ids=str)
-@pytest.mark.parametrize("page", [{}, {"compression": "zlib"}, {"rowsperstrip": 5}], ids=str)
+@pytest.mark.parametrize("page", [{}, {"compression": "zlib"}, {"rowsperstrip": 5}, {"tile": (16, 16)}], ids=str)
 def test_a_tiff_that_grows_page_by_page(tmp_path, options, page):
     path = tmp_path / "a.tif"
 
@@ -194,7 +194,7 @@ def test_a_tiff_that_grows_as_one_block(tmp_path, imagej):
     np.testing.assert_array_equal(movie.read(0, 9), MOVIE[:9])
 
 
-@pytest.mark.parametrize("page", [{}, {"compression": "zlib"}], ids=str)
+@pytest.mark.parametrize("page", [{}, {"compression": "zlib"}, {"rowsperstrip": 5}, {"tile": (16, 16)}], ids=str)
 def test_a_page_that_is_half_written_is_still_to_come(tmp_path, page):
     path, whole = tmp_path / "a.tif", tmp_path / "whole.tif"
     sizes = []
@@ -268,13 +268,20 @@ def test_a_zarr_array_that_was_opened_already_is_looked_up_in_its_folder(tmp_pat
     assert calvae.open_growing(in_memory).poll() == 2
 
 
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 5, 0), (3, 5), (2, 3, 4, 5)])
+def test_arrays_that_are_no_frames_are_refused(shape):
+    with pytest.raises(calvae.RecordingError, match=r"expected frames \(time, y, x\)"):
+        calvae.open_growing(np.zeros(shape))
+
+
 def test_frames_so_far_are_an_array_that_reads_what_is_asked_for(tmp_path):
     array = an_array(tmp_path / "a.zarr", 3, 4, 0)
     array.append(MOVIE)
     movie = calvae.open_growing(tmp_path / "a.zarr")
     frames = movie.so_far(30)
     assert (frames.shape, frames.ndim, frames.dtype, len(frames)) == ((30, 16, 10), 3, np.uint16, 30)
-    for key in (3, -1, np.int64(5), slice(2, 9), slice(9, 2), slice(1, 20, 3), slice(None, None, -7), [3, 1], ...,
+    for key in (3, -1, np.int64(5), slice(2, 9), slice(9, 2), slice(1, 20, 3), slice(None, None, -7), [3, 1],
+                [2, 1, 3], [4], ...,
                 (4, slice(2, 5), 3), (slice(2, 5), slice(None), slice(1, 4)), (..., 2)):  # fmt: skip
         np.testing.assert_array_equal(frames[key], MOVIE[:30][key], err_msg=str(key))
     np.testing.assert_array_equal(np.asarray(frames), MOVIE[:30])

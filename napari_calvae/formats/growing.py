@@ -122,7 +122,7 @@ class FramesSoFar:
             return self.movie.frame(int(wanted))[tuple(rest)]
         if not len(wanted):
             return np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *rest)]
-        if len(wanted) == wanted.max() - wanted.min() + 1 and wanted[0] <= wanted[-1]:
+        if np.array_equal(wanted, np.arange(wanted[0], wanted[0] + len(wanted))):
             frames = self.movie.read(int(wanted[0]), int(wanted[-1]) + 1)
         else:
             frames = np.stack([self.movie.frame(int(k)) for k in wanted])
