@@ -381,6 +381,50 @@ def test_evenly_spaced_time_stamps_are_a_frame_rate(tmp_path):
     assert (traces.frame_rate, traces.t0) == (pytest.approx(20), 3.5)
 
 
+def test_uneven_time_stamps_and_a_rate_that_is_given_begin_where_they_begin(tmp_path):
+    make_recording(tmp_path / "a.nwb", clock=np.r_[3.5 + np.arange(44) / 20, 60.0], F={})
+    traces = read(tmp_path / "a.nwb", 20.0)
+    assert (traces.frame_rate, traces.t0) == (20.0, 3.5)
+
+
+def test_without_a_clock_time_begins_at_zero(recorded, tmp_path):
+    path = shutil.copy(recorded, tmp_path / "a.nwb")
+    with h5py.File(path, "r+") as file:
+        del file["processing/ophys/Fluorescence/RoiResponseSeries/starting_time"]
+    assert read(path, 10.0).t0 == 0.0
+
+
+def test_pixels_of_no_weight_are_no_part_of_a_roi(recorded, tmp_path):
+    path = shutil.copy(recorded, tmp_path / "a.nwb")
+    with h5py.File(path, "r+") as file:
+        masks = file["processing/ophys/ImageSegmentation/PlaneSegmentation/image_mask"]
+        masks[0, 8, 7] = -0.5
+    assert [len(pixels) for pixels in read(path).rois.pixels] == [2, 2, 2]
+
+
+def test_a_movie_whose_time_stamps_are_uneven_says_so(tmp_path):
+    file = a_session()
+    series = {"unit": "n.a.", "imaging_plane": a_plane(file), "timestamps": np.r_[np.arange(5) / 4, 9.0]}
+    data = np.zeros((6, 4, 5), "f4")
+    file.add_acquisition(pynwb.ophys.TwoPhotonSeries(name="Series", description="Movie.", data=data, **series))
+    with pynwb.NWBHDF5IO(str(tmp_path / "a.nwb"), "w") as io:
+        io.write(file)
+    with pytest.raises(RecordingError, match="expected evenly spaced frames"):
+        nwb.open_movie(tmp_path / "a.nwb")
+
+
+def test_of_several_movies_one_with_two_photons_is_taken(tmp_path):
+    file = a_session()
+    for name, kind, value in (("A", "OnePhotonSeries", 1), ("B", "TwoPhotonSeries", 2), ("C", "TwoPhotonSeries", 3)):
+        series = {"unit": "n.a.", "imaging_plane": a_plane(file) if name == "A" else plane, "rate": 4.0}
+        plane = series["imaging_plane"]
+        data = np.full((6, 4, 5), value, "f4")
+        file.add_acquisition(getattr(pynwb.ophys, kind)(name=name, description="Movie.", data=data, **series))
+    with pynwb.NWBHDF5IO(str(tmp_path / "a.nwb"), "w") as io:
+        io.write(file)
+    assert (nwb.open_movie(tmp_path / "a.nwb")[0] == 2).all().compute()
+
+
 def test_rows_stay_in_the_file_until_they_are_wanted(tmp_path, monkeypatch):
     values = np.random.default_rng(0).random((70, 1000)).astype("f4")
     write(Traces(values, 30.0), tmp_path / "a.nwb")

@@ -101,8 +101,15 @@ class Overlays(QObject):
     def _on_activity(self, on: bool) -> None:
         if on:
             self._paint()
-        else:
-            self._remove()
+        elif self._layer is not None:
+            # Emptied, not removed: napari holds on to layers that are gone, and one a click would fill the memory.
+            self._layer.visible = False
+            self._layer.data = np.zeros_like(self._layer.data[:1])
+
+    def _on_visible(self) -> None:
+        """Follow the eye in napari's list of layers."""
+        if self._layer is not None:
+            self._plots.activity_button.setChecked(self._layer.visible)
 
     def _paint(self) -> None:
         try:
@@ -128,6 +135,7 @@ class Overlays(QObject):
             self._layer.data = data
             self._layer.translate = translate
             self._layer.contrast_limits = (0.0, top)
+            self._layer.visible = True
             return
         active = self._viewer.layers.selection.active
         self._layer = Image(
@@ -142,6 +150,7 @@ class Overlays(QObject):
             colormap="inferno",
             contrast_limits=(0.0, top),
         )
+        self._layer.events.visible.connect(self._on_visible)
         self._viewer.add_layer(self._layer)
         self._viewer.layers.selection.active = active
 

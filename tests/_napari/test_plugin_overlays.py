@@ -57,8 +57,18 @@ def test_cells_light_up_once_inferred_and_go_dark_again(qtbot, show_movie, open_
     assert np.asarray(layer.data[frame])[CENTRES[2]] == 0
     canvas.click(*CENTRES[2])
     qtbot.waitUntil(lambda: np.asarray(layer.data[:, CENTRES[2][0], CENTRES[2][1]]).any(), timeout=20_000)
+    for k in range(3):
+        qtbot.mouseClick(widget.plots.activity_button, Qt.MouseButton.LeftButton)
+        assert (viewer.layers[overlays.LAYER] is layer, layer.visible, len(layer.data) > 1) == (True, *[k == 1] * 2)
+    # The eye in napari's list and the button say the same.
+    layer.visible = True
+    assert widget.plots.activity_button.isChecked()
+    assert np.asarray(layer.data[frame])[CENTRES[1]] > 0
+    viewer.layers.remove(layer)
     qtbot.mouseClick(widget.plots.activity_button, Qt.MouseButton.LeftButton)
     assert overlays.LAYER not in viewer.layers
+    qtbot.mouseClick(widget.plots.activity_button, Qt.MouseButton.LeftButton)
+    assert np.asarray(viewer.layers[overlays.LAYER].data[frame])[CENTRES[1]] > 0
 
 
 @pytest.mark.usefixtures("network")
