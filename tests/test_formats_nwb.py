@@ -415,9 +415,9 @@ def test_a_movie_whose_time_stamps_are_uneven_says_so(tmp_path):
 
 def test_of_several_movies_one_with_two_photons_is_taken(tmp_path):
     file = a_session()
+    plane = a_plane(file)
     for name, kind, value in (("A", "OnePhotonSeries", 1), ("B", "TwoPhotonSeries", 2), ("C", "TwoPhotonSeries", 3)):
-        series = {"unit": "n.a.", "imaging_plane": a_plane(file) if name == "A" else plane, "rate": 4.0}
-        plane = series["imaging_plane"]
+        series = {"unit": "n.a.", "imaging_plane": plane, "rate": 4.0}
         data = np.full((6, 4, 5), value, "f4")
         file.add_acquisition(getattr(pynwb.ophys, kind)(name=name, description="Movie.", data=data, **series))
     with pynwb.NWBHDF5IO(str(tmp_path / "a.nwb"), "w") as io:

@@ -6,16 +6,17 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from scipy.io import savemat
-from test_movies import MOVIE, a_bruker_folder
+from test_movies import MOVIE, STACK, a_bruker_folder, a_scanimage_file
 
-from napari_calvae import RecordingError
+from napari_calvae import RecordingError, Traces, write
 from napari_calvae.formats import FORMATS, _lazy, _mat, is_movie, read, read_movie
 from napari_calvae.formats.ground_truth import read_ground_truth
 
 
 @pytest.mark.parametrize(
-    "seconds, units",
+    ("seconds", "units"),
     [
         (1e-6, "us µs microsecond"),
         (1e-3, "ms msec millisecond"),
@@ -209,3 +210,58 @@ def test_pages_of_one_file_of_a_bruker_series(tmp_path):
     (folder / "t.xml").write_text(text)
     tifffile.imwrite(folder / "all.tif", MOVIE, photometric="minisblack", metadata=None)
     np.testing.assert_array_equal(np.asarray(read_movie(folder)[0]), MOVIE)
+
+
+@pytest.mark.parametrize(
+    "about", [{"finterval": 0.05}, {"finterval": 50, "tunit": "ms"}, {"finterval": 0.05, "fps": 9}]
+)
+def test_frame_intervals_of_imagej(tmp_path, about):
+    tifffile.imwrite(tmp_path / "a.tiff", MOVIE, imagej=True, metadata=about)
+    assert is_movie(tmp_path / "a.tiff")
+    assert read_movie(tmp_path / "a.tiff")[1] == pytest.approx(20)
+
+
+@pytest.mark.parametrize("name", ["frame_rate", "fps"])
+def test_rates_that_were_written_with_an_array(tmp_path, name):
+    tifffile.imwrite(tmp_path / "a.tif", MOVIE, metadata={name: 20.0})
+    assert read_movie(tmp_path / "a.tif")[1] == 20
+
+
+@pytest.mark.parametrize("said", ["true", "1"])
+def test_volumes_of_scanimage_by_either_word(tmp_path, said):
+    values = STACK | {"hStackManager.enable": said, "hStackManager.numFramesPerVolumeWithFlyback": 2}
+    assert read_movie(a_scanimage_file(tmp_path / "a.tif", MOVIE, **values))[0].shape == (len(MOVIE) // 2, 2, 16, 10)
+
+
+@pytest.mark.parametrize("axes", [None, ["t", "c", "z", "y", "x"], [{"name": name} for name in "TCZYX"]])
+def test_axes_of_ome_zarr_as_each_version_names_them(tmp_path, axes):
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    group.create_array("0", shape=(len(MOVIE), 1, 1, 16, 10), chunks=(1, 1, 1, 16, 10), dtype="u2")[:] = MOVIE[
+        :, None, None
+    ]
+    image = {"version": "0.1", "datasets": [{"path": "0"}]} | ({} if axes is None else {"axes": axes})
+    group.attrs["multiscales"] = [image]
+    movie, rate = read_movie(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(np.asarray(movie), MOVIE)
+    assert rate is None
+
+
+def test_a_movie_called_like_traces_is_told_by_its_axes(tmp_path):
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    group.create_array("F", shape=MOVIE.shape, dtype="u2")[:] = MOVIE
+    assert is_movie(tmp_path / "a.zarr")
+    group = zarr.open_group(str(tmp_path / "b.zarr"), mode="w")
+    group.create_array("F", shape=(3, 90), dtype="f4")
+    assert not is_movie(tmp_path / "b.zarr")
+
+
+def test_numbers_with_an_imaginary_part_in_a_zarr_are_refused(tmp_path):
+    zarr.open_group(str(tmp_path / "a.zarr"), mode="w").create_array("dff", shape=(3, 90), dtype="c8")
+    with pytest.raises(RecordingError, match=r"a\.zarr: expected real numbers, got dtype complex64"):
+        read(tmp_path / "a.zarr", 10.0)
+
+
+def test_what_is_known_of_traces_stays_with_them_in_a_store(tmp_path):
+    write(Traces(np.zeros((2, 9)), 10.0, provenance={"rig": "two"}), tmp_path / "a.zarr")
+    found = read(tmp_path / "a.zarr").provenance
+    assert (found["rig"], found["source"]) == ("two", "a.zarr")

@@ -20,6 +20,30 @@ def test_a_table_with_a_row_per_pulse_and_target(tmp_path):
     assert [t.tolist() for t in light.targets] == [[[5, 6]], [[3, 4], [7, 8]]]
 
 
+@pytest.mark.parametrize(
+    ("columns", "seconds"),
+    [
+        ("onset,duration,x,y", 1),
+        ("onset_s,duration_s,x_px,y_px", 1),
+        ("onset_ms,duration_ms,x,y_px", 1e-3),
+        ("time,duration,x_px,y", 1),
+        ("time_s,duration_s,x,y", 1),
+        ("time_ms,duration_ms,x,y", 1e-3),
+    ],
+)
+def test_usual_names_of_columns(tmp_path, columns, seconds):
+    (tmp_path / "pulses.csv").write_text(f"{columns}\n20,10,3,4\n")
+    light = calvae.read_stimulation(tmp_path / "pulses.csv")
+    assert (light.onset[0], light.duration[0]) == pytest.approx((20 * seconds, 10 * seconds))
+    assert light.targets[0].tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("name", ["roi", "roi_id", "cell"])
+def test_usual_names_of_targets(tmp_path, name):
+    (tmp_path / "pulses.csv").write_text(f"onset,duration,{name}\n1,0.1,9\n")
+    assert calvae.read_stimulation(tmp_path / "pulses.csv", ROIS).targets[0].tolist() == [[5, 5]]
+
+
 def test_a_table_that_numbers_its_pulses_and_names_rois(tmp_path):
     file = tmp_path / "pulses.csv"
     file.write_text("pulse;onset;duration;roi\n7;1;0.1;9\n7;1;0.1;4\n8;1;0.2;4\n")
@@ -64,7 +88,9 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path, text, told):
         ({"times": [1.0]}, "expected the arrays onset .* got times"),
         ({"onset": ["a"], "duration": 0.1, "roi": [4]}, "all of them numbers"),
         ({"onset": [1.0], "duration": 0.1, "targets": [1, 2]}, r"array \(n, 2\)"),
+        ({"onset": [1.0], "duration": 0.1, "targets": [["1", "2"]]}, "all of them numbers"),
         ({"onset": [1.0, 2.0], "duration": 0.1, "targets": [[1, 2]]}, "at least one target for each of 2 pulses"),
+        ({"onset": [1.0, 2.0], "duration": 0.1, "roi": [4, 9], "pulse": [0, 5]}, "at least one target for each of 2"),
     ],
 )
 def test_what_is_wrong_with_arrays_is_told(arrays, told):
