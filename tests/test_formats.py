@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 from fnmatch import fnmatch
 
@@ -372,6 +373,20 @@ def test_a_tiff_of_a_few_bytes_that_claims_a_gigabyte_is_not_decoded(tmp_path):
     (tmp_path / "a.tif").write_bytes(forged)
     with pytest.raises(RecordingError, match=r"at most 134,217,728 pixels, got the shape \(21000, 21000\)"):
         read_movie(tmp_path / "a.tif")
+
+
+def test_what_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "a.h5", "w") as file:  # a claim of 800 GB in a file of a few hundred bytes
+        file.create_dataset("dff", shape=(1_000_000, 100_000), dtype="f8", chunks=(100, 1000))
+        file["frame_rate"] = 10.0
+    with pytest.raises(RecordingError, match=r"a\.h5: expected arrays that fit into .* got 800 GB\. Save it as Zarr"):
+        read(tmp_path / "a.h5")
+    np.savez_compressed(tmp_path / "a.npz", dff=np.zeros((10, 1000)), frame_rate=10.0, other=np.zeros(10**6))
+    monkeypatch.setattr(os, "sysconf", lambda name: 300)  # 90 kB: more than the traces take, which alone are read
+    assert read(tmp_path / "a.npz").n_rois == 10
+    monkeypatch.setattr(os, "sysconf", lambda name: 200)
+    with pytest.raises(RecordingError, match=r"a\.npz: expected arrays that fit into this machine's 4e-05 GB"):
+        read(tmp_path / "a.npz")
 
 
 def test_units_stored_as_bytes_are_understood(tmp_path):

@@ -11,22 +11,25 @@ from scipy.io import savemat
 from test_movies import MOVIE, STACK, a_bruker_folder, a_scanimage_file
 
 from napari_calvae import RecordingError, Traces, write
-from napari_calvae.formats import FORMATS, _lazy, _mat, is_movie, read, read_movie
+from napari_calvae.formats import FORMATS, _lazy, _mat, is_movie, read, read_movie, writer_of
 from napari_calvae.formats.ground_truth import read_ground_truth
 
 
 @pytest.mark.parametrize(
     ("seconds", "units"),
     [
-        (1e-6, "us µs microsecond"),
+        (1e-6, "us \u00b5s \u03bcs microsecond"),
         (1e-3, "ms msec millisecond"),
         (1, "s sec second seconds"),
         (60, "min minute minutes"),
         (3600, "h hour hours"),
     ],
 )
-def test_units_of_time(seconds, units):
+def test_units_of_time(tmp_path, seconds, units):
     assert {unit for unit, value in _lazy.SECONDS.items() if value == seconds} == set(units.split())
+    for unit in filter(str.isascii, units.split()):
+        tifffile.imwrite(tmp_path / "a.tif", MOVIE, imagej=True, metadata={"finterval": 0.5, "tunit": unit.upper()})
+        assert read_movie(tmp_path / "a.tif")[1] == pytest.approx(2 / seconds)
 
 
 @pytest.mark.parametrize("name", ["mov", "movie", "data", "imaging", "images", "group/Movie"])
@@ -91,9 +94,11 @@ def test_named_arrays_that_say_no_more_begin_at_zero(tmp_path):
 
 
 def test_the_formats_have_the_names_by_which_the_docs_call_them():
-    assert set(FORMATS) == {
-        "suite2p", "zarr", "nwb", "caiman", "numpy", "csv", "parquet", "roiextractors", "matlab", "hdf5"
-    }  # fmt: skip
+    names = {"suite2p", "zarr", "nwb", "caiman", "numpy", "csv", "parquet", "roiextractors", "matlab", "hdf5"}
+    assert set(FORMATS) == names
+    assert [writer_of(f"a.{name}") for name in ("csv", "parquet", "zarr", "nwb", "h5", "npz")] == [
+        FORMATS[name] for name in ("csv", "parquet", "zarr", "nwb", "hdf5", "numpy")
+    ]
 
 
 def test_sweeps_of_which_one_is_off_are_not_taken_for_one_recording(tmp_path):

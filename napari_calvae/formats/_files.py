@@ -116,6 +116,21 @@ def reserve(file: Path, n_bytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
+def check_memory(n_bytes: int, path: Path) -> None:
+    """Refuse arrays that memory cannot hold, be they so large or said to be by a forged header, before they are read.
+
+    A system that lends more memory than it has ends the process instead.
+    """
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > there:
+        raise RecordingError(
+            f"{path.name}: expected arrays that fit into this machine's {there / 1e9:.3g} GB of memory, got "
+            f"{n_bytes / 1e9:.3g} GB. Save it as Zarr, of which only a part is read at a time, or cut it."
+        )
+
+
 def believed_rate(given: float | None, stated: float | None) -> tuple[float | None, dict[str, float]]:
     """The frame rate (Hz) that a user gives, else that of the file; for the provenance that of the file if it differs.
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from napari_calvae.formats._files import DAMAGE, TRACE_NAMES, arrays_of, provenance_json, traces_of, whole_files
+from napari_calvae.formats._files import (
+    DAMAGE,
+    TRACE_NAMES,
+    arrays_of,
+    check_memory,
+    provenance_json,
+    traces_of,
+    whole_files,
+)
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.h5", "*.hdf5")
@@ -32,8 +40,12 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     try:
         with h5py.File(path) as file:
             wanted = (*TRACE_NAMES, "frame_rate", "unit", "roi_ids", "t0")
-            arrays = {name: _content(file[name]) for name in wanted if isinstance(file.get(name), h5py.Dataset)}
+            found = {name: file[name] for name in wanted if isinstance(file.get(name), h5py.Dataset)}
+            check_memory(sum(dataset.nbytes for dataset in found.values()), path)
+            arrays = {name: _content(dataset) for name, dataset in found.items()}
             arrays = {name: file.attrs[name] for name in wanted[len(TRACE_NAMES) :] if name in file.attrs} | arrays
+    except RecordingError:
+        raise
     except DAMAGE as error:
         raise RecordingError(f"{path.name}: expected an HDF5 file, got one that cannot be read ({error}).") from error
     return traces_of(arrays, path, frame_rate, unit)

@@ -9,6 +9,7 @@ import numpy as np
 
 from napari_calvae.formats._files import (
     arrays_of,
+    check_memory,
     check_output,
     existing,
     provenance_json,
@@ -34,7 +35,10 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
         if path.suffix.lower() == ".npz":
             with np.load(opened, allow_pickle=False) as file:
                 wanted = ("values", "dff", "F", "frame_rate", "unit", "roi_ids", "t0")
-                arrays = {name: file[name] for name in wanted if name in file.files}
+                found = [name for name in wanted if name in file.files]
+                sizes = {each.filename.removesuffix(".npy"): each.file_size for each in file.zip.infolist()}
+                check_memory(sum(sizes[name] for name in found), path)
+                arrays = {name: file[name] for name in found}
                 if not any(name in arrays for name in wanted[:3]):
                     arrays |= dict.fromkeys(file.files, np.empty(0))  # for the message, which lists what is there
         else:
