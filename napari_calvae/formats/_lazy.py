@@ -23,15 +23,8 @@ _RATE_NAMES = ("frame_rate", "framerate", "fr", "fs", "fps", "imaging_rate", "sa
 #: Seconds of each unit of time that files name.
 SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3}
 # Of a microsecond both letters are in use: the sign of a micro and a Greek mu.
-SECONDS |= {
-    "us": 1e-6,
-    "\u00b5s": 1e-6,
-    "\u03bcs": 1e-6,
-    "microsecond": 1e-6,
-    "min": 60.0,
-    "minute": 60.0,
-    "minutes": 60.0,
-}
+SECONDS |= {"us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "microsecond": 1e-6}
+SECONDS |= {"min": 60.0, "minute": 60.0, "minutes": 60.0}
 SECONDS |= {"h": 3600.0, "hour": 3600.0, "hours": 3600.0}
 
 
