@@ -177,7 +177,7 @@ def test_what_is_theirs_is_told_from_the_rest(tmp_path):
         file["dff"] = TRACES
         file["output/other"] = TRACES
     minian(tmp_path / "f")
-    (tmp_path / "g").mkdir()
+    (tmp_path / "g/A.zarr").mkdir(parents=True)
     assert [path.name for path in sorted(tmp_path.iterdir()) if extractors.matches(path)] == [
         "a.mat", "b.mat", "c.mat", "f"
     ]  # fmt: skip
