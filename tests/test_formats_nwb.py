@@ -402,6 +402,18 @@ def test_pixels_of_no_weight_are_no_part_of_a_roi(recorded, tmp_path):
     assert [len(pixels) for pixels in read(path).rois.pixels] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("name", ["Accepted", "accepted", "iscell", "is_cell", "Rejected", "quality"])
+def test_judgements_by_their_usual_names(recorded, tmp_path, name):
+    path = shutil.copy(recorded, tmp_path / "a.nwb")
+    with h5py.File(path, "r+") as file:
+        table = file["processing/ophys/ImageSegmentation/PlaneSegmentation"]
+        del table["iscell"]
+        table[name] = np.array([1, 0, 1, 0])
+    found = read(path).accepted  # of rows 3, 0 and 2
+    expected = {"Rejected": [True, False, False], "quality": None}.get(name, [False, True, True])
+    assert expected == (None if found is None else found.tolist())
+
+
 def test_a_movie_whose_time_stamps_are_uneven_says_so(tmp_path):
     file = a_session()
     series = {"unit": "n.a.", "imaging_plane": a_plane(file), "timestamps": np.r_[np.arange(5) / 4, 9.0]}
