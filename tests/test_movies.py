@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import tifffile
 import zarr
 
 from napari_calvae.formats import _lazy, is_movie, read_movie, write_movie
+from napari_calvae.preprocess import extract
 from napari_calvae.recording import RecordingError
 
 SHAPE = (12, 16, 10)
@@ -557,3 +560,21 @@ def test_a_video_that_claims_more_frames_than_fit_into_it_has_those_that_are_the
     (tmp_path / "movie.avi").write_bytes(content)
     movie, _ = read_movie(tmp_path / "movie.avi")
     np.testing.assert_array_equal(np.asarray(movie), GREY)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.h5", "a.zarr"])
+def test_a_movie_that_vanishes_says_so_and_gives_no_traces(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.tif":
+        tifffile.imwrite(path, MOVIE, compression="zlib", metadata=None)
+    elif name == "a.h5":
+        with h5py.File(path, "w") as file:
+            file.create_dataset("mov", data=MOVIE, chunks=(4, 16, 10), compression="gzip")
+    else:
+        zarr.save_array(str(path), MOVIE)
+    movie, _ = read_movie(path)
+    (shutil.rmtree if path.is_dir() else os.unlink)(path)
+    labels = np.zeros(MOVIE.shape[1:], int)
+    labels[2:6, 2:6] = 1
+    with pytest.raises(RecordingError, match=rf"{name}: expected .*, found nothing there any more\. Put it back"):
+        extract(movie, labels, 10.0)

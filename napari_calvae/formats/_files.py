@@ -46,6 +46,10 @@ def readable(file: Path | str, kind: str, hint: str = "Copy it again, or save it
             f"{name}: expected {kind} that may be read, got no permission ({error}). "
             "Change the permissions of the file, or ask whoever owns it."
         ) from error
+    except FileNotFoundError as error:
+        raise RecordingError(
+            f"{name}: expected {kind}, found nothing there any more. Put it back, or open it from where it is now."
+        ) from error
     except DAMAGE as error:
         raise RecordingError(f"{name}: expected {kind}, got one that cannot be read ({error}). {hint}") from error
 

@@ -125,7 +125,7 @@ class _Pages:
         frames, *rest = key if isinstance(key, tuple) else (key,)
         pages = np.arange(self.shape[0])[frames]
         wanted = self.pages[np.atleast_1d(pages)].tolist()
-        with self.lock, self.tiff.filehandle as handle:
+        with self.lock, readable(self.file, _KIND, _HINT), self.tiff.filehandle as handle:
             handle.open()
             other = handle
             try:

@@ -97,7 +97,11 @@ class StoredChunks:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         with readable(self.folder, _KIND):
-            return np.asarray(self.array[key])
+            block = np.asarray(self.array[key])
+            # Chunks that are not there read as zeros: after the folder is gone, all of them.
+            if not any((self.folder / self.name / file).exists() for file in ("zarr.json", ".zarray")):
+                raise FileNotFoundError(self.folder)
+            return block
 
 
 def open_node(path: Path, name: str = "") -> Any:
