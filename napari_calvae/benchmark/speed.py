@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -139,6 +140,10 @@ def _machine(size: Size, model: str) -> Iterator[Row]:
         copy = 8 * len(numbers) / min(seconds_of(lambda: copied.copy_(numbers)) for _ in range(2 * size.repeats))
         spent = min(seconds_of(lambda: network(seen, FRAME_RATE)) for _ in range(4 * size.repeats))
     yield row("machine", "peak of one core, product of 1024 × 1024 matrices", peak / 1e9, "GFLOP/s")
+    if (os.cpu_count() or 1) > 1:
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool, cores(1):
+            both = min(seconds_of(lambda: list(pool.map(a.matmul, [a] * 20))) for _ in range(size.repeats))
+        yield row("machine", "two threads of such products against one", 20 * 2 * 1024**3 / peak / both, "×")
     yield row("machine", "bandwidth of one core, copying 128 MiB", copy / 1e9, "GB/s")
     yield row("machine", "the network needs, per frame", needed / size.roi_frames / 1e3, "kFLOP")
     yield row("machine", f"forward pass, {size.roi_frames} frames", 1e3 * spent, "ms")
