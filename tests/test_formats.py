@@ -375,6 +375,20 @@ def test_a_tiff_of_a_few_bytes_that_claims_a_gigabyte_is_not_decoded(tmp_path):
         read_movie(tmp_path / "a.tif")
 
 
+def test_room_that_is_reserved_is_there_and_keeps_what_was(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    _files.reserve(tmp_path / "a", 1000)
+    assert (tmp_path / "a").read_bytes() == b"abc" + bytes(1000)
+
+
+def test_the_table_of_rois_begins_with_their_ids(tmp_path):
+    found = a_result()
+    write(found, tmp_path / "a.csv")
+    with open(tmp_path / "a.rois.csv", newline="") as file:
+        first, *rows = csv.reader(file)
+    assert (first[0], [int(row[0]) for row in rows]) == ("roi", list(found.roi_ids))
+
+
 def test_what_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "a.h5", "w") as file:  # a claim of 800 GB in a file of a few hundred bytes
         file.create_dataset("dff", shape=(1_000_000, 100_000), dtype="f8", chunks=(100, 1000))

@@ -20,7 +20,7 @@ import tifffile
 from test_recording import a_result
 
 from napari_calvae import formats, infer, open_traces, read, write
-from napari_calvae.formats import nwb
+from napari_calvae.formats import is_movie, nwb
 from napari_calvae.recording import RecordingError, RoiMasks, Traces
 
 pynwb = pytest.importorskip("pynwb")
@@ -490,6 +490,7 @@ def test_one_photon_movies_and_volumes(tmp_path, volume):
     file.add_acquisition(kind(name="Series", description="Movie.", data=data, **series))
     with pynwb.NWBHDF5IO(str(tmp_path / "a.nwb"), "w") as io:
         io.write(file)
+    assert is_movie(tmp_path / "a.nwb")
     movie, rate = nwb.open_movie(tmp_path / "a.nwb")
     np.testing.assert_array_equal(movie.compute(), data.transpose(0, 3, 2, 1) if volume else data.transpose(0, 2, 1))
     assert rate == 4
