@@ -125,7 +125,7 @@ def check_memory(n_bytes: int, path: Path) -> None:
 
     A system that lends more memory than it has ends the process instead.
     """
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # as on Windows, which lends none
         return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if n_bytes > there:

@@ -91,7 +91,7 @@ def read_labels(path: str | Path) -> np.ndarray:
     if math.prod(movie.shape[:-2]) != 1 or math.prod(movie.shape) > MOST_PIXELS:
         raise RecordingError(
             f"{Path(path).name}: expected one label image (y, x) of at most {MOST_PIXELS:,} pixels, got the shape "
-            f"{movie.shape}. Give the image with the ROIs; a movie is given before it."
+            f"{movie.shape}. Give the image that holds the ROIs, not the movie."
         )
     labels = np.asarray(movie).reshape(movie.shape[-2:])
     if labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)):

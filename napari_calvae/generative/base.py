@@ -135,8 +135,8 @@ class GenerativeModel(abc.ABC):
     ) -> tuple[Float[Tensor, "*out time"], Float[Tensor, "*out time"]]:
         """Expected slow change of the baseline (ΔF/F) given fluorescence and spikes, and expected ΔF/F, that included.
 
-        Arguments are those of `log_prob`. Every frame has both, measured or not; without drift in
-        the noise it is zero.
+        Arguments are those of `log_prob`. Every frame has both, measured or not. Where the noise has no
+        drift the change is zero.
         """
         residual, expected, measured = self.residual(observed, counts, theta, frame_rate, valid, bins)
         drift = self.noise.drift(residual, expected, theta, frame_rate, measured)
