@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +179,8 @@ def soak(minutes: float, seed: int, only: list[str]) -> dict[str, Any]:
     errors: Counter[str] = Counter()
 
     def note(kind: type[BaseException], error: BaseException, *_: object) -> None:
-        errors[f"{kind.__name__}: {error}"] += 1
+        places = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-6:]]
+        errors[f"{kind.__name__}: {error} ({' › '.join(places)})"] += 1
 
     napari.utils.resize_dask_cache(5e7)  # napari keeps chunks in a tenth of the memory: that would look like a leak
     viewer = napari.Viewer(show=True)
