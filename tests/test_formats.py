@@ -387,6 +387,7 @@ def test_the_table_of_rois_begins_with_their_ids(tmp_path):
     with open(tmp_path / "a.rois.csv", newline="") as file:
         first, *rows = csv.reader(file)
     assert (first[0], [int(row[0]) for row in rows]) == ("roi", list(found.roi_ids))
+    assert (tmp_path / "a.events.csv").read_text().startswith("roi,sample,frame,time_s,count\n")
 
 
 def test_what_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -387,6 +387,21 @@ def test_uneven_time_stamps_and_a_rate_that_is_given_begin_where_they_begin(tmp_
     assert (traces.frame_rate, traces.t0) == (20.0, 3.5)
 
 
+def test_of_the_session_and_its_subject_all_is_kept(recorded):
+    assert read(recorded).provenance["session"] == {
+        "identifier": "mouse-7",
+        "session_start_time": "2024-03-04T05:06:07+00:00",
+        "session_description": "A mouse looks at gratings.",
+        "subject": {"subject_id": "mouse-7", "species": "Mus musculus", "sex": "F", "age": "P90D"},
+    }
+
+
+def test_rows_larger_than_a_block_are_read_all_the_same(recorded, monkeypatch):
+    whole = read(recorded).values
+    monkeypatch.setattr(nwb, "BLOCK_BYTES", 1)
+    np.testing.assert_array_equal(read(recorded).values, whole)
+
+
 def test_without_a_clock_time_begins_at_zero(recorded, tmp_path):
     path = shutil.copy(recorded, tmp_path / "a.nwb")
     with h5py.File(path, "r+") as file:

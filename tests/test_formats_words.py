@@ -85,6 +85,12 @@ def test_a_table_without_times_begins_at_zero(tmp_path):
     assert (traces.t0, traces.frame_rate, traces.roi_ids, traces.unit) == (0.0, 10.0, (1, 2), "dff")
 
 
+def test_columns_that_count_frames_are_no_rois(tmp_path):
+    (tmp_path / "a.csv").write_text(",index,Frame,roi_7\n" + "".join(f"{k},{k},{k},0.5\n" for k in range(9)))
+    traces = read(tmp_path / "a.csv", 10.0)
+    assert (traces.roi_ids, traces.values.tolist()) == ((7,), [[0.5] * 9])
+
+
 def test_named_arrays_that_say_no_more_begin_at_zero(tmp_path):
     np.savez(tmp_path / "a.npz", dff=np.zeros((2, 9)), frame_rate=10.0)
     assert read(tmp_path / "a.npz").t0 == 0.0
@@ -141,6 +147,18 @@ def test_a_data_set_of_ground_truth_is_read_to_the_last_value(tmp_path):
     assert [s.spike_times.tolist() for s in (first, second, third)] == [[1, 2], [3], [10]]
     assert len(read_ground_truth(tmp_path, min_duration=3.0)) == 0
     assert len(read_ground_truth(tmp_path, min_duration=2.9)) == 3
+
+
+def test_ground_truth_in_folders_of_data_sets(tmp_path):
+    found = {"time_stamps": np.arange(20.0)[None] / 10, "dff": np.zeros((1, 20)), "ap_times": [[1.0]]}
+    for place in ("a.mat", "DS1/b.mat", "DS1/deeper/c.mat"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        savemat(tmp_path / place, found)
+    sweeps = read_ground_truth(tmp_path)
+    assert {(sweep.cell, sweep.indicator) for sweep in sweeps} == {("a", ""), ("b", "")}
+    savemat(tmp_path / "a.mat", found | {"dff": np.zeros((2, 20))})
+    with pytest.raises(RecordingError, match=r"a\.mat: expected"):
+        read_ground_truth(tmp_path / "a.mat")
 
 
 def test_pickles_in_ground_truth_are_refused(tmp_path):

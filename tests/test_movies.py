@@ -103,6 +103,14 @@ STACK |= {"hRoiManager.scanVolumeRate": 7.5}
             lambda p: p[:10].reshape(2, 5, 16, 10)[:, :2],
             7.5,
         ),
+        *(
+            (
+                STACK | {"hFastZ.discardFlybackFrames": said, "hFastZ.numDiscardFlybackFrames": 1},
+                lambda p, n=n: p[: len(p) // n * n].reshape(-1, n, 16, 10)[:, :2],
+                7.5,
+            )
+            for said, n in (("true", 3), ("1", 3), ("false", 2))
+        ),
         # Several frames in each plane: a stack in space, whose images come as they were taken.
         (STACK | {"hStackManager.framesPerSlice": 6}, lambda p: p, 30.0),
     ],

@@ -61,6 +61,9 @@ def test_arrays_of_a_file_and_of_a_layer(tmp_path):
         light = calvae.read_stimulation(source)
         assert [t.tolist() for t in light.targets] == [[[1, 2]], [[3, 4], [5, 6]]]
         np.testing.assert_allclose(light.duration, 0.05)
+        np.testing.assert_allclose(light.power, 1)
+    light = calvae.read_stimulation(arrays | {"power": [0.5, 2.0]})
+    np.testing.assert_allclose(light.power, [0.5, 2])
     light = calvae.read_stimulation({"onset": [1.0, 2.0], "duration": [0.1, 0.2], "roi": [9, 4]}, ROIS)
     assert [t.tolist() for t in light.targets] == [[[5, 5]], [[2, 1]]]
 
@@ -88,6 +91,7 @@ def test_what_is_wrong_with_a_table_is_told(tmp_path, text, told):
         ({"times": [1.0]}, "expected the arrays onset .* got times"),
         ({"onset": ["a"], "duration": 0.1, "roi": [4]}, "all of them numbers"),
         ({"onset": [1.0], "duration": 0.1, "targets": [1, 2]}, r"array \(n, 2\)"),
+        ({"onset": [1.0], "duration": "0.1", "roi": [4]}, "all of them numbers"),
         ({"onset": [1.0], "duration": 0.1, "targets": [["1", "2"]]}, "all of them numbers"),
         ({"onset": [1.0, 2.0], "duration": 0.1, "targets": [[1, 2]]}, "at least one target for each of 2 pulses"),
         ({"onset": [1.0, 2.0], "duration": 0.1, "roi": [4, 9], "pulse": [0, 5]}, "at least one target for each of 2"),
