@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from napari_calvae.formats.ground_truth import Sweep
 from napari_calvae.generative import MODELS, GCaMP6s, Physiological
 from napari_calvae.generative.sites import GCAMP6S_GREENBERG
 from napari_calvae.pretrained import fit_kinetics
 from napari_calvae.pretrained.gauss_newton import CellFit, Scored, fit_cells, improve_shared
-from napari_calvae.pretrained.recordings import Snippets
-from napari_calvae.pretrained.simulations import SimulationSampler
+from napari_calvae.pretrained.kernels import align_clocks, kernel_rows
+from napari_calvae.pretrained.recordings import CLOCK_ERROR, RecordingSampler, Snippets, clock_errors
+from napari_calvae.pretrained.simulations import SimulationSampler, _delay
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"jgcamp8m", "gcamp6f"}))
@@ -29,6 +31,53 @@ def test_simulated_snippets_have_transients_after_their_spikes(name):
         if 5 < recent.sum() < len(counts) - 5:
             higher.append(np.nanmean(trace[recent]) > np.nanmean(trace[~recent]))
     assert np.mean(higher) > 0.7
+
+
+def recording(name: str, rise: float, late: float, seed: int) -> Sweep:
+    """Two minutes of a cell whose fluorescence rises in so many seconds, with a clock that is late."""
+    rng = np.random.default_rng(seed)
+    rate, n = 60.0, 7200
+    spikes = np.sort(rng.uniform(0, n / rate, 150))
+    after = (np.arange(n) / rate)[:, None] - spikes
+    dff = np.where(after > 0, (1 - np.exp(-after.clip(0) / rise)) * np.exp(-after.clip(0) / 0.8), 0).sum(1)
+    return Sweep(name, "c", "x", rate, late, (dff + 0.02 * rng.standard_normal(n)).astype(np.float32), spikes)
+
+
+def test_clocks_are_put_right_where_a_data_set_lies_beside_the_others():
+    late = [0.0, 0.06, 0.0, 0.0, -0.04, 0.0, 0.0]
+    sweeps = [recording(f"D{k}", 0.02 + 0.01 * k, shift, k) for k, shift in enumerate(late)]
+    aligned = align_clocks(sweeps)
+    # Lags are 25 ms apart, and how a rise is measured depends a little on where it falls between them.
+    np.testing.assert_allclose([b.t0 for b in aligned], 0, atol=0.012)
+    half = [row["50% (ms)"] for row in kernel_rows(aligned)]
+    assert np.all(np.diff(half) > -5)
+    few = align_clocks(sweeps[:3])
+    assert [s.t0 for s in few] == late[:3], "three data sets make no line"
+
+
+def test_clocks_of_snippets_are_off_by_as_much_as_is_said():
+    """A step in fluorescence at each spike of a slow cell: how many frames later than the count, over many snippets."""
+    sampler = RecordingSampler([recording("D", 0.001, 0.0, 3)])
+    out, rng = Snippets(60, 256), np.random.default_rng(0)
+    sampler.fill(out, range(60), rng)
+    lags = []
+    for trace, counts, rate in zip(out.fluorescence, out.counts, out.frame_rate, strict=True):
+        rise = np.diff(np.nan_to_num(trace, nan=np.nanmedian(trace)), prepend=np.nanmedian(trace))
+        if counts.sum() < 5 or rate < 10:
+            continue
+        across = [np.dot(rise[12:-12], counts[12 - k : len(counts) - 12 - k]) for k in range(-10, 11)]
+        lags.append((int(np.argmax(across)) - 10) / rate)
+    assert len(lags) > 20
+    assert np.std(lags) == pytest.approx(0.03, abs=0.012)
+    errors = clock_errors(20_000, 10.0, rng)
+    assert np.std(errors) == pytest.approx(np.hypot(CLOCK_ERROR, 0.1 / np.sqrt(12)), rel=0.02)
+
+
+def test_spikes_move_either_way():
+    counts = np.array([0.0, 0, 4, 0, 0])
+    np.testing.assert_allclose(_delay(counts, 1.25), [0, 0, 0, 3, 1])
+    np.testing.assert_allclose(_delay(counts, -1.25), [1, 3, 0, 0, 0])
+    np.testing.assert_allclose(_delay(counts, 0.0), counts)
 
 
 def responses(n_cells: int, n_frames: int) -> tuple[torch.Tensor, torch.Tensor]:

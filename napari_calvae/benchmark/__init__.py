@@ -18,8 +18,8 @@ from napari_calvae.benchmark.ground_truth import (
     prepare,
     suite2p_method,
 )
-from napari_calvae.benchmark.kernels import kernel_rows
 from napari_calvae.formats.ground_truth import read_ground_truth
+from napari_calvae.pretrained.kernels import kernel_rows
 
 __all__ = [
     "MARGIN",

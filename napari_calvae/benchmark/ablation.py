@@ -17,6 +17,7 @@ from napari_calvae.benchmark.ground_truth import SHIFTS
 from napari_calvae.benchmark.paper.record import to_table
 from napari_calvae.formats import whole_files
 from napari_calvae.formats.ground_truth import Sweep
+from napari_calvae.pretrained.kernels import align_clocks
 from napari_calvae.pretrained.recordings import FOLDS, RecordingSampler
 from napari_calvae.pretrained.simulations import SimulationSampler
 from napari_calvae.pretrained.train import MODELS_SIMULATED, UNIVERSAL, Recipe, iter_pretrain, universal_model
@@ -37,12 +38,14 @@ class Variant:
     network: Callable[[], RecognitionNetwork] = _network
     simulation_steps: float = 0.12
     simulated: float = 0.25
+    aligned: bool = True
 
 
 VARIANTS = (
     Variant("as shipped: counts, gain acting frame by frame, both kinds of data"),
     Variant("simulations only", simulation_steps=1.0, simulated=1.0),
     Variant("recordings only", simulation_steps=0.0, simulated=0.0),
+    Variant("clocks of recordings as they are", aligned=False),
     Variant("gain acting on all frames alike", lambda: _network(local_gain=False)),
     Variant("no gain (categorical)", lambda: _network(local_gain=False, gain_scale=0.0)),
     Variant("no gain, Bernoulli", lambda: _network(local_gain=False, gain_scale=0.0, max_count=1)),
@@ -77,7 +80,8 @@ def ablation_rows(
     """
     out.mkdir(parents=True, exist_ok=True)
     left_out = FOLDS[fold - 1]
-    known = RecordingSampler([s for s in sweeps if not s.dataset.startswith(left_out)])
+    known = [s for s in sweeps if not s.dataset.startswith(left_out)]
+    aligned = align_clocks(known)
     unseen = [s for s in sweeps if s.dataset.startswith(left_out)]
     simulations = SimulationSampler(MODELS_SIMULATED.split(","))
     rows = []
@@ -86,7 +90,8 @@ def ablation_rows(
         network = variant.network()
         chosen = replace(recipe, simulation_steps=variant.simulation_steps, simulated=variant.simulated)
         seconds = 0.0
-        for record in iter_pretrain(network, known, simulations, chosen, out / f"variant{number}.checkpoint"):
+        recordings = RecordingSampler(aligned if variant.aligned else known)
+        for record in iter_pretrain(network, recordings, simulations, chosen, out / f"variant{number}.checkpoint"):
             seconds = record.seconds
         row = {"variant": variant.name, **_score(Models(universal_model(network, variant.name)), unseen)}
         row["parameters"] = sum(p.numel() for p in network.parameters())

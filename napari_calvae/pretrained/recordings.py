@@ -14,6 +14,8 @@ from napari_calvae.preprocess import bin_spikes, noise_level, resample
 NU_PER_DENSITY = 100 * 0.6744897501960817 * np.sqrt(2)
 #: Frame rates (Hz) that the universal model accepts.
 FRAME_RATES = (3.0, 120.0)
+#: Standard deviation (s) of the clocks of recordings.
+CLOCK_ERROR = 0.02
 #: Whole data sets that are left out together in cross-validation. Related ones share a fold: DS10, 11 and 13; DS15 and
 #: 16; DS24 and 26; DS30 and 31.
 FOLDS = (
@@ -82,13 +84,22 @@ def _vary(sweep: Sweep, window: int, rng: np.random.Generator) -> tuple[np.ndarr
     n_native = int(np.ceil((window + 1) * native / target)) + 1
     start = rng.integers(max(1, len(sweep.dff) - n_native + 1))
     piece = sweep.dff[start : start + n_native].astype(np.float64)
-    t0 = sweep.t0 * stretch + start / native
+    t0 = sweep.t0 * stretch + start / native + clock_errors(1, min(slow, target), rng)[0]
     piece = piece + _extra_noise(piece, native, rng)
     dff, shift = resample(piece, native, slow)
     dff, more = resample(dff, slow, target)
     shift += more
     counts = bin_spikes(sweep.spike_times * stretch, t0 + shift, target, len(dff))
     return lose_frames(dff, rng), counts, target
+
+
+def clock_errors(n: int, frame_rate: float, rng: np.random.Generator) -> np.ndarray:
+    """(n,) s by which clocks are off: with a standard deviation of 20 ms, and by up to half a frame.
+
+    So much is left between data sets when the delay is known that goes with a rise (``kernels.align_clocks``), and a
+    frame's time stamp may be that of its beginning or its end. A posterior for recordings of any clock is as wide.
+    """
+    return CLOCK_ERROR * rng.standard_normal(n) + rng.uniform(-0.5, 0.5, n) / frame_rate
 
 
 def _target_rate(native: float, rng: np.random.Generator) -> float:

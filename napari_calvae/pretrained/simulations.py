@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from napari_calvae.generative import MODELS
-from napari_calvae.pretrained.recordings import FRAME_RATES, Snippets, lose_frames
+from napari_calvae.pretrained.recordings import FRAME_RATES, Snippets, clock_errors, lose_frames
 
 #: Simulations run at about this rate (Hz) at least, and are averaged down to the frame rate.
 FINE_RATE = 90.0
@@ -35,8 +35,7 @@ class SimulationSampler:
         substeps = int(np.clip(np.ceil(FINE_RATE / rate), 1, 16))
         fine_rate = rate * substeps
         fine = [simulate_spikes(window * substeps, fine_rate, rng) for _ in rows]
-        # Recordings differ in when fluorescence is seen to follow, by up to a tenth of a second.
-        delay = rng.uniform(0, np.where(rng.random(n) < 0.3, 0.12, 0.03)) + rng.uniform(0, 1.0, n) / rate
+        delay = clock_errors(n, rate, rng)
         # Float64 holds a long simulation's scans without loss; it is small beside the network.
         late = np.stack([_delay(c, d * fine_rate) for c, d in zip(fine, delay, strict=True)])
         model = self.models[rng.integers(len(self.models))]
@@ -85,7 +84,9 @@ def simulate_spikes(n_bins: int, bin_rate: float, rng: np.random.Generator) -> n
 
 
 def _delay(counts: np.ndarray, bins: float) -> np.ndarray:
-    """Move spikes later by a number of bins, shared between the two nearest ones."""
+    """Move spikes later by a number of bins (or earlier, by a negative one), shared between the two nearest ones."""
+    if bins < 0:
+        return _delay(counts[::-1], -bins)[::-1]
     whole, part = int(bins), bins - int(bins)
     padded = np.concatenate([np.zeros(whole + 1), counts])
     return ((1 - part) * padded[1:] + part * padded[:-1])[: len(counts)]

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.metrics import describe
+from napari_calvae.pretrained.kernels import align_clocks
 from napari_calvae.pretrained.recordings import FOLDS, FRAME_RATES, RecordingSampler, Snippets
 from napari_calvae.pretrained.simulations import SimulationSampler
 from napari_calvae.recognition import CausalNetwork, FactorizedNetwork, RecognitionNetwork
@@ -151,7 +152,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     left_out = FOLDS[fold - 1] if fold else ()
     sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
-    recordings, simulations = RecordingSampler(sweeps), SimulationSampler(models.split(","))
+    recordings, simulations = RecordingSampler(align_clocks(sweeps)), SimulationSampler(models.split(","))
     torch.manual_seed(seed)
     network = CausalNetwork(min_frames=min(WINDOWS)) if live else FactorizedNetwork(**UNIVERSAL)
     recipe = Recipe(n_steps=steps, simulation_steps=simulation_steps, seed=seed)
