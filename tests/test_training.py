@@ -16,8 +16,8 @@ from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, Snippets
 from napari_calvae.fitting.sleep import Dreams, _late
 from napari_calvae.generative import MODELS, NOISES, SpikePrior
 from napari_calvae.inference import infer
-from napari_calvae.recognition import NETWORKS, ThetaEntry
 from napari_calvae.pretrained.recordings import CLOCK_ERROR
+from napari_calvae.recognition import NETWORKS, ThetaEntry
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import TrainConfig, iter_train, read_history
 from napari_calvae.vae import SpikeVAE
