@@ -56,18 +56,18 @@ def kernel_rows(sweeps: Sequence[Sweep]) -> Iterator[dict[str, Any]]:
 
 
 def align_clocks(sweeps: Sequence[Sweep]) -> list[Sweep]:
-    """Sweeps whose frames are earlier by how much later than in other data sets fluorescence is seen to follow.
+    """Move the frames of each data set so that fluorescence follows spikes as late as in others that rise as fast.
 
-    What rises slowly is also seen later, and of simulations without any delay the lag at half of the rise lies on the
-    line that the data sets make over the time of the rise (Theil–Sen, which a few odd ones do not bend). Where a data
-    set lies beside that line (by 16 ms in the median, up to 75), its clock says so and not its cells: a network that
-    learned such lags could only guess them, by what a new recording resembles.
+    What rises slowly is also seen late: over the time from 10 to 90 % of the rise, the lags at half of it make a line
+    (Theil–Sen, which a few odd ones do not bend), on which simulations without any delay lie, too. Where a data set
+    lies beside it (16 ms in the median, up to 75), that is taken for its clock: a network that learned such lags could
+    only guess them, by what a new recording resembles. Fewer than five data sets stay as they are.
     """
     rows = list(kernel_rows(sweeps))
-    half = np.array([row["50% (ms)"] for row in rows])
-    rise = np.array([row["90% (ms)"] - row["10% (ms)"] for row in rows])
     if len(rows) < _FEWEST:
         return list(sweeps)
+    half = np.array([row["50% (ms)"] for row in rows])
+    rise = np.array([row["90% (ms)"] - row["10% (ms)"] for row in rows])
     line = theilslopes(half, rise)
     late = dict(zip((row["data set"] for row in rows), half - line.slope * rise - line.intercept, strict=True))
     return [replace(s, t0=s.t0 - late.get(s.dataset, 0.0) / 1000) for s in sweeps]
