@@ -13,10 +13,9 @@ from torch import nn
 from napari_calvae import objectives
 from napari_calvae.fitting import _loss, fit, iter_fit
 from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, Snippets
-from napari_calvae.fitting.sleep import Dreams, _late
+from napari_calvae.fitting.sleep import Dreams
 from napari_calvae.generative import MODELS, NOISES, SpikePrior
 from napari_calvae.inference import infer
-from napari_calvae.pretrained.recordings import CLOCK_ERROR
 from napari_calvae.recognition import NETWORKS, ThetaEntry
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import TrainConfig, iter_train, read_history
@@ -473,17 +472,20 @@ def test_rendered_spikes_keep_the_rate_and_explain_the_fluorescence(recording, h
     assert similarity > 0.7
 
 
-def test_clocks_of_dreams_are_off_but_spikes_keep_their_number():
-    """20 ms and up to half a frame: at 20 Hz 0.4 frames and 1/√12 of one, to within three errors of 4,000 draws."""
-    counts = torch.zeros(4000, 21)
-    counts[:, 10] = 2
-    late = _late(counts, 20.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(late.sum(-1), counts.sum(-1))
-    assert ((late > 0).sum(-1) <= 2).all()
-    frames = (late * torch.arange(21.0)).sum(-1) / 2 - 10
-    spread = float(np.hypot(20 * CLOCK_ERROR, 12**-0.5))
-    assert abs(float(frames.mean())) < 3 * spread / 4000**0.5
-    assert float(frames.std()) == pytest.approx(spread, rel=3 / (2 * 4000) ** 0.5)
+def test_clocks_of_dreams_are_off_but_spikes_keep_their_frames(recording, half_trained, monkeypatch):
+    """Rendered with a clock that is four frames late, the same spikes are seen four frames later."""
+    snippets = Snippets(recording[0], TrainConfig(batch=24, window=600))
+    dreams, index = Dreams(half_trained, snippets), snippets.draw(torch.Generator().manual_seed(0))
+    rate, seen = snippets.frame_rate, []
+    for late in (0.0, 4.0):
+        monkeypatch.setattr("napari_calvae.fitting.sleep.clock_errors", lambda n, *_, by=late: np.full(n, by / rate))
+        seen.append(dreams.render(index, torch.Generator().manual_seed(1)))
+    (right, counts), (off, same) = seen
+    assert torch.equal(counts, same)
+    steps = [x.nan_to_num().diff(dim=-1) for x in (right, off)]
+    spikes = counts[:, :-1].float()
+    follows = [[float((s[:, k:] * spikes[:, : s.shape[1] - k]).sum()) for k in range(9)] for s in steps]
+    assert np.argmax(follows[1]) - np.argmax(follows[0]) == 4
 
 
 def test_snippets_keep_to_what_was_measured(recording):

@@ -6,6 +6,7 @@ starting network, so that rates, bursts and silences are the recording's. No tru
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.nn.functional import pad
 from napari_calvae import objectives
 from napari_calvae.fitting.losses import Snippets
 from napari_calvae.generative import Theta
-from napari_calvae.pretrained.recordings import CLOCK_ERROR
+from napari_calvae.pretrained.recordings import clock_errors
+from napari_calvae.pretrained.simulations import delayed
 from napari_calvae.recognition import CHUNK
 from napari_calvae.vae import SpikeVAE
 
@@ -87,7 +89,10 @@ class Dreams:
         counts = self._lay(rows, longer, gain, generator)
         theta = {name: value[rows] for name, value in self.theta.items()}
         theta = self._jittered(theta, generator)
-        clean = generative.fluorescence(_late(counts, rate, generator), theta, rate)
+        # What the recording's clock is, dreams cannot tell: with theirs right a network would learn to be sure of it.
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        late = delayed(counts.numpy(), rate * clock_errors(len(counts), rate, rng))
+        clean = generative.fluorescence(torch.from_numpy(late).to(counts.dtype), theta, rate)
         baseline = theta["baseline"][:, None]
         clean = baseline + (clean[:, lead:] - baseline) / gain[:, None] + self.slow[index]
         spread = self.noise[rows] * torch.exp(JITTER * torch.randn(rows.shape, generator=generator))
@@ -126,22 +131,6 @@ class SleepLoss:
         valid = self.snippets.valid[index]
         posterior = self.network(dff, self.snippets.frame_rate, valid)
         return objectives.supervised(posterior.log_prob(counts, valid), valid.sum(-1)), {}
-
-
-def _late(counts: Tensor, frame_rate: float, generator: torch.Generator) -> Tensor:
-    """(row, time) counts as a clock shows them that is off, shared between the two nearest frames.
-
-    What the recording's clock is, dreams cannot tell: without this a network would learn to be sure of it.
-    """
-    n, n_frames = counts.shape
-    seconds = (
-        CLOCK_ERROR * torch.randn(n, generator=generator) + (torch.rand(n, generator=generator) - 0.5) / frame_rate
-    )
-    at = torch.arange(n_frames) - (seconds * frame_rate)[:, None]
-    part = at - at.floor()
-    left = at.floor().long().clamp(0, n_frames - 1)
-    right = (at.floor().long() + 1).clamp(0, n_frames - 1)
-    return (1 - part) * counts.gather(-1, left) + part * counts.gather(-1, right)
 
 
 def _running_mean(x: Tensor, valid: Tensor, window: int) -> Tensor:

@@ -59,7 +59,7 @@ def align_clocks(sweeps: Sequence[Sweep]) -> list[Sweep]:
     """Move the frames of each data set so that fluorescence follows spikes as late as in others that rise as fast.
 
     What rises slowly is also seen late: over the time from 10 to 90 % of the rise, the lags at half of it make a line
-    (Theil–Sen, which a few odd ones do not bend), on which simulations without any delay lie, too. Where a data set
+    (Theil–Sen, which a few odd ones do not bend), near which simulations without any delay lie, too. Where a data set
     lies beside it (16 ms in the median, up to 75), that is taken for its clock: a network that learned such lags could
     only guess them, by what a new recording resembles. Fewer than five data sets stay as they are.
     """

@@ -37,7 +37,7 @@ class SimulationSampler:
         fine = [simulate_spikes(window * substeps, fine_rate, rng) for _ in rows]
         delay = clock_errors(n, rate, rng)
         # Float64 holds a long simulation's scans without loss; it is small beside the network.
-        late = np.stack([_delay(c, d * fine_rate) for c, d in zip(fine, delay, strict=True)])
+        late = delayed(np.stack(fine), delay * fine_rate)
         model = self.models[rng.integers(len(self.models))]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         theta = model.sample_prior(n, generator)
@@ -83,8 +83,12 @@ def simulate_spikes(n_bins: int, bin_rate: float, rng: np.random.Generator) -> n
     return counts
 
 
+def delayed(counts: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """(row, time) counts, each row moved later by so many bins, or earlier; shared between the two nearest ones."""
+    return np.stack([_delay(row, by) for row, by in zip(counts, bins, strict=True)])
+
+
 def _delay(counts: np.ndarray, bins: float) -> np.ndarray:
-    """Move spikes later by a number of bins (or earlier, by a negative one), shared between the two nearest ones."""
     if bins < 0:
         return _delay(counts[::-1], -bins)[::-1]
     whole, part = int(bins), bins - int(bins)
