@@ -11,15 +11,15 @@ from napari_calvae.generative import MODELS, GCaMP6s, Physiological
 from napari_calvae.generative.sites import GCAMP6S_GREENBERG
 from napari_calvae.pretrained import fit_kinetics
 from napari_calvae.pretrained.gauss_newton import CellFit, Scored, fit_cells, improve_shared
-from napari_calvae.pretrained.kernels import align_clocks, kernel_rows
+from napari_calvae.pretrained.kernels import DELAY_LINE, align_clocks, kernel_rows, simulated_delays
 from napari_calvae.pretrained.recordings import CLOCK_ERROR, RecordingSampler, Snippets, clock_errors
 from napari_calvae.pretrained.simulations import SimulationSampler, delayed
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"jgcamp8m", "gcamp6f"}))
 def test_simulated_snippets_have_transients_after_their_spikes(name):
-    sampler, out = SimulationSampler([name]), Snippets(6, 192)
-    sampler.fill(out, range(6), np.random.default_rng(4))
+    sampler, out = SimulationSampler([name]), Snippets(24, 192)
+    sampler.fill(out, range(24), np.random.default_rng(5))
     measured = np.isfinite(out.fluorescence)
     assert measured.mean() > 0.9
     assert out.scored.all()
@@ -46,13 +46,40 @@ def recording(name: str, rise: float, late: float, seed: int) -> Sweep:
 def test_clocks_are_put_right_where_a_data_set_lies_beside_the_others():
     late = [0.0, 0.06, 0.0, 0.0, -0.04, 0.0, 0.0]
     sweeps = [recording(f"D{k}", 0.02 + 0.01 * k, shift, k) for k, shift in enumerate(late)]
-    aligned = align_clocks(sweeps)
+    aligned, line = align_clocks(sweeps)
     # Lags are 25 ms apart, and how a rise is measured depends a little on where it falls between them.
     np.testing.assert_allclose([b.t0 for b in aligned], 0, atol=0.012)
-    half = [row["50% (ms)"] for row in kernel_rows(aligned)]
-    assert np.all(np.diff(half) > -5)
-    few = align_clocks(sweeps[:3])
-    assert [s.t0 for s in few] == late[:3], "three data sets make no line"
+    assert 0.2 < line.slope < 0.8
+    rows = list(kernel_rows(aligned))
+    half = np.array([row["50% (ms)"] for row in rows]) / 1000
+    rise = np.array([row["90% (ms)"] - row["10% (ms)"] for row in rows]) / 1000
+    np.testing.assert_allclose(half, line.half(rise), atol=0.008)
+
+
+def test_few_data_sets_are_put_on_the_line_of_all():
+    aligned, line = align_clocks([recording(f"D{k}", 0.03, late, k) for k, late in enumerate((0.0, 0.2, -0.1))])
+    assert line == DELAY_LINE
+    np.testing.assert_allclose(np.diff([s.t0 for s in aligned]), 0, atol=0.012)
+    assert abs(aligned[0].t0) < 0.03
+
+
+@pytest.mark.parametrize("name", ["linear_ar", "dye_binding", "physiological"])
+def test_simulations_lie_on_the_line_of_recordings(name):
+    """With the delay that is said, responses measured as those of recordings are half risen when the line says."""
+    model, n, rate, n_frames = MODELS[name](), 8, 100.0, 20_000
+    theta = model.sample_prior(n, torch.Generator().manual_seed(3))
+    rng = np.random.default_rng(0)
+    counts = (rng.random((n, n_frames)) < 0.005).astype(float)
+    beside = []
+    for delay in (np.zeros(n), simulated_delays(model, theta)):
+        late = torch.as_tensor(delayed(counts, delay * rate), dtype=torch.float32)
+        dff = model.fluorescence(late, theta, rate).numpy()
+        spikes = [np.flatnonzero(row) / rate for row in counts]
+        rows = list(kernel_rows([Sweep(str(k), "c", "x", rate, 0.0, dff[k], spikes[k]) for k in range(n)]))
+        half = np.array([row["50% (ms)"] for row in rows]) / 1000
+        rise = np.array([row["90% (ms)"] - row["10% (ms)"] for row in rows]) / 1000
+        beside.append(np.median(np.abs(half - DELAY_LINE.half(rise))))
+    assert beside[1] < 0.005 < beside[0], beside
 
 
 def test_clocks_of_snippets_are_off(monkeypatch):

@@ -81,9 +81,9 @@ def ablation_rows(
     out.mkdir(parents=True, exist_ok=True)
     left_out = FOLDS[fold - 1]
     known = [s for s in sweeps if not s.dataset.startswith(left_out)]
-    aligned = align_clocks(known)
+    aligned, line = align_clocks(known)
     unseen = [s for s in sweeps if s.dataset.startswith(left_out)]
-    simulations = SimulationSampler(MODELS_SIMULATED.split(","))
+    simulations = SimulationSampler(MODELS_SIMULATED.split(","), line)
     rows = []
     for number, variant in enumerate(variants):
         torch.manual_seed(recipe.seed)

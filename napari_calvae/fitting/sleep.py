@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from napari_calvae import objectives
 from napari_calvae.fitting.losses import Snippets
 from napari_calvae.generative import Theta
+from napari_calvae.pretrained.kernels import simulated_delays
 from napari_calvae.pretrained.recordings import clock_errors
 from napari_calvae.pretrained.simulations import delayed
 from napari_calvae.recognition import CHUNK
@@ -91,7 +92,8 @@ class Dreams:
         theta = self._jittered(theta, generator)
         # What the recording's clock is, dreams cannot tell: with theirs right a network would learn to be sure of it.
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        late = delayed(counts.numpy(), rate * clock_errors(len(counts), rate, rng))
+        delay = simulated_delays(generative, theta) + clock_errors(len(counts), rate, rng)
+        late = delayed(counts.numpy(), rate * delay)
         clean = generative.fluorescence(torch.from_numpy(late).to(counts.dtype), theta, rate)
         baseline = theta["baseline"][:, None]
         clean = baseline + (clean[:, lead:] - baseline) / gain[:, None] + self.slow[index]

@@ -1,6 +1,6 @@
 """When fluorescence follows a spike, data set by data set: the confound that no deconvolution can see.
 
-And what training does about it: recordings are shown as if the clock of each were right.
+And what training does about it: recordings are shown as if the clock of each were right, simulations are as late.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.ndimage import uniform_filter1d
 from scipy.stats import theilslopes
 
 from napari_calvae.formats.ground_truth import Sweep
+from napari_calvae.generative import GenerativeModel, Theta
 
 #: Lags (s) at which the response is estimated before and shortly after a spike; further ones grow by 15 % each.
 _FIRST, _EVEN, _LAST = -0.2, 0.6, 6.0
@@ -26,6 +28,25 @@ _SMOOTH = 0.02
 _SHARES = (0.1, 0.5, 0.9)
 #: Fewer data sets than these make no line.
 _FEWEST = 5
+#: Lags (s) between which responses are estimated at best; simulated ones are seen as bluntly.
+_STEP = 0.025
+#: Rate (Hz) at which a simulated response is looked at, and for how long before a spike (s).
+_RESPONSE_RATE, _BEFORE = 200.0, 0.1
+
+
+class DelayLine(NamedTuple):
+    """Lag (s) at which a response to a spike is half risen, over the time (s) from 10 to 90 % of its rise."""
+
+    slope: float
+    intercept: float
+
+    def half(self, rise: np.ndarray) -> np.ndarray:
+        """Lag (s) at half of a rise that takes so long (s)."""
+        return self.intercept + self.slope * rise
+
+
+#: The line of the 22 data sets of Rupprecht et al. 2021 and 2025 (``calvae benchmark kernels``, Theil–Sen).
+DELAY_LINE = DelayLine(0.626, -0.029)
 
 
 def kernel_rows(sweeps: Sequence[Sweep]) -> Iterator[dict[str, Any]]:
@@ -41,7 +62,7 @@ def kernel_rows(sweeps: Sequence[Sweep]) -> Iterator[dict[str, Any]]:
         groups[sweep.dataset][sweep.cell].append(sweep)
     for dataset, cells in groups.items():
         rate = float(np.median([s.frame_rate for own in cells.values() for s in own]))
-        lags = _lags(0.025 if rate > 40 else 0.05)
+        lags = _lags(_STEP if rate > 40 else 2 * _STEP)
         early = lags <= _EVEN + 1e-9
         found = [response(own, lags) for own in cells.values()]
         scaled = [r / r[early].max() for r in found if r[early].max() > 0]
@@ -55,22 +76,45 @@ def kernel_rows(sweeps: Sequence[Sweep]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def align_clocks(sweeps: Sequence[Sweep]) -> list[Sweep]:
+def align_clocks(sweeps: Sequence[Sweep]) -> tuple[list[Sweep], DelayLine]:
     """Move the frames of each data set so that fluorescence follows spikes as late as in others that rise as fast.
 
     What rises slowly is also seen late: over the time from 10 to 90 % of the rise, the lags at half of it make a line
-    (Theil–Sen, which a few odd ones do not bend), near which simulations without any delay lie, too. Where a data set
-    lies beside it (16 ms in the median, up to 75), that is taken for its clock: a network that learned such lags could
-    only guess them, by what a new recording resembles. Fewer than five data sets stay as they are.
+    (Theil–Sen, which a few odd ones do not bend). Where a data set lies beside it (16 ms in the median, up to 75),
+    that is taken for its clock: a network that learned such lags could only guess them, by what a new recording
+    resembles. The line is returned as well; fewer than five data sets are put on that of all 22 (``DELAY_LINE``).
     """
     rows = list(kernel_rows(sweeps))
-    if len(rows) < _FEWEST:
-        return list(sweeps)
-    half = np.array([row["50% (ms)"] for row in rows])
-    rise = np.array([row["90% (ms)"] - row["10% (ms)"] for row in rows])
-    line = theilslopes(half, rise)
-    late = dict(zip((row["data set"] for row in rows), half - line.slope * rise - line.intercept, strict=True))
-    return [replace(s, t0=s.t0 - late.get(s.dataset, 0.0) / 1000) for s in sweeps]
+    half = np.array([row["50% (ms)"] for row in rows]) / 1000
+    rise = np.array([row["90% (ms)"] - row["10% (ms)"] for row in rows]) / 1000
+    line = DELAY_LINE
+    if len(rows) >= _FEWEST:
+        found = theilslopes(half, rise)
+        line = DelayLine(float(found.slope), float(found.intercept))
+    late = dict(zip((row["data set"] for row in rows), half - line.half(rise), strict=True))
+    return [replace(s, t0=s.t0 - late.get(s.dataset, 0.0)) for s in sweeps], line
+
+
+def simulated_delays(model: GenerativeModel, theta: Theta, line: DelayLine = DELAY_LINE) -> np.ndarray:
+    """(cell,) s by which fluorescence from a generative model has to come later to lie on the line of recordings.
+
+    Without a delay, what rises fast would be later than recordings that rise as fast (15 ms), what rises slowly
+    earlier (20 ms). The response to one spike is looked at, blurred by 25 ms as those of recordings are, whose lags lie
+    so far apart. A cell without one is not moved.
+    """
+    before, n = round(_BEFORE * _RESPONSE_RATE), round((_BEFORE + _EVEN) * _RESPONSE_RATE)
+    some = next(iter(theta.values()))
+    counts = torch.zeros(len(some), n, dtype=some.dtype)
+    counts[:, before] = 1
+    with torch.no_grad():
+        clean = model.fluorescence(counts, theta, _RESPONSE_RATE)
+    blur = np.bartlett(2 * round(_STEP * _RESPONSE_RATE) + 1)
+    rising = np.apply_along_axis(np.convolve, 1, (clean - clean[:, :1]).double().numpy(), blur, "valid")
+    lags = (np.arange(rising.shape[1]) + len(blur) // 2 - before) / _RESPONSE_RATE
+    peak = rising.max(1)
+    scaled = rising / np.where(peak > 0, peak, 1)[:, None]
+    first, half, last = np.array([[_crossing(lags, curve, share) for curve in scaled] for share in _SHARES])
+    return np.where(peak > 0, line.half(last - first) - half, 0.0)
 
 
 def response(sweeps: Sequence[Sweep], lags: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from napari_calvae.generative import MODELS
+from napari_calvae.pretrained.kernels import DELAY_LINE, DelayLine, simulated_delays
 from napari_calvae.pretrained.recordings import FRAME_RATES, Snippets, clock_errors, lose_frames
 
 #: Simulations run at about this rate (Hz) at least, and are averaged down to the frame rate.
@@ -21,10 +22,15 @@ class SimulationSampler:
     ----------
     models
         Their names. Those of an indicator's kinetics loop over time: a batch takes seconds, not tenths of them.
+    line
+        How late fluorescence is for its rise.
     """
 
-    def __init__(self, models: Sequence[str] = ("linear_ar", "dye_binding", "physiological")) -> None:
+    def __init__(
+        self, models: Sequence[str] = ("linear_ar", "dye_binding", "physiological"), line: DelayLine = DELAY_LINE
+    ) -> None:
         self.models = [MODELS[name]() for name in models]
+        self.line = line
 
     def fill(self, out: Snippets, rows: Sequence[int], rng: np.random.Generator) -> None:
         """Fill ``rows`` of ``out``; those of one call share frame rate and model."""
@@ -35,12 +41,12 @@ class SimulationSampler:
         substeps = int(np.clip(np.ceil(FINE_RATE / rate), 1, 16))
         fine_rate = rate * substeps
         fine = [simulate_spikes(window * substeps, fine_rate, rng) for _ in rows]
-        delay = clock_errors(n, rate, rng)
-        # Float64 holds a long simulation's scans without loss; it is small beside the network.
-        late = delayed(np.stack(fine), delay * fine_rate)
         model = self.models[rng.integers(len(self.models))]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         theta = model.sample_prior(n, generator)
+        delay = simulated_delays(model, theta, self.line) + clock_errors(n, rate, rng)
+        # Float64 holds a long simulation's scans without loss; it is small beside the network.
+        late = delayed(np.stack(fine), delay * fine_rate)
         with torch.no_grad():
             clean = model.fluorescence(torch.as_tensor(late, dtype=torch.float32), theta, fine_rate).double().numpy()
         clean = clean.reshape(n, window, substeps)

@@ -152,7 +152,8 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     left_out = FOLDS[fold - 1] if fold else ()
     sweeps = [s for s in read_ground_truth(data, min_duration=2.0) if not (left_out and s.dataset.startswith(left_out))]
-    recordings, simulations = RecordingSampler(align_clocks(sweeps)), SimulationSampler(models.split(","))
+    aligned, line = align_clocks(sweeps)
+    recordings, simulations = RecordingSampler(aligned), SimulationSampler(models.split(","), line)
     torch.manual_seed(seed)
     network = CausalNetwork(min_frames=min(WINDOWS)) if live else FactorizedNetwork(**UNIVERSAL)
     recipe = Recipe(n_steps=steps, simulation_steps=simulation_steps, seed=seed)
