@@ -37,7 +37,6 @@ TERMS = {
     "log_truth": ("Log-probability of the labels", "nats per snippet"),
     "held_out": ("Held-out cells, lower is better", "nats/s"),
 }
-_GAIN = re.compile(r"(held-out bound|rendered pairs) ([+-](?:\d+\.\d+|inf)|[+-]?nan) nats/s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,28 +88,23 @@ class Glimpse:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the held-out cells say: whether the new weights were kept, and how much better they are (nats/s).
+    """What the held-out cells say: whether the new weights were kept, and in words by what measure.
 
-    None where nothing was held out, or where no pairs were rendered.
+    None where nothing was held out.
     """
 
     kept: bool | None
-    bound: float | None = None
-    pairs: float | None = None
+    told: str = ""
 
     @property
     def sentence(self) -> str:
         """The same in plain words."""
         if self.kept is None:
             return "Fitted to the labelled spikes; no cell was left to judge by. Compare before and after yourself."
-        told = f"bound {_signed(self.bound)} nats/s"
-        told += f", simulated spikes {_signed(self.pairs)} nats/s" if self.pairs is not None else ""
         if self.kept:
-            return (
-                f"Better on held-out data ({told}; above 0 is better). Compare before and after, then keep it or not."
-            )
+            return f"Better: {self.told}. Compare before and after, then keep it or not."
         return (
-            f"No better on held-out data ({told}; above 0 is better), so the old weights stay. "
+            f"No better, so the old weights stay: {self.told}. "
             "Fit to more cells, or try another objective, noise or learning rate."
         )
 
@@ -290,11 +284,8 @@ def typed_rois(text: str, ids: Sequence[int]) -> tuple[int, ...]:
 
 def verdict_of(description: str) -> Verdict:
     """Read the judgement that `calvae.iter_fit` writes at the end of a model's description."""
-    outcome = description.rsplit(";", 1)[-1]
-    gains = {name: float(value) for name, value in _GAIN.findall(outcome)}
-    if "held-out bound" not in gains:
-        return Verdict(None)
-    return Verdict("not kept" not in outcome, gains["held-out bound"], gains.get("rendered pairs"))
+    outcome, _, told = description.rsplit(";", 1)[-1].partition(": ")
+    return Verdict("not kept" not in outcome, told) if told else Verdict(None)
 
 
 def save(model: calvae.SpikeVAE, path: Path, overwrite: bool = False) -> Path:
@@ -315,10 +306,6 @@ def told(seconds: float) -> str:
     if not math.isfinite(seconds):
         return ""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else "hours"
-
-
-def _signed(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:+.3f}".replace("-", "−")
 
 
 def _some(ids: Sequence[int] | Mapping[int, Any]) -> str:

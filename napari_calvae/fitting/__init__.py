@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from napari_calvae import objectives
-from napari_calvae.fitting.judgement import Judge, split
+from napari_calvae.fitting.judgement import BoundJudge, DreamJudge, Judge, split
 from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, SemiSupervisedLoss, Snippets, SupervisedLoss
 from napari_calvae.fitting.sleep import SleepLoss
 from napari_calvae.generative import MODELS, NOISES, GenerativeModel
+from napari_calvae.recognition import RecognitionNetwork
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import Loss, TrainConfig, TrainRecord, iter_train
 from napari_calvae.vae import SpikeVAE, load_model
@@ -83,9 +84,10 @@ def iter_fit(
     """Fit the recognition network to a recording; yields a record per step and returns the model.
 
     Without true spikes a fifth of the cells (of a single cell the last quarter) is held out. The new network is kept if
-    neither the importance-weighted bound on their fluorescence nor, for ``"sleep"``, the log-probability of the spikes
-    of rendered pairs got worse, and their sum got better. Otherwise the model that comes back has the weights of
-    ``base``. Its ``description`` says which it was.
+    the importance-weighted bound on their fluorescence got better. For ``"sleep"`` it is kept if its rates go better
+    with the spikes from which these cells were rendered, by more than 0.01 in correlation, and it may be a mean of the
+    old and the new weights that does best. Otherwise the model that comes back has the weights of ``base``. Its
+    ``description`` says which it was.
 
     Parameters
     ----------
@@ -138,7 +140,7 @@ def iter_fit(
     judge = None
     if "supervised" not in objective:
         dff, held = split(dff, config.seed)
-        judge = Judge(model, held, config, pairs=objective == "sleep")
+        judge = (DreamJudge if objective == "sleep" else BoundJudge)(model, held, config)
     start = copy.deepcopy((model.recognition, model.generative))
     # It was learned with weights that now change.
     model.recognition.forget_theta()
@@ -148,7 +150,7 @@ def iter_fit(
         loss,
         config,
         None if checkpoint is None else Path(checkpoint),
-        held_out=None if judge is None or not config.early_stopping else lambda: judge.loss(model),
+        held_out=None if judge is None or not config.early_stopping else lambda: -judge.gain(model),
         rates={"1.": config.cell_learning_rate},
         made_for=f"{objective}, {model.generative.name}, {_fingerprint(model, dff, config)}",
     )
@@ -159,17 +161,29 @@ def iter_fit(
         yield replace(record, model=_copy(model)) if every and (n_steps == 1 or n_steps % every == 0) else record
     outcome = f"fitted by {objective}, {n_steps} steps, seed {config.seed}"
     if judge is not None:
-        verdict = judge.verdict(model)
-        told = f"held-out bound {verdict.bound:+.3f} nats/s"
-        told += f", rendered pairs {verdict.pairs:+.3f} nats/s" if objective == "sleep" else ""
-        if verdict.better:
-            outcome += f", kept: {told}"
-        else:
-            model.recognition, model.generative = start
-            outcome += f", not kept, weights of the base: {told}"
+        outcome += f", {_settle(model, start, judge)}"
     model.description = f"{model.description}; {outcome}"
     model.sha256 = ""
     return model
+
+
+def _settle(model: SpikeVAE, start: tuple[RecognitionNetwork, GenerativeModel], judge: Judge) -> str:
+    """Give a fitted model the weights that the judge finds best, from the old ones to its own; says which in words."""
+    old, new = start[0].state_dict(), copy.deepcopy(model.recognition.state_dict())
+
+    def mix(share: float) -> None:
+        model.recognition.load_state_dict({name: old[name].lerp(new[name], share) for name in new})
+
+    gains = {}
+    for share in judge.shares:
+        mix(share)
+        gains[share] = judge.gain(model)
+    best = max(gains, key=gains.__getitem__)
+    if gains[best] > judge.least:
+        mix(best)
+        return f"kept{'' if best == 1 else f' by {best:.0%}'}: {judge.told(gains[best])}"
+    model.recognition, model.generative = start
+    return f"not kept, weights of the base: {judge.told(gains[best])}"
 
 
 def _copy(model: SpikeVAE) -> SpikeVAE:

@@ -29,6 +29,8 @@ _SLOW = 3.0
 _LEAD = 5.0
 #: Trains drawn to see how much the number of spikes of a cell is in doubt.
 _N_DOUBT = 16
+#: How often θ is guessed anew with the delay that goes with it.
+_DELAY_STEPS = 2
 #: Gradient steps for θ.
 _THETA_STEPS = 30
 
@@ -66,12 +68,16 @@ class Dreams:
         everywhere = torch.arange(observed.shape[-1]).expand(observed.shape)
         counts = self._lay(torch.arange(len(observed)), everywhere, torch.ones(len(observed)), generator)
         start = model.generative.initial_theta(observed, counts, rate, valid)
-        self.theta = model.generative.fit_theta(observed, counts, rate, valid, start, _THETA_STEPS)
+        for _ in range(_DELAY_STEPS):
+            late = torch.from_numpy(delayed(counts.numpy(), rate * simulated_delays(model.generative, start)))
+            late = late.to(counts.dtype)
+            start = model.generative.initial_theta(observed, late, rate, valid)
+        self.theta = model.generative.fit_theta(observed, late, rate, valid, start, _THETA_STEPS)
         for p in model.generative.parameters:
             if shared_kinetics and p.kinetic:
                 self.theta[p.name] = self.theta[p.name].median().expand_as(self.theta[p.name])
         with torch.no_grad():
-            residual = torch.where(valid, observed - model.generative.fluorescence(counts, self.theta, rate), 0)
+            residual = torch.where(valid, observed - model.generative.fluorescence(late, self.theta, rate), 0)
             self.slow = _running_mean(residual, valid, int(_SLOW * rate) // 2 * 2 + 1)
             fast = torch.where(valid, residual - self.slow, 0)
             self.noise = ((fast**2).sum(-1) / valid.sum(-1).clamp_min(1)).sqrt()

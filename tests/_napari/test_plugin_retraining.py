@@ -44,8 +44,8 @@ def test_a_fit_tells_its_steps_the_cell_and_the_verdict(order):
     traces = calvae.extract(order.movie, order.rois, frame_rate=order.settings.frame_rate)
     alone = calvae.infer(traces.select([traces.index(3)]), n_samples=5)
     np.testing.assert_allclose(fitted.before.rate, alone.rate, rtol=1e-4, atol=1e-4)
-    assert f"{fitted.verdict.bound:+.3f} nats/s" in fitted.model.description
-    assert f"{fitted.verdict.pairs:+.3f} nats/s" in fitted.model.description
+    assert fitted.model.description.endswith(fitted.verdict.told)
+    assert fitted.verdict.told.startswith("correlation with the spikes of simulated copies of held-out cells ")
     assert fitted.verdict.kept == ("not kept" not in fitted.model.description)
 
 
@@ -117,20 +117,28 @@ def test_typed_rois():
 @pytest.mark.parametrize(
     ("outcome", "verdict", "words"),
     [
-        ("fitted by vimco, 9 steps, kept: held-out bound +0.120 nats/s", (True, 0.12, None), "Better on held-out"),
         (
-            "not kept, weights of the base: held-out bound -0.010 nats/s, rendered pairs +0.200 nats/s",
-            (False, -0.01, 0.2),
-            "No better on held-out data (bound −0.010 nats/s, simulated spikes +0.200 nats/s",
+            "fitted by vimco, 9 steps, kept: bound +0.120 nats/s (more than 0 is kept)",
+            (True, "bound +0.120 nats/s (more than 0 is kept)"),
+            "Better: bound +0.120 nats/s (more than 0 is kept).",
         ),
-        ("not kept, weights of the base: held-out bound -inf nats/s", (False, -np.inf, None), "bound −inf"),
-        ("fitted by supervised, 9 steps, seed 0", (None, None, None), "no cell was left to judge by"),
+        (
+            "fitted by sleep, 9 steps, kept by 50%: correlation +0.020 (more than 0.01 is kept)",
+            (True, "correlation +0.020 (more than 0.01 is kept)"),
+            "Better: correlation +0.020",
+        ),
+        (
+            "fitted by vimco, 9 steps, not kept, weights of the base: bound -inf nats/s (more than 0 is kept)",
+            (False, "bound -inf nats/s (more than 0 is kept)"),
+            "No better, so the old weights stay: bound -inf nats/s",
+        ),
+        ("fitted by supervised, 9 steps, seed 0", (None, ""), "no cell was left to judge by"),
     ],
 )
 def test_the_verdict_in_numbers_and_words(outcome, verdict, words):
-    earlier = "universal; fitted by sleep, kept: held-out bound +9.000 nats/s"
+    earlier = "universal; fitted by sleep, kept: correlation +9.000 (more than 0.01 is kept)"
     found = retraining.verdict_of(f"{earlier}; {outcome}")
-    assert (found.kept, found.bound, found.pairs) == verdict
+    assert (found.kept, found.told) == verdict
     assert words in found.sentence
 
 
