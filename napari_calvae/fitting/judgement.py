@@ -80,14 +80,15 @@ class DreamJudge(Judge):
 
     What counts is the correlation with true spikes (σ = 25 ms) that benchmarks report; a probability would mostly say
     how many spikes there are, which rendered pairs have from the start. On data sets that the starting network had not
-    seen it foretold what adaptation gains (see the card of the model ``universal``); the importance-weighted bound on
-    their fluorescence did not. Networks in between two, whose weights are a mean of both, are often better than either
-    (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
+    seen (22, two fits each), where this rose by more than 0.02 the correlation with measured spikes rose by 0.018 in
+    the mean of 17 fits, and fell by more than 0.01 in three; over all fits the two have a rank correlation of 0.34, and
+    the importance-weighted bound on the fluorescence has −0.19. A network in between, whose weights are a mean of both,
+    is often better than either (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
     """
 
     measure = "correlation with the spikes of simulated copies of held-out cells"
     unit = ""
-    least = 0.01
+    least = 0.02
     shares = (0.25, 0.5, 0.75, 1.0)
 
     def __init__(self, start: SpikeVAE, held: Traces, config: TrainConfig) -> None:

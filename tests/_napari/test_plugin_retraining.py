@@ -123,8 +123,8 @@ def test_typed_rois():
             "Better: bound +0.120 nats/s (more than 0 is kept).",
         ),
         (
-            "fitted by sleep, 9 steps, kept by 50%: correlation +0.020 (more than 0.01 is kept)",
-            (True, "correlation +0.020 (more than 0.01 is kept)"),
+            "fitted by sleep, 9 steps, kept by 50%: correlation +0.020 (more than 0.02 is kept)",
+            (True, "correlation +0.020 (more than 0.02 is kept)"),
             "Better: correlation +0.020",
         ),
         (
@@ -136,7 +136,7 @@ def test_typed_rois():
     ],
 )
 def test_the_verdict_in_numbers_and_words(outcome, verdict, words):
-    earlier = "universal; fitted by sleep, kept: correlation +9.000 (more than 0.01 is kept)"
+    earlier = "universal; fitted by sleep, kept: correlation +9.000 (more than 0.02 is kept)"
     found = retraining.verdict_of(f"{earlier}; {outcome}")
     assert (found.kept, found.told) == verdict
     assert words in found.sentence
