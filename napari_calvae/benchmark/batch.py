@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,7 @@ def _large(work: Path, size: Size, seed: int) -> Iterator[Row]:
 
 
 def _cluster(work: Path, size: Size, seed: int) -> Iterator[Row]:
-    """A smaller recording here, on two workers, and on two of which one is killed in the middle."""
-    from distributed import LocalCluster
-
+    """A smaller recording here, on one worker, on two, and on two of which one is killed in the middle."""
     source = work / "cluster.zarr"
     write_recording(source, size.cluster_rois, size.frames, seed)
     rows = max(size.cluster_rois // 40, 1)
@@ -105,16 +104,15 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[Row]:
         pass
     here = time.perf_counter() - begun
     yield row("cluster", f"this process, {size.cluster_rois} ROIs", here, "s")
-    with dask.config.set(SETTINGS), LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
-        settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
-        for _ in iter_batch(source, work / "warm.zarr", n_samples=0, **settings):
-            pass  # so that both workers have imported torch and read the model
-        begun = time.perf_counter()
-        for _ in iter_batch(source, work / "two.zarr", n_samples=size.samples, **settings):
-            pass
-        two = time.perf_counter() - begun
+    with _workers(1) as cluster:
+        one = _seconds_on(cluster, source, work / "one", rows, size.samples)
+    yield row("cluster", "one worker that is there", one, "s")
+    with _workers(2) as cluster:
+        two = _seconds_on(cluster, source, work / "two", rows, size.samples)
         yield row("cluster", "two workers that are there", two, "s")
+        yield row("cluster", "throughput, two workers against one", one / two, "×")
         yield row("cluster", "throughput, two workers against this process", here / two, "×")
+        settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
         lost = 0
         for number, _ in enumerate(iter_batch(source, work / "lost.zarr", n_samples=size.samples, **settings)):
             if number == 10:
@@ -122,21 +120,40 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[Row]:
                 lost = victim.pid
                 os.kill(lost, signal.SIGKILL)
     whole = digest(work / "here.zarr")
-    yield row("cluster", "files and bytes as in this process, two workers", digest(work / "two.zarr") == whole, "")
+    yield row(
+        "cluster", "files and bytes as in this process, two workers", digest(work / "two timed.zarr") == whole, ""
+    )
     if lost:
         same = digest(work / "lost.zarr") == whole
         yield row("cluster", "the same, one worker killed after ten of forty blocks", same, "")
     yield row("cluster", "overhead per block, one worker", 1e3 * _overhead(work, seed), "ms")
 
 
-def _overhead(work: Path, seed: int, blocks: int = 60) -> float:
-    """Seconds that a block costs more on one worker than in this process, for blocks of one short ROI."""
+@contextmanager
+def _workers(n: int) -> Iterator[Any]:
+    """A cluster of so many processes on this machine."""
     from distributed import LocalCluster
 
+    with dask.config.set(SETTINGS), LocalCluster(n, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def _seconds_on(cluster: Any, source: Path, out: Path, rows: int, samples: int) -> float:
+    """Seconds that a cluster takes to infer ``source``, after all of its workers have imported torch."""
+    settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
+    for name, n_samples in (("warm", 0), ("timed", samples)):
+        begun = time.perf_counter()
+        for _ in iter_batch(source, out.with_name(f"{out.name} {name}.zarr"), n_samples=n_samples, **settings):
+            pass
+    return time.perf_counter() - begun
+
+
+def _overhead(work: Path, seed: int, blocks: int = 60) -> float:
+    """Seconds that a block costs more on one worker than in this process, for blocks of one short ROI."""
     source = work / "short.zarr"
     write_recording(source, blocks, 300, seed)
     spent = []
-    with dask.config.set(SETTINGS), LocalCluster(1, threads_per_worker=1, dashboard_address=None) as cluster:
+    with _workers(1) as cluster:
         for scheduler in (None, cluster.scheduler_address):
             for name in ("warm", "timed"):
                 begun = time.perf_counter()
