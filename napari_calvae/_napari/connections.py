@@ -52,7 +52,7 @@ class ConnectionPanel(QWidget):
         self.graphics = pg.GraphicsLayoutWidget(self)
         self.graphics.setMinimumSize(QSize(200, 150))
         grid = self.graphics.ci
-        grid.setContentsMargins(0, 2, 4, 0)
+        grid.setContentsMargins(0, 2, 4, 4)
         grid.layout.setSpacing(0)
         self.view = pg.ViewBox(enableMenu=False, lockAspect=True, invertY=True)
         self.view.setMouseEnabled(x=False, y=False)
@@ -60,7 +60,7 @@ class ConnectionPanel(QWidget):
         for axis, words in zip(self.axes, ("to cell", "from cell"), strict=True):
             axis.setLabel(words)
         self.axes[0].setWidth(46)
-        self.axes[1].setHeight(40)
+        self.axes[1].setHeight(36)
         grid.addItem(self.axes[0], 0, 0)
         grid.addItem(self.view, 0, 1)
         grid.addItem(self.axes[1], 1, 1)

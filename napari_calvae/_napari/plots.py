@@ -82,7 +82,7 @@ class PosteriorPlots(QWidget):
 
     def _build(self) -> None:
         grid = self.graphics.ci
-        grid.setContentsMargins(0, 2, 2, 0)
+        grid.setContentsMargins(0, 2, 2, 4)  # pyqtgraph lets the label of an axis hang out
         grid.layout.setVerticalSpacing(8)
         grid.layout.setHorizontalSpacing(0)
         self.trace_row, self.raster_row, self.rate_row = self.rows = [
@@ -96,7 +96,7 @@ class PosteriorPlots(QWidget):
         self.time_axis.setLabel("time (s)")
         self.time_axis.enableAutoSIPrefix(False)
         self.time_axis.setStyle(maxTickLevel=0)
-        self.time_axis.setHeight(38)
+        self.time_axis.setHeight(34)
         self.time_axis.setTickDensity(1.6)
         grid.addItem(self.time_axis, 3, 1)
         self.spread, self.rate_band = BandItem(), BandItem()

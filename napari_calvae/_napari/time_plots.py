@@ -53,7 +53,7 @@ class TimePlots(QWidget):
         layout.addWidget(self.title)
         layout.addWidget(self.graphics, 1)
         grid = self.graphics.ci
-        grid.setContentsMargins(0, 2, 2, 0)
+        grid.setContentsMargins(0, 2, 2, 4)
         grid.layout.setVerticalSpacing(6)
         grid.layout.setHorizontalSpacing(0)
         self.rows = [Row(grid, index, label) for index, (label, _) in enumerate(rows)]
@@ -65,7 +65,7 @@ class TimePlots(QWidget):
         self.time_axis.setLabel("time (s)")
         self.time_axis.enableAutoSIPrefix(False)
         self.time_axis.setStyle(maxTickLevel=0)
-        self.time_axis.setHeight(40)
+        self.time_axis.setHeight(36)
         self.time_axis.setTickDensity(1.6)
         grid.addItem(self.time_axis, len(rows), 1)
         self._later = QTimer(self)
