@@ -1,7 +1,7 @@
 """Mutation testing: one small error at a time is put into a module, and the tests that run it should notice.
 
-``python tests/mutation.py MODULE… [--sample N]`` prints the mutants that survive and how many were killed, for modules
-such as ``metrics`` or ``formats/*``: all mutants, or N drawn with a fixed seed. Each runs in a fork of a process that
+``python tests/mutation.py MODULE… [--sample N [--seed K]]`` prints the mutants that survive and how many were killed, for modules
+such as ``metrics`` or ``formats/*``: all mutants, or N of them. Each runs in a fork of a process that
 has imported everything but the package, with the tests that call the mutated function, fastest first. Annotations,
 docstrings and what is said in errors are not mutated. ``--only FILE`` runs those that survived by an earlier output.
 """
@@ -243,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="+")
     parser.add_argument("--sample", type=int)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=Path)
     asked = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
@@ -253,7 +254,7 @@ def main() -> None:
         by_tests.setdefault(module, []).extend((path, *mutant) for mutant in mutants(path))
     for module, found in by_tests.items():
         if asked.sample and asked.sample < len(found):
-            found = sorted(random.Random(0).sample(found, asked.sample), key=lambda m: found.index(m))
+            found = sorted(random.Random(asked.seed).sample(found, asked.sample), key=lambda m: found.index(m))
         if asked.only:
             before = {line.partition(": ")[2] for line in asked.only.read_text().splitlines()}
             found = [m for m in found if m[1] in before]
