@@ -1,8 +1,8 @@
 """Mutation testing: one small error at a time is put into a module, and the tests that run it should notice.
 
-``python tests/mutation.py MODULE… [--sample N [--seed K]]`` prints the mutants that survive and how many were killed, for modules
-such as ``metrics`` or ``formats/*``: all mutants, or N of them. Each runs in a fork of a process that
-has imported everything but the package, with the tests that call the mutated function, fastest first. Annotations,
+``python tests/mutation.py MODULE… [--sample N [--seed K]]`` prints the mutants that survive and how many were killed,
+for modules such as ``metrics`` or ``formats/*``: all mutants, or N of them. Each runs in a fork of a process that has
+imported everything but the package, with the tests that call the mutated function, fastest first. Annotations,
 docstrings and what is said in errors are not mutated. ``--only FILE`` runs those that survived by an earlier output.
 """
 
