@@ -219,7 +219,8 @@ def test_half_the_frame_rate_finds_the_same_spikes(minute):
     own = rates(minute)[:, : 2 * halved.shape[1]].reshape(3, -1, 2).mean(-1)
     for one, other in zip(rates(halved, 30.0), own, strict=True):
         assert np.corrcoef(one, other)[0, 1] > 0.9
-        assert one.sum() == pytest.approx(other.sum(), rel=0.5)
+        # How much fluorescence a spike makes is in doubt by a factor of two, and is guessed anew.
+        assert 0.5 < one.sum() / other.sum() < 2
 
 
 @settings(max_examples=15)

@@ -145,7 +145,7 @@ def test_pause_resume_cancel(qtbot, open_retrain):
 @pytest.fixture
 def outcome(monkeypatch):
     """A fit whose outcome the test decides: the description of the model that comes of it."""
-    told = SimpleNamespace(description="; kept: held-out bound +0.100 nats/s", traces=None, settings=None)
+    told = SimpleNamespace(description="; kept: correlation +0.100 (more than 0.02 is kept)", traces=None, settings=None)
 
     def iter_fit(traces, base, objective, **settings):
         told.traces, told.settings, model = traces, settings, calvae.load_model(base)
@@ -159,11 +159,11 @@ def outcome(monkeypatch):
 
 
 def test_a_fit_that_is_no_better_leaves_nothing_to_keep(qtbot, open_retrain, outcome):
-    outcome.description = "; not kept, weights of the base: held-out bound -0.020 nats/s"
+    outcome.description = "; not kept, weights of the base: correlation -0.020 (more than 0.02 is kept)"
     _, widget = open_retrain()
     with qtbot.waitSignal(widget.finished, timeout=30_000):
         press(qtbot, widget.bar.start)
-    assert "No better on held-out data (bound −0.020 nats/s" in widget.bar.status.text()
+    assert "No better, so the old weights stay: correlation -0.020" in widget.bar.status.text()
     assert shown(widget) == {"start", "load"}
 
 
@@ -252,7 +252,7 @@ def test_a_model_is_saved_and_loaded_again(qtbot, open_retrain, outcome, monkeyp
     monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *a, **k: (str(target), ""))
     press(qtbot, widget.bar.save)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.safetensors"]
-    assert "held-out bound +0.100" in calvae.load_model(target).description
+    assert "correlation +0.100" in calvae.load_model(target).description
     assert inference.controls.model.currentData() == str(target)
     inference.controls.model.setCurrentIndex(0)
     monkeypatch.setattr(QFileDialog, "getOpenFileName", lambda *a, **k: (str(target), ""))
