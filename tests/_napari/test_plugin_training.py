@@ -145,7 +145,7 @@ def test_pause_resume_cancel(qtbot, open_retrain):
 @pytest.fixture
 def outcome(monkeypatch):
     """A fit whose outcome the test decides: the description of the model that comes of it."""
-    told = SimpleNamespace(description="; kept: correlation +0.100 (more than 0.02 is kept)", traces=None, settings=None)
+    told = SimpleNamespace(description="; kept: correlation +0.100 (so it is kept)", traces=None, settings=None)
 
     def iter_fit(traces, base, objective, **settings):
         told.traces, told.settings, model = traces, settings, calvae.load_model(base)
