@@ -524,6 +524,10 @@ def test_clocks_of_dreams_are_off_but_spikes_keep_their_frames(recording, half_t
     spikes = counts[:, :-1].float()
     follows = [[float((s[:, k:] * spikes[:, : s.shape[1] - k]).sum()) for k in range(9)] for s in steps]
     assert np.argmax(follows[1]) - np.argmax(follows[0]) == 4
+    # A delay that goes with the rise does the same as a clock that is as late.
+    monkeypatch.setattr("napari_calvae.fitting.sleep.clock_errors", lambda n, *_: np.zeros(n))
+    dreams.delay = dreams.delay + 4 / rate
+    torch.testing.assert_close(dreams.render(index, torch.Generator().manual_seed(1))[0], off, equal_nan=True)
 
 
 def test_snippets_keep_to_what_was_measured(recording):

@@ -67,12 +67,12 @@ class Dreams:
         self.cumulative = pad(self.mean.double().cumsum(-1), (1, 0))
         everywhere = torch.arange(observed.shape[-1]).expand(observed.shape)
         counts = self._lay(torch.arange(len(observed)), everywhere, torch.ones(len(observed)), generator)
-        start = model.generative.initial_theta(observed, counts, rate, valid)
+        theta = model.generative.initial_theta(observed, counts, rate, valid)
         for _ in range(_DELAY_STEPS):
-            late = torch.from_numpy(delayed(counts.numpy(), rate * simulated_delays(model.generative, start)))
-            late = late.to(counts.dtype)
-            start = model.generative.initial_theta(observed, late, rate, valid)
-        self.theta = model.generative.fit_theta(observed, late, rate, valid, start, _THETA_STEPS)
+            self.delay = simulated_delays(model.generative, theta)
+            late = torch.from_numpy(delayed(counts.numpy(), rate * self.delay)).to(counts.dtype)
+            theta = model.generative.initial_theta(observed, late, rate, valid)
+        self.theta = model.generative.fit_theta(observed, late, rate, valid, theta, _THETA_STEPS)
         for p in model.generative.parameters:
             if shared_kinetics and p.kinetic:
                 self.theta[p.name] = self.theta[p.name].median().expand_as(self.theta[p.name])
@@ -98,7 +98,7 @@ class Dreams:
         theta = self._jittered(theta, generator)
         # What the recording's clock is, dreams cannot tell: with theirs right a network would learn to be sure of it.
         rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        delay = simulated_delays(generative, theta) + clock_errors(len(counts), rate, rng)
+        delay = self.delay[rows.numpy()] + clock_errors(len(counts), rate, rng)
         late = delayed(counts.numpy(), rate * delay)
         clean = generative.fluorescence(torch.from_numpy(late).to(counts.dtype), theta, rate)
         baseline = theta["baseline"][:, None]
