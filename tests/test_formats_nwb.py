@@ -409,6 +409,13 @@ def test_without_a_clock_time_begins_at_zero(recorded, tmp_path):
     assert read(path, 10.0).t0 == 0.0
 
 
+def test_without_a_factor_numbers_are_as_they_are(recorded, tmp_path):
+    path = shutil.copy(recorded, tmp_path / "a.nwb")
+    with h5py.File(path, "r+") as file:
+        del file["processing/ophys/Fluorescence/RoiResponseSeries/data"].attrs["conversion"]
+    np.testing.assert_array_equal(read(path).values, read(recorded).values)
+
+
 def test_pixels_of_no_weight_are_no_part_of_a_roi(recorded, tmp_path):
     path = shutil.copy(recorded, tmp_path / "a.nwb")
     with h5py.File(path, "r+") as file:

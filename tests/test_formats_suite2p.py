@@ -559,3 +559,11 @@ def test_what_a_pickle_sets_does_not_last(tmp_path):
         load_dicts(tmp_path / "a.npy")
     assert not hasattr(pathlib.PurePosixPath, "x")
     assert not any(hasattr(made, "x") for made in _pickles._ALLOWED.values())
+
+
+def test_where_no_settings_say_it_seven_tenths_of_the_neuropil_are_taken_off(tmp_path):
+    a_plane(tmp_path / "plane0")
+    settings = np.load(tmp_path / "plane0" / "ops.npy", allow_pickle=True).item()
+    del settings["neucoeff"]
+    np.save(tmp_path / "plane0" / "ops.npy", settings)
+    np.testing.assert_allclose(read(tmp_path).values, corrected(tmp_path / "plane0", 0.7), rtol=1e-5)

@@ -10,9 +10,11 @@ import zarr
 from scipy.io import savemat
 from test_movies import MOVIE, STACK, a_bruker_folder, a_scanimage_file
 
+import napari_calvae as calvae
 from napari_calvae import RecordingError, Traces, write
-from napari_calvae.formats import FORMATS, _lazy, _mat, is_movie, read, read_movie, writer_of
+from napari_calvae.formats import FORMATS, _lazy, _mat, check_result, is_movie, read, read_movie, writer_of
 from napari_calvae.formats.ground_truth import read_ground_truth
+from napari_calvae.formats.tiff import write_movie
 
 
 @pytest.mark.parametrize(
@@ -288,3 +290,52 @@ def test_what_is_known_of_traces_stays_with_them_in_a_store(tmp_path):
     write(Traces(np.zeros((2, 9)), 10.0, provenance={"rig": "two"}), tmp_path / "a.zarr")
     found = read(tmp_path / "a.zarr").provenance
     assert (found["rig"], found["source"]) == ("two", "a.zarr")
+
+
+def test_two_frames_of_a_bruker_series_have_a_rate(tmp_path):
+    assert read_movie(a_bruker_folder(tmp_path / "a", [[[image] for image in MOVIE[:2]]]))[1] == pytest.approx(20.0)
+
+
+def test_pages_of_a_bruker_series_that_are_counted_on_from_file_to_file(tmp_path):
+    folder = a_bruker_folder(tmp_path / "a", [[[image] for image in MOVIE]])
+    names = [f'filename="t_Cycle00001_Ch1_{k:06d}' for k in range(1, len(MOVIE) + 1)]
+    changed(folder, *((f'page="1" {name}', f'page="{k}" {name}') for k, name in enumerate(names, 1)))
+    np.testing.assert_array_equal(np.asarray(read_movie(folder)[0]), MOVIE)
+
+
+def test_the_only_matrix_of_a_mat_file_may_have_two_rows(tmp_path):
+    values = np.random.default_rng(0).normal(size=(2, 50))
+    savemat(tmp_path / "a.mat", {"signal": values, "about": "two cells"})
+    found = read(tmp_path / "a.mat", frame_rate=20.0, unit="dff")
+    np.testing.assert_allclose(found.values, values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.hdf5", "A.HDF5"])
+def test_hdf5_movies_by_either_ending(tmp_path, name):
+    with h5py.File(tmp_path / name, "w") as file:
+        file["mov"] = MOVIE
+    assert is_movie(tmp_path / name)
+    np.testing.assert_array_equal(np.asarray(read_movie(tmp_path / name)[0]), MOVIE)
+
+
+def test_frames_of_a_movie_that_is_written_are_so_many_seconds_apart(tmp_path):
+    write_movie(MOVIE, tmp_path / "a.tif", 20.0)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        assert tiff.imagej_metadata["finterval"] == pytest.approx(0.05)
+        assert tiff.imagej_metadata["tunit"] == "s"
+
+
+def test_several_frames_of_each_plane_are_no_volumes(tmp_path):
+    path = a_scanimage_file(tmp_path / "a.tif", MOVIE, **STACK | {"hStackManager.framesPerSlice": 2})
+    assert read_movie(path)[0].shape == MOVIE.shape
+
+
+def test_a_file_that_is_not_there_cannot_be_added_to(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        check_result(tmp_path / "none.nwb", append=True)
+
+
+def test_planes_of_a_tiff_that_grows_are_not_taken_for_frames(tmp_path):
+    tifffile.imwrite(tmp_path / "a.ome.tif", MOVIE.reshape(6, 2, 16, 10), metadata={"axes": "TZYX"})
+    with pytest.raises(RecordingError):
+        calvae.open_growing(tmp_path / "a.ome.tif")
