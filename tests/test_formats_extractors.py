@@ -85,7 +85,7 @@ def test_extract(tmp_path, relative, unit):
     assert (traces.roi_ids, traces.frame_rate, traces.unit) == ((1, 2, 3), 20, unit)
     np.testing.assert_array_equal(traces.accepted, [True] * 3)
     same_masks(traces.rois)
-    assert traces.provenance["roiextractors"] == {"program": "EXTRACT", "response": unit}
+    assert traces.provenance == {"source": "a.mat", "roiextractors": {"program": "EXTRACT", "response": unit}}
     assert extractors.read(tmp_path / "a.mat", 20.0, "raw").unit == "raw"
 
 

@@ -13,6 +13,7 @@ from test_movies import MOVIE, STACK, a_bruker_folder, a_scanimage_file
 import napari_calvae as calvae
 from napari_calvae import RecordingError, Traces, write
 from napari_calvae.formats import FORMATS, _lazy, _mat, check_result, is_movie, read, read_movie, writer_of
+from napari_calvae.formats._files import check_memory
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.formats.tiff import write_movie
 
@@ -339,3 +340,54 @@ def test_planes_of_a_tiff_that_grows_are_not_taken_for_frames(tmp_path):
     tifffile.imwrite(tmp_path / "a.ome.tif", MOVIE.reshape(6, 2, 16, 10), metadata={"axes": "TZYX"})
     with pytest.raises(RecordingError):
         calvae.open_growing(tmp_path / "a.ome.tif")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"imagej": True},
+        {"ome": True},
+        {"photometric": "minisblack"},
+        {"photometric": "minisblack", "contiguous": False, "metadata": None},
+        {"photometric": "minisblack", "compression": "zlib"},
+    ],
+)
+def test_a_tiff_that_is_cut_off_is_never_taken_for_a_shorter_one(tmp_path, options):
+    """Wherever it ends: either all pixels are there, or it is said that some are not."""
+    with tifffile.TiffWriter(tmp_path / "a.tif", **{k: options[k] for k in ("imagej", "ome") if k in options}) as tiff:
+        rest = {k: v for k, v in options.items() if k not in ("imagej", "ome")}
+        for image in MOVIE if "contiguous" in rest else [MOVIE]:
+            tiff.write(image, **rest)
+    whole = (tmp_path / "a.tif").read_bytes()
+    np.testing.assert_array_equal(np.asarray(read_movie(tmp_path / "a.tif")[0]), MOVIE)
+    refused = 0
+    for end in (*range(600, len(whole), 97), len(whole) - 1):
+        (tmp_path / "b.tif").write_bytes(whole[:end])
+        try:
+            movie = np.asarray(read_movie(tmp_path / "b.tif")[0])
+        except RecordingError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(movie, MOVIE)
+    assert refused > 20
+
+
+def test_a_tiff_that_names_a_page_after_the_last_is_read(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        for image in MOVIE:
+            tiff.write(image, photometric="minisblack", contiguous=False, metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        last, head = tiff.pages[-1].offset, tiff.tiff.tagnosize + 12 * len(tiff.pages[-1].tags)
+    content = bytearray(path.read_bytes())
+    assert content[last + head : last + head + 4] == bytes(4)
+    content[last + head : last + head + 4] = len(content).to_bytes(4, "little")
+    path.write_bytes(content)
+    np.testing.assert_array_equal(np.asarray(read_movie(path)[0]), MOVIE)
+
+
+def test_arrays_may_be_as_large_as_memory_and_no_larger(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}[name])
+    check_memory(40_960, tmp_path / "a.npz")
+    with pytest.raises(RecordingError, match="expected arrays that fit into this machine"):
+        check_memory(40_961, tmp_path / "a.npz")

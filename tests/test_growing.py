@@ -15,6 +15,8 @@ import tifffile
 import zarr
 
 import napari_calvae as calvae
+from napari_calvae import RecordingError
+from napari_calvae.formats import growing
 
 MOVIE = np.random.default_rng(0).integers(1, 4000, (40, 16, 10)).astype(np.uint16)
 
@@ -391,3 +393,17 @@ def test_a_tiff_with_a_link_to_nowhere_has_the_frames_before_it(tmp_path):
     movie = calvae.open_growing(path)
     assert movie.poll() == 1
     np.testing.assert_array_equal(movie.read(0, 1)[0], np.arange(42).reshape(6, 7))
+
+
+def test_what_cannot_be_read_is_looked_at_a_few_times(monkeypatch):
+    looks = []
+
+    def look():
+        looks.append(len(looks))
+        raise RecordingError("half written")
+
+    monkeypatch.setattr(growing, "_WAIT", 0.0)
+    with pytest.raises(RecordingError, match="half written"):
+        growing._patiently(look)
+    assert len(looks) == growing._TRIES
+    assert growing._patiently(lambda: 7) == 7

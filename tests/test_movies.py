@@ -209,9 +209,7 @@ def test_bad_bruker_series(tmp_path):
 def test_tiff_movies_that_are_cut_short_or_coloured(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", MOVIE, photometric="minisblack")
     (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:2000])
-    with pytest.raises(
-        RecordingError, match=r"a\.tif: expected a TIFF movie of the shape \(12, 16, 10\), got a file that"
-    ):
+    with pytest.raises(RecordingError, match=r"a\.tif: expected a whole TIFF movie, got a file that is cut off"):
         read_movie(tmp_path / "a.tif")
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((5, 12, 10, 3), np.uint8), photometric="rgb")
     with pytest.raises(RecordingError, match=r"b\.tif: expected one grey image per frame"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,18 @@ def write_movie(movie: np.ndarray, path: str | Path, frame_rate: float | None, o
     return target
 
 
+def _next_page(tiff: tifffile.TiffFile) -> int:
+    """Where the page begins that the last one found names as the next: 0, but in files that are cut off.
+
+    tifffile stops at a page that is not there or not whole, and says so in its log alone.
+    """
+    form, handle, last = tiff.tiff, tiff.filehandle, tiff.pages[-1].offset
+    handle.seek(last)
+    (n_tags,) = struct.unpack(form.tagnoformat, handle.read(form.tagnosize))
+    handle.seek(last + form.tagnosize + n_tags * form.tagsize)
+    return int(struct.unpack(form.offsetformat, handle.read(form.offsetsize))[0])
+
+
 class _Pages:
     """The pages of a TIFF file as a (page, y, x) array that decodes what is asked for."""
 
@@ -72,6 +85,14 @@ class _Pages:
         self.lock = threading.Lock()  # one file handle has one position, whoever asks
         # Where its pages are is known from here on; the file itself is only open while it is read.
         with tifffile.TiffFile(file) as self.tiff:
+            following, size = _next_page(self.tiff), file.stat().st_size
+            # Some programs name a next page for good, where they would have written it.
+            if following and not (following == size and len(self.tiff.pages) > 1):
+                raise RecordingError(
+                    f"{file.name}: expected a whole TIFF movie, got a file that is cut off: after its first "
+                    f"{len(self.tiff.pages)} images another one should follow. Copy it again; while it is still being "
+                    "written, follow it live."
+                )
             series = self.tiff.series[0]
             self.frame_rate = stated_rate(self.tiff)
             self.full_shape, self.dtype = series.shape, np.dtype(series.dtype)
