@@ -171,11 +171,11 @@ def test_killed_in_the_middle_and_resumed(recording, tmp_path, model):
     code = f"""
 import time, napari_calvae as calvae
 from napari_calvae.formats import store
-create = store._create
+create = store.create_array
 def slow(*arguments, **options):  # a block is never written in no time
     time.sleep(0.3)
     return create(*arguments, **options)
-store._create = slow
+store.create_array = slow
 source, out, model = {str(recording)!r}, {str(tmp_path / "a.zarr")!r}, {str(model)!r}
 for step in calvae.iter_batch(source, out, model, n_samples=6, block_rois=2):
     print(step.done, flush=True)

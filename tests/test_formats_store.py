@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from numpy.lib.recfunctions import structured_to_unstructured
+from test_recording import a_result
 
 import napari_calvae as calvae
 from napari_calvae.formats import store
@@ -245,7 +247,7 @@ def test_no_permission_is_said_as_such(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "a.zarr")
 
-    monkeypatch.setattr(store, "_open", refuse)
+    monkeypatch.setattr(store, "open_node", refuse)
     with pytest.raises(PermissionError, match=r"a\.zarr"):
         calvae.open_result(tmp_path / "a.zarr")
 
@@ -270,3 +272,52 @@ def test_blocks_are_neither_too_large_nor_too_few(n_rois, n_frames, chunk_rows, 
 def test_judgements_of_another_number_of_rois_are_refused():
     with pytest.raises(RecordingError, match=r"accepted: expected one value per ROI, 3, got shape \(2,\)"):
         TraceSource(np.zeros((3, 9)).__getitem__, 3, 9, 30.0, accepted=np.ones(2, bool))
+
+
+@pytest.mark.parametrize("kind", ["result", "traces"])
+def test_whatever_file_of_a_store_is_lost_or_cut_is_missed(tmp_path, kind):
+    """By Zarr's convention a chunk that is not there stands for nothing; here it is an error, also where that is so."""
+    result = a_result()
+    values = result.traces.values.copy()
+    values[1] = np.nan  # a whole chunk of nothing
+    discs = [(4.0, 4.0 + 3 * k) for k in range(len(values))]
+    rois = calvae.RoiMasks.from_discs(discs, 1.0, (9, 3 * len(values) + 8), result.traces.roi_ids)
+    traces = result.traces.replace(values=values, valid=None, rois=rois, accepted=np.ones(len(values), bool))
+    path = tmp_path / "a.zarr"
+    calvae.write(dataclasses.replace(result, traces=traces) if kind == "result" else traces, path)
+
+    def content() -> list[bytes]:
+        found = calvae.open_result(path).load() if kind == "result" else None
+        known = calvae.read(path) if found is None else found.traces
+        parts = [known.values, known.rois.to_labels(), known.accepted, np.array(known.roi_ids)]
+        if found is not None:
+            parts += [found.rate, found.reconstruction, found.reconstruction_std, found.events, found.quality]
+            parts += [found.theta[name] for name in sorted(found.theta)]
+        return [part.tobytes() for part in parts]
+
+    whole, noticed = content(), 0
+    for file in sorted(f for f in path.rglob("*") if f.is_file()):
+        data = file.read_bytes()
+        for left in (None, data[: len(data) // 2]):
+            file.unlink()
+            if left is not None:
+                file.write_bytes(left)
+            try:
+                assert content() == whole, file
+            except RecordingError:
+                noticed += 1
+            file.write_bytes(data)
+    assert content() == whole
+    assert noticed > 20
+
+
+def test_stores_from_before_every_chunk_was_written_are_read(tmp_path):
+    calvae.write(a_result(), tmp_path / "a.zarr")
+    group = zarr.open_group(str(tmp_path / "a.zarr"))
+    about = dict(group.attrs["calvae"])
+    del about["holds"]
+    group.attrs["calvae"] = about
+    for chunk in (tmp_path / "a.zarr" / "dff" / "c").rglob("0"):
+        if chunk.is_file():
+            chunk.unlink()
+    assert np.isnan(calvae.open_result(tmp_path / "a.zarr").load().traces.values).all()

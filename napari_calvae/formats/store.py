@@ -9,6 +9,8 @@ A store of results has a dense array per summary, in chunks of one block of ROIs
 - ``done``: (block,) uint8, written last. A block that is not marked there is as good as absent.
 
 Every chunk belongs to one block, so that blocks can be written by several processes at once and redone after a crash.
+Every chunk is written, also where there is nothing in it: one that is not there was lost, and is an error. (Of Zarr
+arrays by others it stands for zeros.) Stores from before that do not have the attribute ``holds``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.formats._files import DAMAGE, TRACE_NAMES, plain, traces_of, whole_folder
+from napari_calvae.formats._zarr import check_chunks, create_array, create_group, every_chunk, open_node, read_rows
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces, Unit
 from napari_calvae.trace_source import TraceSource
 
@@ -88,7 +91,7 @@ class StoredInference:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         with _readable(self.path):
-            self._group = _open(self.path)
+            self._group = open_node(self.path)
             found = self._group.attrs.get("calvae")
         if not isinstance(found, dict) or found.get("kind") != "result":
             raise RecordingError(f"{self.path.name}: expected a store of results, got another. Read it with read().")
@@ -100,13 +103,14 @@ class StoredInference:
             self.layout = Layout(int(found["layout"]["n_samples"]), **names)
             self.block_rois = int(found["block_rois"])
             self._of_traces, self._of_inference = (dict(found["provenance"][of]) for of in ("traces", "inference"))
-            self.roi_ids: tuple[int, ...] = tuple(self._group["roi_ids"][:].tolist())
+            self.roi_ids: tuple[int, ...] = tuple(read_rows(self._group["roi_ids"], whole="holds" in found).tolist())
             self.n_rois, self.n_frames = self._group["rate"].shape
             self.n_samples = self.layout.n_samples
             self._columns = self.layout.columns
+            self._whole = _holds_all(self._group, found)
             #: As in ``Traces``, if that is known.
-            self.rois = _read_rois(self._group)
-            self.accepted = self._group["accepted"][:].astype(bool) if "accepted" in self._group else None
+            self.rois = _read_rois(self._group, self._whole)
+            self.accepted = _accepted(self._group, self._whole)
             if self._group["cells"].shape != (len(self._columns), self.n_rois):
                 raise ValueError("cells that do not match its attributes")
 
@@ -124,7 +128,10 @@ class StoredInference:
     @property
     def quality(self) -> np.ndarray:
         """Structured array as in ``SpikeInference``, of all ROIs; NaN for those that are not there yet."""
+        done = np.flatnonzero(self.done)
         with _readable(self.path):
+            if self._whole:
+                check_chunks(self._group["cells"], done.tolist(), axis=1)
             return self._quality(self._group["cells"][:])
 
     @property
@@ -156,8 +163,8 @@ class StoredInference:
                 "it goes on where it stopped."
             )
         with _readable(self.path):
-            arrays = {name: _rows(self._group[name], index) for name in _SUMMARIES}
-            table = _rows(self._group["cells"], index, axis=1)
+            arrays = {name: read_rows(self._group[name], index, whole=self._whole) for name in _SUMMARIES}
+            table = read_rows(self._group["cells"], index, axis=1, whole=self._whole)
             events = [self._events(int(block)) for block in blocks]
         every = np.concatenate(events)
         order = np.argsort(index, kind="stable")
@@ -197,16 +204,17 @@ class StoredInference:
         """Write the results of one block; it counts as there only when all of it is."""
         rows = self.rows(block)
         arrays = {"dff": result.traces.values} | {name: getattr(result, name) for name in _SUMMARIES[1:]}
-        for name, array in arrays.items():
-            self._group[name][rows] = array
         columns = [result.quality[name] for name in self.layout.quality]
         columns += [result.theta[name] for name in self.layout.theta]
         columns += [result.theta_std[name] for name in self.layout.theta_std]
-        self._group["cells"][:, rows] = np.stack(columns) if columns else np.empty((0, rows.stop - rows.start))
+        with every_chunk():
+            for name, array in arrays.items():
+                self._group[name][rows] = array
+            self._group["cells"][:, rows] = np.stack(columns) if columns else np.empty((0, rows.stop - rows.start))
         events = np.stack([result.events[field].astype(np.uint32) for field in EVENT_DTYPE.names or ()])
         events[EVENT_DTYPE.names.index("roi")] += rows.start  # type: ignore[union-attr]
-        array = _create(self._group["events"], str(block), events.shape, (len(events), _EVENTS), "u4", overwrite=True)
-        array[:] = events
+        chunk = (len(events), _EVENTS)
+        create_array(self._group["events"], str(block), events.shape, chunk, "u4", overwrite=True)[:] = events
         self._group["done"][block] = 1
 
     def tidy(self) -> None:
@@ -222,7 +230,7 @@ class StoredInference:
         return table
 
     def _events(self, block: int) -> np.ndarray:
-        fields = self._group[f"events/{block}"][:]
+        fields = read_rows(self._group[f"events/{block}"], whole=self._whole)
         events = np.zeros(fields.shape[1], EVENT_DTYPE)
         for name, values in zip(EVENT_DTYPE.names or (), fields, strict=True):
             events[name] = values
@@ -254,16 +262,17 @@ def create_store(
         "t0": source.t0,
         "block_rois": block_rois,
         "layout": vars(layout),
+        "holds": _held(source),
         "provenance": plain({"inference": provenance, "traces": source.provenance}),
     }
     with whole_folder(path) as folder:
-        group = _make(folder, about)
+        group = create_group(folder, about)
         shape, chunk = (source.n_rois, source.n_frames), (block_rois, source.n_frames)
         for name in _SUMMARIES:
-            _create(group, name, shape, chunk, "f4")
+            create_array(group, name, shape, chunk, "f4")
         n_columns = len(layout.columns)
-        _create(group, "cells", (n_columns, source.n_rois), (max(n_columns, 1), block_rois), "f8")
-        _create(group, "done", (-(-source.n_rois // block_rois),), (1,), "u1")
+        create_array(group, "cells", (n_columns, source.n_rois), (max(n_columns, 1), block_rois), "f8")
+        create_array(group, "done", (-(-source.n_rois // block_rois),), (1,), "u1")
         group.create_group("events")
         _write_rois(group, source)
     return StoredInference(path)
@@ -282,7 +291,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
     """
     with _readable(path):
         name = _traces_in(path)
-        node = _open(path)
+        node = open_node(path)
         array = node[name] if name else node
         about = node.attrs.get("calvae", {})
         _check_schema(about, path)
@@ -299,8 +308,11 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         # One frame of each ROI stands for all while ids, rate and unit are checked.
         known = {name or "values": np.zeros((array.shape[0], 1), np.float32), **extra}
         facts = traces_of(known, path, frame_rate, unit)
-        rois = _read_rois(node) if name else None
-        accepted = node["accepted"][:] if name and "accepted" in node else None
+        whole = _holds_all(node, about)
+        if whole:
+            check_chunks(array)
+        rois = _read_rois(node, whole) if name else None
+        accepted = _accepted(node, whole) if name else None
     n_rois, n_frames = array.shape
     return TraceSource(
         partial(_fetch, path, name or ""),
@@ -342,12 +354,13 @@ def create_traces(path: Path, source: TraceSource) -> Any:
         "frame_rate": source.frame_rate,
         "t0": source.t0,
         "unit": source.unit,
+        "holds": _held(source),
         "provenance": plain({"traces": source.provenance}),
     }
-    group = _make(path, about)
+    group = create_group(path, about)
     _write_rois(group, source)
     shape = (source.n_rois, source.n_frames)
-    return _create(group, "values", shape, (rois_per_block(source.n_frames), source.n_frames), "f4")
+    return create_array(group, "values", shape, (rois_per_block(source.n_frames), source.n_frames), "f4")
 
 
 def rois_per_block(n_frames: int, chunk_rows: int = 1, n_rois: int | None = None) -> int:
@@ -378,37 +391,6 @@ def _select(result: SpikeInference, rows: slice) -> SpikeInference:
     )
 
 
-def _open(path: Path) -> Any:
-    import zarr
-
-    return zarr.open(str(path), mode="r+" if (path / "zarr.json").exists() else "r")
-
-
-def _make(folder: Path, about: Mapping[str, Any]) -> Any:
-    """Create a new group, whose attributes say what it is."""
-    import zarr
-
-    return zarr.create_group(str(folder), attributes={"calvae": dict(about)})
-
-
-def _create(
-    group: Any, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, overwrite: bool = False
-) -> Any:
-    """Create an array; its chunks are small and fast to read and write, and fail loudly where bytes have changed."""
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
-    size = np.dtype(dtype).itemsize
-    return group.create_array(
-        name,
-        shape=shape,
-        chunks=tuple(max(min(c, n), 1) for c, n in zip(chunk, shape, strict=True)),
-        dtype=dtype,
-        fill_value=np.nan if dtype.startswith("f") else 0,
-        compressors=(BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=size), Crc32cCodec()),
-        overwrite=overwrite,
-    )
-
-
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """What zarr raises for stores that are damaged, cut short or of another kind, as our own error."""
@@ -431,7 +413,7 @@ def _readable(path: Path) -> Iterator[None]:
 def _traces_in(path: Path) -> str | None:
     """Name of the traces in a store, empty where it is an array itself, None where there are none."""
     with _readable(path):
-        node = _open(path)
+        node = open_node(path)
         if hasattr(node, "ndim"):
             return "" if node.ndim == 2 else None
         return next((name for name in TRACE_NAMES if name in node and getattr(node[name], "ndim", 0) == 2), None)
@@ -447,22 +429,32 @@ def _check_schema(about: Mapping[str, Any], path: Path) -> None:
 
 def _fetch(path: Path, name: str, rows: np.ndarray) -> np.ndarray:
     with _readable(path):
-        node = _open(path)
-        return _rows(node[name] if name else node, rows)
+        node = open_node(path)
+        return read_rows(node[name] if name else node, rows, whole="holds" in node.attrs.get("calvae", {}))
 
 
-def _rows(array: Any, index: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Rows of a Zarr array; neighbours as one slice, which is faster."""
-    ahead = (slice(None),) * axis
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return array[(*ahead, slice(int(index[0]), int(index[-1]) + 1))]
-    return array.oindex[(*ahead, index)]
+def _held(source: TraceSource) -> list[str]:
+    """What a store has beside the arrays with a row per ROI."""
+    there = {"accepted": source.accepted, "rois": source.rois}
+    return ["roi_ids", *(name for name, value in there.items() if value is not None)]
+
+
+def _holds_all(group: Any, about: Mapping[str, Any]) -> bool:
+    """Whether a store says what it holds, and so that all of its chunks are written; ValueError if it lacks a part."""
+    for name in about.get("holds", ()):
+        if name not in group:
+            raise ValueError(f"{name} is not there")
+    return "holds" in about
+
+
+def _accepted(group: Any, whole: bool) -> np.ndarray | None:
+    return read_rows(group["accepted"], whole=whole).astype(bool) if "accepted" in group else None
 
 
 def _write_rois(group: Any, source: TraceSource) -> None:
     def put(parent: Any, name: str, values: Any, dtype: str) -> None:
         array = np.asarray(values, dtype)
-        _create(parent, name, array.shape, array.shape, dtype)[:] = array
+        create_array(parent, name, array.shape, array.shape, dtype)[:] = array
 
     put(group, "roi_ids", source.roi_ids, "i8")
     if source.accepted is not None:
@@ -476,11 +468,18 @@ def _write_rois(group: Any, source: TraceSource) -> None:
         put(inner, "planes", rois.planes, "i8")
 
 
-def _read_rois(group: Any) -> RoiMasks | None:
+def _read_rois(group: Any, whole: bool) -> RoiMasks | None:
     if "rois" not in group:
         return None
     inner = group["rois"]
-    ends = np.cumsum(inner["sizes"][:])[:-1]
-    pixels, weights = (tuple(np.split(inner[name][:], ends)) for name in ("pixels", "weights"))
-    shape = tuple(inner.attrs["shape"])
-    return RoiMasks(shape, pixels, tuple(group["roi_ids"][:].tolist()), weights, tuple(inner["planes"][:].tolist()))
+    pixels, weights, sizes, planes = (
+        read_rows(inner[name], whole=whole) for name in ("pixels", "weights", "sizes", "planes")
+    )
+    ends = np.cumsum(sizes)[:-1]
+    return RoiMasks(
+        tuple(inner.attrs["shape"]),
+        tuple(np.split(pixels, ends)),
+        tuple(read_rows(group["roi_ids"], whole=whole).tolist()),
+        tuple(np.split(weights, ends)),
+        tuple(planes.tolist()),
+    )

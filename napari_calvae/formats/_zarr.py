@@ -1,0 +1,79 @@
+"""Zarr arrays of which every chunk is written: one that is not there was lost.
+
+By Zarr's convention it would stand for the fill value, and what was lost would be read as nothing, in silence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def open_node(path: Path) -> Any:
+    """An array or group, to be written to as well where it is of a version that we write."""
+    import zarr
+
+    return zarr.open(str(path), mode="r+" if (path / "zarr.json").exists() else "r")
+
+
+def create_group(folder: Path, about: Mapping[str, Any]) -> Any:
+    """Create a new group, whose attributes say what it is."""
+    import zarr
+
+    return zarr.create_group(str(folder), attributes={"calvae": dict(about)})
+
+
+def create_array(
+    group: Any, name: str, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, overwrite: bool = False
+) -> Any:
+    """Create an array; its chunks are small and fast to read and write, and fail loudly where bytes have changed."""
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    size = np.dtype(dtype).itemsize
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=tuple(max(min(c, n), 1) for c, n in zip(chunk, shape, strict=True)),
+        dtype=dtype,
+        fill_value=np.nan if dtype.startswith("f") else 0,
+        compressors=(BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=size), Crc32cCodec()),
+        overwrite=overwrite,
+        config={"write_empty_chunks": True},
+    )
+
+
+@contextmanager
+def every_chunk() -> Iterator[None]:
+    """Chunks of arrays that are opened here are written also where there is nothing in them; zarr does not remember."""
+    import zarr
+
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        yield
+
+
+def read_rows(array: Any, index: np.ndarray | None = None, axis: int = 0, *, whole: bool = False) -> np.ndarray:
+    """Rows of a Zarr array, or all; neighbours as one slice, which is faster. Of a ``whole`` one no chunk may miss."""
+    index = np.arange(array.shape[axis]) if index is None else index
+    if whole:
+        check_chunks(array, np.unique(index // array.chunks[axis]).tolist(), axis)
+    ahead = (slice(None),) * axis
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return array[(*ahead, slice(int(index[0]), int(index[-1]) + 1))]
+    return array.oindex[(*ahead, index)]
+
+
+def check_chunks(array: Any, places: Iterable[int] | None = None, axis: int = 0) -> None:
+    """Raise ValueError if a chunk of an array is not there; of all, or of those in some places along an axis."""
+    grid: list[Iterable[int]] = [range(-(-n // size)) for n, size in zip(array.shape, array.chunks, strict=True)]
+    if places is not None:
+        grid[axis] = places
+    folder = Path(array.store.root) / array.path
+    for chunk in itertools.product(*grid):
+        file = folder / array.metadata.encode_chunk_key(chunk)
+        if not file.is_file():
+            raise ValueError(f"{file.relative_to(array.store.root)} is not there")
