@@ -330,7 +330,7 @@ def test_movies_that_cannot_be_read(tmp_path):
         read_movie(tmp_path / "a.tif")
     write_movie(a_movie(), tmp_path / "b.tif", 20.0)
     (tmp_path / "c.tif").write_bytes((tmp_path / "b.tif").read_bytes()[:300])
-    with pytest.raises(RecordingError, match=r"c\.tif: expected a TIFF movie"):
+    with pytest.raises(RecordingError, match=r"c\.tif: expected a whole TIFF movie"):
         read_movie(tmp_path / "c.tif")
     tifffile.imwrite(tmp_path / "d.tif", np.zeros((5, 12, 10, 3), np.uint8), photometric="rgb", compression="zlib")
     with pytest.raises(RecordingError, match=r"d\.tif: expected one grey image per frame"):

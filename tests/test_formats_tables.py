@@ -270,7 +270,11 @@ def test_traces_come_back_from_tables(tmp_path, suffix, unit):
     assert (found.roi_ids, found.unit) == ((7, 3, 12), unit)
     assert found.t0 == pytest.approx(20_000.04)
     if suffix == ".csv":
-        assert json.loads((tmp_path / "a.provenance.json").read_text()) == {"traces": {"a": [0, 1]}, "unit": unit}
+        assert json.loads((tmp_path / "a.provenance.json").read_text()) == {
+            "traces": {"a": [0, 1]},
+            "unit": unit,
+            "frames": 50,
+        }
     else:
         assert found.frame_rate == 12.5
         assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
@@ -430,3 +434,17 @@ def test_a_single_frame_of_several_rois_comes_back_from_matlab(tmp_path):
     again = read(tmp_path / "a.mat")
     assert again.values.tolist() == [[1.0], [2.0]]
     assert again.roi_ids == (7, 4)
+
+
+def test_a_table_of_traces_that_is_cut_off_is_missed(tmp_path):
+    """At whatever row: what is beside it says how many there were."""
+    values = np.random.default_rng(0).normal(size=(2, 20))
+    write(Traces(values, 10.0, "raw"), tmp_path / "a.csv")
+    lines = (tmp_path / "a.csv").read_text().splitlines(keepends=True)
+    assert len(lines) == 21
+    for n in range(3, 21):
+        (tmp_path / "a.csv").write_text("".join(lines[:n]))
+        with pytest.raises(RecordingError, match=r"expected 20 frames, as a\.provenance\.json says"):
+            read(tmp_path / "a.csv")
+    (tmp_path / "a.provenance.json").unlink()
+    assert read(tmp_path / "a.csv", unit="raw").n_frames == 19

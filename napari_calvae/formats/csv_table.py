@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,23 +47,31 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     if columns.clock is not None:
         t0, measured = read_clock(table[:, columns.clock] * columns.seconds, path)
     rate, contradicted = believed_rate(frame_rate, measured)
+    told = _told_beside(path)
+    stated, n_frames = told.get("unit"), told.get("frames")
+    if isinstance(n_frames, int) and len(table) < n_frames:
+        raise RecordingError(
+            f"{path.name}: expected {n_frames} frames, as {outputs(path)[-1].name} says, got {len(table)}: it is cut "
+            "off. Copy it again; if you took frames out yourself, delete the file that contradicts."
+        )
     return Traces(
         table[:, list(columns.rois)].T,
         rate,  # type: ignore[arg-type]
-        unit or _unit_beside(path) or "dff",
+        unit or (stated if stated in ("raw", "dff") else "dff"),
         columns.ids,
         t0,
         provenance={"source": path.name} | contradicted,
     )
 
 
-def _unit_beside(path: Path) -> Unit | None:
+def _told_beside(path: Path) -> dict[str, Any]:
+    """What ``write`` says of a table beside it; empty where nothing is, or a file of another program."""
     beside = outputs(path)[-1]
     try:
-        found = json.loads(beside.read_text(encoding="utf-8")).get("unit") if beside.is_file() else None
-    except (ValueError, AttributeError, OSError):  # another program's file of that name
-        return None
-    return found if found in ("raw", "dff") else None
+        found = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Columns(NamedTuple):
@@ -127,7 +135,7 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
     if isinstance(value, Traces):
         with whole_files(path, outputs(path)[-1]) as (frames, provenance):
             _table(frames, [trace_columns(value)])
-            told = json.loads(provenance_json(value)) | {"unit": value.unit}
+            told = json.loads(provenance_json(value)) | {"unit": value.unit, "frames": value.n_frames}
             provenance.write_text(json.dumps(told, indent=1), encoding="utf-8")
         return
     arrays = arrays_of(value)
