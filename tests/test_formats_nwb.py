@@ -436,6 +436,17 @@ def test_judgements_by_their_usual_names(recorded, tmp_path, name):
     assert expected == (None if found is None else found.tolist())
 
 
+@pytest.mark.parametrize("n_frames", [2, 6])
+def test_a_movie_with_even_time_stamps_has_their_rate(tmp_path, n_frames):
+    file = a_session()
+    series = {"unit": "n.a.", "imaging_plane": a_plane(file), "timestamps": 3 + np.arange(n_frames) / 4}
+    data = np.zeros((n_frames, 4, 5), "f4")
+    file.add_acquisition(pynwb.ophys.TwoPhotonSeries(name="Series", description="Movie.", data=data, **series))
+    with pynwb.NWBHDF5IO(str(tmp_path / "a.nwb"), "w") as io:
+        io.write(file)
+    assert formats.read_movie(tmp_path / "a.nwb")[1] == pytest.approx(4.0)
+
+
 def test_a_movie_whose_time_stamps_are_uneven_says_so(tmp_path):
     file = a_session()
     series = {"unit": "n.a.", "imaging_plane": a_plane(file), "timestamps": np.r_[np.arange(5) / 4, 9.0]}

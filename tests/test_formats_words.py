@@ -15,6 +15,7 @@ from napari_calvae import RecordingError, Traces, write
 from napari_calvae.formats import FORMATS, _lazy, _mat, check_result, is_movie, read, read_movie, writer_of
 from napari_calvae.formats._files import check_memory
 from napari_calvae.formats.ground_truth import read_ground_truth
+from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.tiff import write_movie
 
 
@@ -391,3 +392,22 @@ def test_arrays_may_be_as_large_as_memory_and_no_larger(tmp_path, monkeypatch):
     check_memory(40_960, tmp_path / "a.npz")
     with pytest.raises(RecordingError, match="expected arrays that fit into this machine"):
         check_memory(40_961, tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", ["t", "frame"])
+def test_an_axis_of_ome_zarr_may_have_any_name_if_it_is_of_time(tmp_path, name):
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    group.create_array("0", shape=MOVIE.shape, chunks=(1, 16, 10), dtype="u2")[:] = MOVIE
+    axes = [{"name": name, "type": "time"}, {"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
+    group.attrs["multiscales"] = [{"version": "0.4", "datasets": [{"path": "0"}], "axes": axes}]
+    np.testing.assert_array_equal(np.asarray(read_movie(tmp_path / "a.zarr")[0]), MOVIE)
+
+
+def test_a_frame_rate_that_contradicts_the_file_stays_known(tmp_path):
+    write(Traces(np.ones((2, 30)) + np.arange(30), 10.0, "raw"), tmp_path / "a.npz")
+    assert read(tmp_path / "a.npz", frame_rate=20.0).provenance["frame_rate_of_file"] == 10.0
+    assert "frame_rate_of_file" not in read(tmp_path / "a.npz", frame_rate=10.0).provenance
+
+
+def test_the_name_of_what_was_written_is_told(tmp_path):
+    assert write_arrays({"a": np.ones(3)}, tmp_path / "a.npz") == tmp_path / "a.npz"
