@@ -134,7 +134,7 @@ def _workers(n: int) -> Iterator[Any]:
     """A cluster of so many processes on this machine."""
     from distributed import LocalCluster
 
-    with dask.config.set(SETTINGS), LocalCluster(n, threads_per_worker=1, dashboard_address=None) as cluster:
+    with dask.config.set(SETTINGS), LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None) as cluster:
         yield cluster
 
 
