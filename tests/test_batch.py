@@ -204,7 +204,8 @@ def quiet_cluster():
 def test_a_cluster_gives_the_same(recording, traces, tmp_path, model):
     distributed = pytest.importorskip("distributed", reason="install napari-calvae[cluster]")
     run(recording, tmp_path / "whole.zarr", model)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as threads:
+    settings = {"threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(n_workers=2, **settings) as threads:
         run(recording, tmp_path / "a.zarr", model, scheduler=threads.scheduler_address)
         # Traces in memory and a model in memory travel with the tasks.
         vae = calvae.load_model(model)
