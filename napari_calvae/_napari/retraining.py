@@ -35,7 +35,7 @@ TERMS = {
     "effective_samples": ("Effective samples", "spike trains"),
     "discrepancy": ("Discrepancy from the prior", "per snippet"),
     "log_truth": ("Log-probability of the labels", "nats per snippet"),
-    "held_out": ("Held-out cells, lower is better", "nats/s"),
+    "held_out": ("Held-out cells, lower is better", "nats/s or correlation"),
 }
 
 

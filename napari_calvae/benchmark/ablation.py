@@ -22,6 +22,7 @@ from napari_calvae.pretrained.recordings import FOLDS, RecordingSampler
 from napari_calvae.pretrained.simulations import SimulationSampler
 from napari_calvae.pretrained.train import MODELS_SIMULATED, UNIVERSAL, Recipe, iter_pretrain, universal_model
 from napari_calvae.recognition import AutoregressiveNetwork, FactorizedNetwork, RecognitionNetwork
+from napari_calvae.training import read_history
 
 _WIDTHS: Sequence[int] = UNIVERSAL["widths"]
 
@@ -89,13 +90,13 @@ def ablation_rows(
         torch.manual_seed(recipe.seed)
         network = variant.network()
         chosen = replace(recipe, simulation_steps=variant.simulation_steps, simulated=variant.simulated)
-        seconds = 0.0
+        checkpoint = out / f"variant{number}.checkpoint"
         recordings = RecordingSampler(aligned if variant.aligned else known)
-        for record in iter_pretrain(network, recordings, simulations, chosen, out / f"variant{number}.checkpoint"):
-            seconds = record.seconds
+        for _ in iter_pretrain(network, recordings, simulations, chosen, checkpoint):
+            pass
         row = {"variant": variant.name, **_score(Models(universal_model(network, variant.name)), unseen)}
         row["parameters"] = sum(p.numel() for p in network.parameters())
-        rows.append(row | {"seconds of training": round(seconds)})
+        rows.append(row | {"seconds of training": round(read_history(checkpoint)[-1].seconds)})
         with whole_files(out / "ablation.json", out / "ablation.md") as (data, text):
             content = {"steps": recipe.n_steps, "seed": recipe.seed, "left out": left_out, "rows": rows}
             data.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

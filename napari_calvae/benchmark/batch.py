@@ -100,19 +100,20 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[Row]:
     write_recording(source, size.cluster_rois, size.frames, seed)
     rows = max(size.cluster_rois // 40, 1)
     begun = time.perf_counter()
-    for _ in iter_batch(source, work / "here.zarr", n_samples=size.samples, block_rois=rows, device="cpu"):
+    settings: dict[str, Any] = {"block_rois": rows, "device": "cpu"}
+    for _ in iter_batch(source, work / "here.zarr", n_samples=size.samples, **settings):
         pass
     here = time.perf_counter() - begun
     yield row("cluster", f"this process, {size.cluster_rois} ROIs", here, "s")
     with _workers(1) as cluster:
-        one = _seconds_on(cluster, source, work / "one", rows, size.samples)
+        one = _seconds_on(cluster, source, work / "one", size.samples, settings)
     yield row("cluster", "one worker that is there", one, "s")
     with _workers(2) as cluster:
-        two = _seconds_on(cluster, source, work / "two", rows, size.samples)
+        two = _seconds_on(cluster, source, work / "two", size.samples, settings)
         yield row("cluster", "two workers that are there", two, "s")
         yield row("cluster", "throughput, two workers against one", one / two, "×")
         yield row("cluster", "throughput, two workers against this process", here / two, "×")
-        settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
+        settings["scheduler"] = cluster.scheduler_address
         lost = 0
         for number, _ in enumerate(iter_batch(source, work / "lost.zarr", n_samples=size.samples, **settings)):
             if number == 10:
@@ -120,9 +121,8 @@ def _cluster(work: Path, size: Size, seed: int) -> Iterator[Row]:
                 lost = victim.pid
                 os.kill(lost, signal.SIGKILL)
     whole = digest(work / "here.zarr")
-    yield row(
-        "cluster", "files and bytes as in this process, two workers", digest(work / "two timed.zarr") == whole, ""
-    )
+    same = digest(work / "two timed.zarr") == whole
+    yield row("cluster", "files and bytes as in this process, two workers", same, "")
     if lost:
         same = digest(work / "lost.zarr") == whole
         yield row("cluster", "the same, one worker killed after ten of forty blocks", same, "")
@@ -138,9 +138,9 @@ def _workers(n: int) -> Iterator[Any]:
         yield cluster
 
 
-def _seconds_on(cluster: Any, source: Path, out: Path, rows: int, samples: int) -> float:
+def _seconds_on(cluster: Any, source: Path, out: Path, samples: int, settings: dict[str, Any]) -> float:
     """Seconds that a cluster takes to infer ``source``, after all of its workers have imported torch."""
-    settings: dict[str, Any] = {"scheduler": cluster.scheduler_address, "block_rois": rows, "device": "cpu"}
+    settings = {"scheduler": cluster.scheduler_address, **settings}
     for name, n_samples in (("warm", 0), ("timed", samples)):
         begun = time.perf_counter()
         for _ in iter_batch(source, out.with_name(f"{out.name} {name}.zarr"), n_samples=n_samples, **settings):

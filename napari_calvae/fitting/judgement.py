@@ -60,19 +60,13 @@ class Judge(ABC):
         """The random numbers of every comparison."""
         return torch.Generator().manual_seed(self.config.seed)
 
+    @abstractmethod
     def gain(self, model: SpikeVAE) -> float:
         """How much better a model is than the one at the start; −∞ if its network broke."""
-        observed, valid = (x[self.index] for x in (self.snippets.observed, self.snippets.valid))
-        with torch.no_grad():
-            broken = not bool(model.recognition(observed, self.snippets.frame_rate, valid).mean.isfinite().all())
-            return -np.inf if broken else self._gain(model)
 
     def told(self, gain: float) -> str:
         """A gain in words, as the description of a model has it."""
         return f"{self.measure} {gain:+.3f}{self.unit} (more than {self.least:g} is kept)"
-
-    @abstractmethod
-    def _gain(self, model: SpikeVAE) -> float: ...
 
 
 class DreamJudge(Judge):
@@ -96,9 +90,11 @@ class DreamJudge(Judge):
         self.dff, self.counts = Dreams(start, self.snippets).render(self.index, self.generator())
         self.before = self._correlation(start)
 
-    def _gain(self, model: SpikeVAE) -> float:
-        gain = self._correlation(model) - self.before
-        return float(np.nanmean(gain)) if np.isfinite(gain).any() else 0.0
+    def gain(self, model: SpikeVAE) -> float:
+        """Mean over the snippets that have spikes; 0 where none has."""
+        known = np.isfinite(self.before)
+        gain = self._correlation(model)[known] - self.before[known]
+        return float(np.nan_to_num(gain, nan=-np.inf).mean()) if known.any() else 0.0
 
     @torch.no_grad()
     def _correlation(self, model: SpikeVAE) -> Float[np.ndarray, " snippet"]:
@@ -126,7 +122,12 @@ class BoundJudge(Judge):
         self.log_rate = BoundLoss(start, self.snippets, self.config).cells.log_rate
         self.before = self._bound(start)
 
-    def _gain(self, model: SpikeVAE) -> float:
+    @torch.no_grad()
+    def gain(self, model: SpikeVAE) -> float:
+        """The lower of mean and median over snippets (nats/s)."""
+        observed, valid = (x[self.index] for x in (self.snippets.observed, self.snippets.valid))
+        if not bool(model.recognition(observed, self.snippets.frame_rate, valid).mean.isfinite().all()):
+            return -np.inf  # from such a network no trains can be drawn
         gain = (self._bound(model) - self.before).nan_to_num(nan=-torch.inf)
         return float(torch.minimum(gain.median(), gain.mean()))
 
