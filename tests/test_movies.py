@@ -327,6 +327,22 @@ def test_zarr_arrays_and_groups(tmp_path, zarr_format):
         assert rate == expected
 
 
+@pytest.mark.parametrize(("zarr_format", "shards"), [(2, None), (3, None), (3, (10, 16, 20))])
+def test_lost_chunks_of_zarr_movies_are_told(tmp_path, zarr_format, shards):
+    """By Zarr's convention they are nothing but zeros: silence would be taken for data."""
+    path, movie = tmp_path / "a.zarr", 1 + MOVIE
+    zarr.create_array(str(path), data=movie, chunks=(5, 16, 20), shards=shards, zarr_format=zarr_format)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".z", "zarr.")))
+    read_movie(path)  # a warning would be an error
+    files[1].unlink()
+    whole = rf"a\.zarr: expected a file for every chunk of the movie, 1 of {len(files)} are not there; they read as 0"
+    with pytest.warns(UserWarning, match=whole):
+        found, _ = read_movie(path)
+    first, frames = (10, 10) if shards else (5, 5)
+    assert not np.asarray(found[first : first + frames]).any()
+    np.testing.assert_array_equal(found[:first], movie[:first])
+
+
 def an_ome_zarr(path: Path, version: str, movie: np.ndarray, axes: str, scale=None, unit="millisecond", inner=""):
     group = zarr.open_group(str(path), mode="w", zarr_format=3 if version == "0.5" else 2)
     if inner:

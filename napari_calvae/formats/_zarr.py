@@ -6,6 +6,7 @@ By Zarr's convention it would stand for the fill value, and what was lost would 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,11 +70,28 @@ def read_rows(array: Any, index: np.ndarray | None = None, axis: int = 0, *, who
 
 def check_chunks(array: Any, places: Iterable[int] | None = None, axis: int = 0) -> None:
     """Raise ValueError if a chunk of an array is not there; of all, or of those in some places along an axis."""
-    grid: list[Iterable[int]] = [range(-(-n // size)) for n, size in zip(array.shape, array.chunks, strict=True)]
+    grid: list[Iterable[int]] = [range(n) for n in _n_chunks(array)]
     if places is not None:
         grid[axis] = places
-    folder = Path(array.store.root) / array.path
     for chunk in itertools.product(*grid):
-        file = folder / array.metadata.encode_chunk_key(chunk)
+        file = _chunk_file(array, chunk)
         if not file.is_file():
             raise ValueError(f"{file.relative_to(array.store.root)} is not there")
+
+
+def count_missing(array: Any, most: int = 10_000) -> tuple[int, int]:
+    """How many chunks of an array are not there, and at how many was looked: at all, or ``most`` evenly spread."""
+    shape = _n_chunks(array)
+    n = math.prod(shape)
+    looked = np.unique(np.linspace(0, max(n - 1, 0), min(n, most)).round().astype(int))
+    chunks = zip(*np.unravel_index(looked, shape), strict=True)
+    return sum(not _chunk_file(array, tuple(map(int, chunk))).is_file() for chunk in chunks), len(looked)
+
+
+def _n_chunks(array: Any) -> list[int]:
+    """Number of files along each axis; those of a sharded array are its shards."""
+    return [-(-n // size) for n, size in zip(array.shape, array.shards or array.chunks, strict=True)]
+
+
+def _chunk_file(array: Any, chunk: tuple[int, ...]) -> Path:
+    return Path(array.store.root) / array.path / array.metadata.encode_chunk_key(chunk)

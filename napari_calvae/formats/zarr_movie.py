@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from napari_calvae.formats._files import TRACE_NAMES, readable
+from napari_calvae.formats._zarr import count_missing
 from napari_calvae.formats._lazy import SECONDS, choose, is_numeric, lazy, positive, stated_rate
 from napari_calvae.recording import RecordingError
 
@@ -114,6 +116,13 @@ def open_node(path: Path, name: str = "") -> Any:
 def _lazy(path: Path, name: str, array: Any) -> Any:
     chunks = StoredChunks(path, name)
     chunks[tuple(slice(0, 1) for _ in chunks.shape)]  # a folder that cannot be decoded says so now
+    missing, looked = count_missing(array)
+    if missing:
+        warnings.warn(
+            f"{path.name}: expected a file for every chunk of the movie, {missing} of {looked} are not there; they read "
+            f"as {array.fill_value}. Copy the folder again, unless nothing was in them: many programs leave such out.",
+            stacklevel=4,
+        )
     return lazy(chunks, array.shards or array.chunks)
 
 
