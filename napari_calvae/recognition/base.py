@@ -250,7 +250,12 @@ def trace_features(
     measured = _measured(fluorescence, valid)
     f = (fluorescence.masked_fill(~measured, torch.nan) - centre).nan_to_num()
     z = f / noise
-    return torch.stack([torch.asinh(z), (z / 10).clamp(-2, 10), (f / spread).clamp(-2, 4), measured.to(f.dtype)], dim=1)
+    return torch.stack([_asinh(z), (z / 10).clamp(-2, 10), (f / spread).clamp(-2, 4), measured.to(f.dtype)], dim=1)
+
+
+def _asinh(z: Tensor) -> Tensor:
+    """Inverse hyperbolic sine of moderate numbers, for which torch's own takes four times as long."""
+    return torch.copysign(torch.log(z.abs() + torch.sqrt(z * z + 1)), z)
 
 
 def _measured(fluorescence: Tensor, valid: Tensor | None) -> Bool[Tensor, "roi time"]:

@@ -319,8 +319,9 @@ def count_logits(
     log_mean = torch.where(log_mean > 3.0, 3.0 + 0.02 * (log_mean - 3.0), log_mean)
     residual = 8 * torch.tanh(local[:, 1:] / 8)
     k = torch.arange(local.shape[1], device=local.device, dtype=local.dtype)[:, None]
-    logits = k * log_mean - torch.lgamma(k + 1)
-    return torch.cat([logits[:, :1], logits[:, 1:] + residual], 1)
+    logits = torch.addcmul(-torch.lgamma(k + 1), k, log_mean)
+    logits[:, 1:] += residual
+    return logits
 
 
 def gain_layers(n_condition: int) -> nn.Sequential:
@@ -443,8 +444,9 @@ class FactorizedNetwork(RecognitionNetwork):
         return summary, self._decode(skips, rate, summary)[..., : features.shape[-1]]
 
     def _pool(self, coarsest: Tensor) -> Tensor:
-        spread = (coarsest.var(-1, unbiased=False) + 1e-6).sqrt()
-        return torch.relu(self.pool(torch.cat([coarsest.mean(-1), spread], 1).squeeze(-1)))
+        frames = coarsest.squeeze(2).mT  # contiguous: sums over time run over channels side by side
+        spread = (frames.var(1, unbiased=False) + 1e-6).sqrt()
+        return torch.relu(self.pool(torch.cat([frames.mean(1), spread], 1)))
 
     def _decode(self, skips: list[Tensor], rate: Tensor, summary: Tensor) -> Tensor:
         condition = torch.cat([rate, summary], 1)

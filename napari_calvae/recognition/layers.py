@@ -25,7 +25,9 @@ def convolve(layer: nn.Conv1d, x: Float[Tensor, "roi channel 1 time"]) -> Float[
 
 def upsample(x: Float[Tensor, "roi channel 1 time"]) -> Float[Tensor, "roi channel 1 frame"]:
     """Every frame twice."""
-    return x.unsqueeze(-1).expand(*x.shape, 2).flatten(-2)
+    columns = x.squeeze(2).mT  # (roi, time, channel), contiguous
+    twice = columns.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1, 2)
+    return twice.mT.unsqueeze(2)
 
 
 def to_frames(layer: nn.Conv1d, x: Float[Tensor, "roi channel 1 time"]) -> Float[Tensor, "roi output time"]:
@@ -55,4 +57,4 @@ class FilmBlock(nn.Module):
         scale, shift = self.film(condition)[..., None, None].chunk(2, 1)
         h = torch.addcmul(shift, convolve(self.first, x), 1 + scale)
         kept = convolve(self.skip, x) if isinstance(self.skip, nn.Conv1d) else x
-        return kept + convolve(self.second, torch.relu_(h))
+        return convolve(self.second, torch.relu_(h)).add_(kept)
