@@ -335,7 +335,7 @@ def test_lost_chunks_of_zarr_movies_are_told(tmp_path, zarr_format, shards):
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".z", "zarr.")))
     read_movie(path)  # a warning would be an error
     files[1].unlink()
-    whole = rf"a\.zarr: expected a file for every chunk of the movie, 1 of {len(files)} are not there; they read as 0"
+    whole = rf"a\.zarr: expected a file for every chunk of the movie, 1 of {len(files)} are not there: they read as 0"
     with pytest.warns(UserWarning, match=whole):
         found, _ = read_movie(path)
     first, frames = (10, 10) if shards else (5, 5)

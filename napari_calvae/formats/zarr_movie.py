@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from napari_calvae.formats._files import TRACE_NAMES, readable
-from napari_calvae.formats._zarr import count_missing
 from napari_calvae.formats._lazy import SECONDS, choose, is_numeric, lazy, positive, stated_rate
+from napari_calvae.formats._zarr import count_missing
 from napari_calvae.recording import RecordingError
 
 MOVIE_PATTERNS = ("*.zarr",)
@@ -119,8 +119,8 @@ def _lazy(path: Path, name: str, array: Any) -> Any:
     missing, looked = count_missing(array)
     if missing:
         warnings.warn(
-            f"{path.name}: expected a file for every chunk of the movie, {missing} of {looked} are not there; they read "
-            f"as {array.fill_value}. Copy the folder again, unless nothing was in them: many programs leave such out.",
+            f"{path.name}: expected a file for every chunk of the movie, {missing} of {looked} are not there: they "
+            f"read as {array.fill_value}. Copy the folder again, unless nothing was in them: many programs leave those out.",
             stacklevel=4,
         )
     return lazy(chunks, array.shards or array.chunks)
