@@ -120,7 +120,7 @@ def _lazy(path: Path, name: str, array: Any) -> Any:
     if missing:
         warnings.warn(
             f"{path.name}: expected a file for every chunk of the movie, {missing} of {looked} are not there: they "
-            f"read as {array.fill_value}. Copy the folder again, unless they held nothing, which many programs do not write.",
+            f"read as {array.fill_value}. Copy the folder again, unless they held nothing but that.",
             stacklevel=4,
         )
     return lazy(chunks, array.shards or array.chunks)
