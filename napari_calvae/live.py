@@ -25,8 +25,9 @@ from napari_calvae.vae import SpikeVAE, load_model
 _MEMORY, _FRAMES = 60.0, (512, 2048)
 #: Nothing is said before so many seconds and frames have come.
 _WARM_UP, _WARM_FRAMES = 5.0, 64
-#: Every ROI's baseline, noise and range are measured again once in so many seconds.
-_REFRESH = 10.0
+#: Every ROI's baseline, noise and range are measured again so many times while as much comes as they are measured from:
+#: often at first, when they still change.
+_REFRESH = 8.0
 #: Frames that pass through the network at once where many come together.
 _BLOCK = 4096
 
@@ -156,7 +157,8 @@ class _Cells:
         if n_due:
             self._measure((self.next + torch.arange(n_due)) % self.n_rois)
             self.next = (self.next + n_due) % self.n_rois
-        self.owed += new.shape[1] * self.n_rois / (_REFRESH * self.frame_rate) - n_due
+        known = min(self.n_frames, self.memory.shape[1])
+        self.owed += _REFRESH * new.shape[1] * self.n_rois / known - n_due
         local = self.network.advance(self.state, trace_features(new, None, self.scale))
         posterior = cast(GainCategorical, self.network.posterior(local, self.log_rate, self.summary))
         rate = posterior.mean * self.frame_rate
@@ -174,9 +176,10 @@ class _Cells:
         """Baseline, noise, range and summary of some ROIs, from what is remembered of them."""
         place = self.n_frames % self.memory.shape[1]
         values = self.memory[rows].roll(-place, 1)[:, -self.n_frames :]
-        for kept, found in zip(self.scale, trace_scale(values), strict=True):
+        scale = trace_scale(values)
+        for kept, found in zip(self.scale, scale, strict=True):
             kept[rows] = found
-        summary = self.network.summarise(trace_features(values), self.log_rate[rows])
+        summary = self.network.summarise(trace_features(values, None, scale), self.log_rate[rows])
         self.summary[rows] = summary
         self.network.condition(self.state, rows, self.log_rate[rows], summary)
         known = torch.isfinite(values)

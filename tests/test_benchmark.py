@@ -204,7 +204,7 @@ def test_adaptation_is_scored_before_and_after(monkeypatch):
     torch.manual_seed(0)
     start, better = (universal_model(FactorizedNetwork((4, 6)), "x") for _ in range(2))
     models = accuracy.Models("universal")
-    models.models = [start]
+    models.models = {0: start}
     monkeypatch.setattr(adaptation, "fit", lambda traces, base: better if base is start else None)
     (row,) = adaptation.adaptation_rows(models, [sweep()])
     assert (row["data set"], row["cells"]) == ("D1", 1)
@@ -258,6 +258,12 @@ def test_folds_must_be_whole_and_know_the_data_set(tmp_path):
     assert one.fold("DS31-GCaMP8m-m-V1") == one.fold("DS30-GCaMP8f-m-V1")
     with pytest.raises(RecordingError, match="leaves out DS99"):
         one.fold("DS99-x")
+    universal_model(FactorizedNetwork((4, 6)), "third").save(tmp_path / "fold3.safetensors")
+    some = accuracy.Models(tmp_path, ["DS30-a", "DS31-b"])
+    assert some["DS31-b"].description == "third"
+    assert list(some.networks) == [2]
+    with pytest.raises(RecordingError, match=r"found no fold1\.safetensors\."):
+        accuracy.Models(tmp_path, ["DS30-a", "DS10-b"])
 
 
 def test_speed_is_measured_part_by_part_and_recorded(tmp_path):

@@ -323,3 +323,18 @@ def test_frame_by_frame_equals_the_whole_trace():
             torch.testing.assert_close(posterior.mean, network.posterior(whole, log_rate, summary).mean)
     with pytest.raises(ValueError, match="expected one of 0, 2 frames, got 1"):
         network.set_lag(1)
+
+
+def test_a_causal_network_may_know_but_the_beginning_of_a_trace():
+    """What comes later then changes no answer before it, neither through its scale nor through its summary."""
+    torch.manual_seed(0)
+    network = NETWORKS["causal"](**SMALL["causal"]).double().eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        now, rate = traces(3, 120), torch.full((3,), 30.0, dtype=torch.float64)
+        later = now.clone()
+        later[:, 80:] = 7 * later[:, 80:] + 3
+        known, other = (network.every_lag(x, rate, lags=[2], n_known=80)[2].mean[:, :78] for x in (now, later))
+        torch.testing.assert_close(known, other)
+        assert not torch.allclose(known, network.every_lag(later, rate, lags=[2])[2].mean[:, :78], rtol=1e-3)

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,29 +75,32 @@ class Models:
     ----------
     source
         A model, its name or file, or a folder of ``fold1.safetensors`` … as ``pretrained.train --fold`` makes them.
+    datasets
+        Those that will be asked for; of the folder the models of their folds have to be there, by default all.
     """
 
-    def __init__(self, source: str | Path | SpikeVAE) -> None:
+    def __init__(self, source: str | Path | SpikeVAE, datasets: Iterable[str] | None = None) -> None:
         folder = None if isinstance(source, SpikeVAE) else Path(source)
         self.folds = folder is not None and folder.is_dir()
         if folder is None or not self.folds:
-            self.models = [load_model(source)]
+            self.models = {0: load_model(source)}
             return
-        files = [folder / f"fold{k + 1}.safetensors" for k in range(len(FOLDS))]
-        missing = [f.name for f in files if not f.is_file()]
+        needed = range(len(FOLDS)) if datasets is None else sorted({self.fold(name) for name in datasets})
+        files = {k: folder / f"fold{k + 1}.safetensors" for k in needed}
+        missing = [f.name for f in files.values() if not f.is_file()]
         if missing:
             raise RecordingError(f"folds: expected a model of every fold in {folder}, found no {', '.join(missing)}.")
         # Not `load_model`, which lends one model to all: the gain scale of these is changed.
-        self.models = [SpikeVAE.load(f) for f in files]
+        self.models = {k: SpikeVAE.load(file) for k, file in files.items()}
 
     @property
-    def networks(self) -> list[FactorizedNetwork]:
-        """Of every model, in the order of the folds."""
-        networks: list[FactorizedNetwork] = []
-        for network in (model.recognition for model in self.models):
+    def networks(self) -> dict[int, FactorizedNetwork]:
+        """Of every model, by fold."""
+        networks: dict[int, FactorizedNetwork] = {}
+        for fold, network in ((k, model.recognition) for k, model in self.models.items()):
             if not isinstance(network, FactorizedNetwork):
                 raise RecordingError(f"accuracy: expected a model with a factorized network, got {network.name}.")
-            networks.append(network)
+            networks[fold] = network
         return networks
 
     def fold(self, dataset: str) -> int:
@@ -308,10 +311,10 @@ def study(
     if models.folds:
         tried: list[dict[str, Any]] = []
         for scale in GAIN_SCALES:
-            for network in models.networks:
+            for network in models.networks.values():
                 network.set_gain_scale(scale)
             tried += interval_rows(models, pieces)
-        for fold, network in enumerate(models.networks):
+        for fold, network in models.networks.items():
             network.set_gain_scale(calibrate([row for row in tried if models.fold(row["data set"]) != fold]))
             scales[f"fold {fold + 1}"] = network.gain_scale
         scales["all"] = calibrate(tried)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from napari_calvae.benchmark.accuracy import Models
 from napari_calvae.benchmark.ground_truth import SHIFTS, Method, Piece, by_dataset, calvae_method, correlations, prepare
 from napari_calvae.benchmark.paper.record import to_table
 from napari_calvae.benchmark.records import machine
@@ -39,20 +40,23 @@ def live_method(model: str | SpikeVAE, lag: int) -> Method:
     return run
 
 
-def iter_live(sweeps: Sequence[Sweep], model: str = "live") -> Iterator[Row]:
+def iter_live(sweeps: Sequence[Sweep], model: str = "live", whole: str = "universal") -> Iterator[Row]:
     """Rows of the table: per data set the median correlation of whole traces and of each lag, on the same cells.
 
     Frames of 33 ms, true spikes smoothed by 25 ms, no shift; two minutes of each sweep, eight cells of each data set.
+    ``model`` (causal) and ``whole`` are models or folders of those that leave out a fold each, see `Models`.
     """
-    vae = load_model(model)
-    network = vae.recognition
-    lags = network.lags if isinstance(network, CausalNetwork) else ()
-    methods = {"whole trace": calvae_method()} | {f"lag {lag}": live_method(vae, lag) for lag in lags}
+    datasets = {sweep.dataset for sweep in sweeps}
+    streamed, complete = Models(model, datasets), Models(whole, datasets)
     pieces: dict[str, list[Piece]] = {}
     for piece in prepare([_begin(sweep) for sweep in sweeps], _FRAME_RATE):
         pieces.setdefault(piece.dataset, []).append(piece)
     here = SHIFTS.index(0)
     for dataset, found in sorted(pieces.items()):
+        vae = streamed[dataset]
+        lags = vae.recognition.lags if isinstance(vae.recognition, CausalNetwork) else ()
+        methods = {"whole trace": calvae_method(complete[dataset])}
+        methods |= {f"lag {lag}": live_method(vae, lag) for lag in lags}
         cells = sorted({piece.cell for piece in found})[:_CELLS]
         chosen = [piece for piece in found if piece.cell in cells]
         scores = {
@@ -77,8 +81,8 @@ Made by `{made_by}`; do not edit by hand.
 
 Traces come to `calvae.stream` second by second; the rate of a frame is told when as many frames more as the lag have
 come. Median over cells of the correlation with true spikes, smoothed by 25 ms, at 30 Hz and without a shift; eight
-cells of each data set, two minutes of each sweep. Both models, *universal* for the whole trace and *live*, were trained
-on these data sets: what is compared is what the lag costs, not how good they are on recordings that they never saw.
+cells of each data set, two minutes of each sweep. Shipped models have seen these data sets in training; of folders with
+a model for each fold, made by `pretrained.train --fold`, none has seen the data set that it is scored on.
 
 {to_table(summary)}
 

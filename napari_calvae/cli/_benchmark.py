@@ -44,7 +44,7 @@ def adaptation(
     sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
     models = measure.Models(model)
     if gain_scale is not None:
-        for network in models.networks:
+        for network in models.networks.values():
             network.set_gain_scale(gain_scale)
     show(measure.adaptation_rows(models, sweeps), summary="mean")
 
@@ -110,7 +110,8 @@ def speed(
 @benchmark.command()
 def live(
     data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
-    model: Annotated[str, typer.Option(help="Name of a shipped model or a file, causal")] = "live",
+    model: Annotated[str, typer.Option(help="Causal model, or a folder of those that leave out a fold each")] = "live",
+    whole: Annotated[str, typer.Option(help="The same of the model that sees whole traces")] = "universal",
     only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,
 ) -> None:
@@ -119,10 +120,11 @@ def live(
     from napari_calvae.benchmark.live import iter_live, write_live
 
     sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
-    rows = list(iter_live(sweeps, model))
+    rows = list(iter_live(sweeps, model, whole))
     if out is not None:
         chosen = f" --only {only}" if only else ""
-        write_live(rows, out, f"calvae benchmark live --data {data.name} --model {model}{chosen}")
+        models = f"--model {Path(model).name} --whole {Path(whole).name}"
+        write_live(rows, out, f"calvae benchmark live --data {data.name} {models}{chosen}")
     show([{name: value for name, value in row.items() if name != "cells"} for row in rows], summary="mean")
 
 

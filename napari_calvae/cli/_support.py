@@ -113,7 +113,10 @@ def progress() -> Iterator[Any]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:  # where a bar that is switched off may still leave an empty line
+        yield lambda text, fraction: None
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def report(text: str, fraction: float | None) -> None:

@@ -42,6 +42,11 @@ UNIVERSAL: dict[str, Any] = {
     "local_gain": True,
     "min_frames": min(WINDOWS),
 }
+#: The one for recordings that are still going on.
+LIVE: dict[str, Any] = {"width": 48, "min_frames": min(WINDOWS)}
+#: Share of the batches in which a causal network is told what traces are as a whole, and the fewest frames that have to
+#: tell it in the others; their number is log-uniform.
+KNOWN_WHOLE, SHORTEST_KNOWN = 0.4, 96
 #: Traces whose likeness a model remembers, about.
 _SEEN = 800
 #: Share of simulated snippets after the first steps.
@@ -60,13 +65,21 @@ def draw_batch(recordings: RecordingSampler, simulations: SimulationSampler, sim
     return out
 
 
-def snippet_loss(network: RecognitionNetwork, batch: Snippets) -> Float[torch.Tensor, ""]:
-    """Minus the log-probability of the true spikes of snippets, per frame; with a lag, the mean over all lags."""
+def snippet_loss(network: RecognitionNetwork, batch: Snippets, generator: torch.Generator) -> Float[torch.Tensor, ""]:
+    """Minus the log-probability of the true spikes of snippets, per frame.
+
+    That of a causal network is the mean over two of its lags, and often what a trace is as a whole is told from its
+    beginning alone: a recording that is going on is no better known.
+    """
     counts = torch.from_numpy(batch.counts).clamp_max(network.max_count)
     scored = torch.from_numpy(batch.scored)
     fluorescence, frame_rate = torch.from_numpy(batch.fluorescence), torch.from_numpy(batch.frame_rate)
     if isinstance(network, CausalNetwork):
-        of_lags = network.every_lag(fluorescence, frame_rate).values()
+        lags = [network.lags[k] for k in torch.randperm(len(network.lags), generator=generator)[:2].tolist()]
+        window = fluorescence.shape[1]
+        whole, share = torch.rand(2, generator=generator).tolist()
+        n_known = window if whole < KNOWN_WHOLE else round(SHORTEST_KNOWN * (window / SHORTEST_KNOWN) ** share)
+        of_lags = network.every_lag(fluorescence, frame_rate, lags=lags, n_known=n_known).values()
         log_p = torch.stack([posterior.log_prob(counts, scored) for posterior in of_lags]).mean(0)
     else:
         log_p = network(fluorescence, frame_rate).log_prob(counts, scored)
@@ -129,7 +142,7 @@ def iter_pretrain(
     def loss(generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         share = 1.0 if step < recipe.simulation_steps * recipe.n_steps else recipe.simulated
         batch_seed = int(torch.randint(2**62, (), generator=generator))
-        return snippet_loss(network, draw_batch(recordings, simulations, share, batch_seed)), {}
+        return snippet_loss(network, draw_batch(recordings, simulations, share, batch_seed), generator), {}
 
     if checkpoint is not None and checkpoint.is_file():
         step = int(torch.load(checkpoint, weights_only=True)["step"])
@@ -155,7 +168,7 @@ def main(
     aligned, line = align_clocks(sweeps)
     recordings, simulations = RecordingSampler(aligned), SimulationSampler(models.split(","), line)
     torch.manual_seed(seed)
-    network = CausalNetwork(min_frames=min(WINDOWS)) if live else FactorizedNetwork(**UNIVERSAL)
+    network = CausalNetwork(**LIVE) if live else FactorizedNetwork(**UNIVERSAL)
     recipe = Recipe(n_steps=steps, simulation_steps=simulation_steps, seed=seed)
     recent = []
     for record in iter_pretrain(network, recordings, simulations, recipe, out.with_suffix(".checkpoint")):

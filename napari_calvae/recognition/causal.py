@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, trace_features
+from napari_calvae.recognition.base import N_FEATURES, RecognitionNetwork, trace_features, trace_scale
 from napari_calvae.recognition.factorized import GAIN_LIMIT, GainCategorical, count_logits, gain_deviation, gain_layers
 
 #: Frames that the first layer sees, the last of them the newest.
@@ -31,15 +31,17 @@ _MANY_ROIS = 64
 class CausalState:
     """What `CausalNetwork.step` remembers: the last features, and each block's input as far back as its taps reach.
 
-    ``history`` (roi, channel, 5) features; ``recent`` (roi, width, lag) what the blocks made of the last frames;
-    ``rings`` one (2 · dilation, width, roi) per block; ``films`` (block, 2, width, roi) scale and shift of each block;
-    ``now`` frames so far.
+    ``history`` (4, channel, roi) features; ``rings`` one (2 · dilation, width, roi) per block; ``recent`` (lag, width,
+    roi) what the blocks made of the last frames. Of these rings the newest frame takes the place of the oldest: frame k
+    is in row k modulo their length. ``films`` (block, 2, width, roi) scale and shift of each block; ``layers`` what is
+    applied frame by frame; ``now`` frames so far. ROIs come last: products are with all of them at once.
     """
 
     history: Tensor
-    recent: Tensor
     rings: list[Tensor]
+    recent: Tensor
     films: Tensor
+    layers: list[_OneFrame]
     now: int = 0
 
 
@@ -58,14 +60,32 @@ class _Block(nn.Module):
             self.out.weight.mul_(0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.film(condition)[..., None].chunk(2, 1)
-        return self.after(nn.functional.pad(x, (2 * self.dilation, 0)), x, scale, shift)
+        scale, shift = self.film(condition)[:, None].chunk(2, -1)
+        return self.after(nn.functional.pad(x, (0, 0, 2 * self.dilation, 0)), x, 1 + scale, shift)
 
     def after(self, past: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Outputs for ``x``, which ends ``past``, that begins 2 · dilation frames earlier."""
-        n, d = x.shape[-1], self.dilation
-        taps = self.taps(torch.cat([past[..., :n], past[..., d : d + n], x], 1))
-        return x + self.out(torch.relu_(torch.addcmul(shift, taps, 1 + scale)))
+        """(roi, time, width) for ``x``, which ends ``past``, that begins 2 · dilation frames earlier."""
+        n, d = x.shape[1], self.dilation
+        taps = _linear(self.taps, torch.cat([past[:, :n], past[:, d : d + n], x], -1))
+        return x + _linear(self.out, torch.relu_(torch.addcmul(shift, taps, scale)))
+
+
+class _OneFrame:
+    """A convolution for one frame of many ROIs: a product of matrices for each of the frames that its filters see."""
+
+    def __init__(self, layer: nn.Module, n_frames: int) -> None:
+        weight, bias = cast(Tensor, layer.weight).detach(), cast(Tensor, layer.bias).detach()
+        if weight.shape[2] != n_frames:  # frames are side by side as channels
+            weight = weight[..., 0].unflatten(1, (n_frames, -1)).mT
+        self.filters = [part.contiguous() for part in weight.unbind(2)]
+        self.bias = bias[:, None]
+
+    def __call__(self, *frames: Float[Tensor, "input roi"]) -> Float[Tensor, "output roi"]:
+        """(output, roi) for the newest of the frames, which come oldest first."""
+        out = torch.mm(self.filters[0], frames[0])
+        for weight, frame in zip(self.filters[1:], frames[1:], strict=True):
+            out.addmm_(weight, frame)
+        return out.add_(self.bias)
 
 
 class _Head(nn.Module):
@@ -78,7 +98,8 @@ class _Head(nn.Module):
         self.out = nn.Conv1d(width, n_outputs, 1)
 
     def forward(self, trunk: Tensor) -> Tensor:
-        return self.out(torch.relu(self.since(trunk)))
+        """(roi, output, time) from (roi, time + lag, width)."""
+        return _linear(self.out, torch.relu(_linear(self.since, _windows(trunk, self.lag + 1)))).mT
 
 
 class CausalNetwork(RecognitionNetwork):
@@ -174,11 +195,11 @@ class CausalNetwork(RecognitionNetwork):
 
     def summarise(self, features: Tensor, log_rate: Tensor) -> Tensor:
         """Mean and spread over time of what strided convolutions make of the trace."""
-        x = nn.functional.pad(features, (0, max(0, _SHORTEST - features.shape[-1])))
+        x = nn.functional.pad(features, (0, max(0, _SHORTEST - features.shape[-1]))).mT
         for layer in self.coarse:
-            x = torch.relu(layer(x))
-        spread = (x.var(-1, unbiased=False) + 1e-6).sqrt()
-        return torch.relu(self.pool(torch.cat([x.mean(-1), spread], 1)))
+            x = torch.relu(_linear(layer, _windows(x, 4, 4)))
+        spread = (x.var(1, unbiased=False) + 1e-6).sqrt()
+        return torch.relu(self.pool(torch.cat([x.mean(1), spread], 1)))
 
     def local(self, features: Tensor, log_rate: Tensor, summary: Tensor) -> Tensor:
         """Log-rate (spikes/s), residual log-weights of the counts 1, 2, …, and log-odds of the gain's response."""
@@ -202,46 +223,61 @@ class CausalNetwork(RecognitionNetwork):
         fluorescence: Float[Tensor, "roi time"],
         frame_rate: Float[Tensor, " roi"],
         valid: Bool[Tensor, "roi time"] | None = None,
+        lags: Sequence[int] = (),
+        n_known: int | None = None,
     ) -> dict[int, GainCategorical]:
-        """Posterior by lag, of traces that pass through once."""
-        features, log_rate = trace_features(fluorescence, valid), frame_rate.log()
-        summary = self.summarise(features, log_rate)
-        trunk = self._trunk(features, log_rate, summary, max(self.lags))
+        """Posterior by lag, all of them unless told which, of traces that pass through once.
+
+        What a trace is as a whole is told from the first ``n_known`` frames, as in a recording that is going on.
+        """
+        known = slice(n_known)
+        scale = trace_scale(fluorescence[:, known], None if valid is None else valid[:, known])
+        features, log_rate = trace_features(fluorescence, valid, scale), frame_rate.log()
+        summary = self.summarise(features[..., known], log_rate)
+        lags = lags or self.lags
+        trunk = self._trunk(features, log_rate, summary, max(lags))
         n = features.shape[-1]
-        return {lag: self.posterior(self._answer(trunk, lag, n), log_rate, summary) for lag in self.lags}
+        return {lag: self.posterior(self._answer(trunk, lag, n), log_rate, summary) for lag in lags}
 
     def start(self, n_rois: int) -> CausalState:
         """State before the first frame: nothing was measured, and no ROI is conditioned yet."""
         like = next(self.parameters())
         width = self.config["width"]
         return CausalState(
-            history=like.new_zeros(n_rois, N_FEATURES, _STEM),
-            recent=like.new_zeros(n_rois, width, self.lag),
+            history=like.new_zeros(_STEM - 1, N_FEATURES, n_rois),
             rings=[like.new_zeros(2 * block.dilation, width, n_rois) for block in self._blocks],
+            recent=like.new_zeros(self.lag, width, n_rois),
             films=like.new_zeros(len(self.blocks), 2, width, n_rois),
+            layers=[
+                _OneFrame(self.stem, _STEM),
+                *itertools.chain(*((_OneFrame(block.taps, 3), _OneFrame(block.out, 1)) for block in self._blocks)),
+                _OneFrame(self._head.since, 1 + self.lag),
+                _OneFrame(self._head.out, 1),
+            ],
         )
 
     def condition(self, state: CausalState, rois: Tensor, log_rate: Tensor, summary: Tensor) -> None:
         """Let some ROIs (their rows) be seen in the light of a summary from now on."""
-        condition = self._condition(log_rate, summary)
-        films = torch.stack([block.film(condition).T.unflatten(0, (2, -1)) for block in self._blocks])
+        weight, bias = (torch.cat([getattr(block.film, name) for block in self._blocks]) for name in ("weight", "bias"))
+        films = nn.functional.linear(self._condition(log_rate, summary), weight, bias).T
+        films = films.reshape(len(self.blocks), 2, -1, len(rois))
+        films[:, 0] += 1
         state.films[..., rois] = films
 
     def step(self, state: CausalState, features: Float[Tensor, "roi channel"]) -> Float[Tensor, "roi output 1"]:
         """Take one more frame of every ROI: `local` of the frame ``lag`` before it."""
-        state.history = torch.cat([state.history[..., 1:], features[..., None]], -1)
-        x = _product(self.stem, state.history.flatten(1).T)  # (width, roi): all ROIs at once in each product
-        for block, ring, (scale, shift) in zip(self._blocks, state.rings, state.films, strict=True):
-            place = state.now % len(ring)
-            taps = torch.cat([ring[place], ring[place - block.dilation], x])
-            ring[place] = x
-            h = torch.relu_(torch.addcmul(shift, _product(block.taps, taps), 1 + scale))
-            x = x + _product(block.out, h)
+        now = state.now
+        stem, *blocks, since, out = state.layers
+        x = stem(*_followed(state.history, features.T, now))
+        layers = zip(blocks[::2], blocks[1::2], strict=True)
+        for (first, second), ring, (scale, shift) in zip(layers, state.rings, state.films, strict=True):
+            reach = len(ring)
+            h = first(ring[now % reach], ring[(now + reach // 2) % reach], x)
+            ring[now % reach] = x
+            x = second(torch.addcmul(shift, h, scale, out=h).relu_()).add_(x)
+        hidden = since(*_followed(state.recent, x.relu_(), now)).relu_()
         state.now += 1
-        since = torch.cat([state.recent, torch.relu(x).T[..., None]], -1)
-        state.recent = since[..., 1:]
-        hidden = torch.relu_(_product(self._head.since, since.flatten(1).T))
-        return _product(self._head.out, hidden).T[..., None]
+        return out(hidden).T[..., None]
 
     def advance(
         self, state: CausalState, features: Float[Tensor, "roi channel time"]
@@ -250,23 +286,17 @@ class CausalNetwork(RecognitionNetwork):
         n_rois, _, n = features.shape
         if n_rois >= _MANY_ROIS or n <= len(self.blocks):
             return torch.cat([self.step(state, frame) for frame in features.unbind(-1)], -1)
-        x = torch.cat([state.history[..., 1:], features], -1)
-        state.history = x[..., -_STEM:]
-        x = self.stem(x)
+        x = _linear(self.stem, _windows(_joined(state.history, features.mT, state.now), _STEM))
         for block, ring, (scale, shift) in zip(self._blocks, state.rings, state.films, strict=True):
-            reach = len(ring)
-            past = torch.cat([ring.roll(-(state.now % reach), 0).permute(2, 1, 0), x], -1)
-            ring[:] = past[..., -reach:].permute(2, 1, 0).roll((state.now + n) % reach, 0)
-            x = block.after(past, x, scale.T[..., None], shift.T[..., None])
+            x = block.after(_joined(ring, x, state.now), x, scale.T[:, None], shift.T[:, None])
+        out = self._head(_joined(state.recent, torch.relu(x), state.now))
         state.now += n
-        since = torch.cat([state.recent, torch.relu(x)], -1)
-        state.recent = since[..., n:]
-        return self._head(since)
+        return out
 
     def _trunk(self, features: Tensor, log_rate: Tensor, summary: Tensor, ahead: int) -> Tensor:
-        """(roi, width, time + ahead): frames after the last are missing."""
+        """(roi, time + ahead, width): frames after the last are missing."""
         condition = self._condition(log_rate, summary)
-        x = self.stem(nn.functional.pad(features, (_STEM - 1, ahead)))
+        x = _linear(self.stem, _windows(nn.functional.pad(features, (_STEM - 1, ahead)).mT, _STEM))
         for block in self._blocks:
             x = block(x, condition)
         return torch.relu(x)
@@ -280,13 +310,44 @@ class CausalNetwork(RecognitionNetwork):
         return cast(_Head, self.heads[self.lags.index(self.lag)])
 
     def _answer(self, trunk: Tensor, lag: int, n_frames: int) -> Tensor:
-        return self.heads[self.lags.index(lag)](trunk[..., : lag + n_frames])
+        return self.heads[self.lags.index(lag)](trunk[:, : lag + n_frames])
 
     def _condition(self, log_rate: Tensor, summary: Tensor) -> Tensor:
         x = log_rate - math.log(30.0)
         return torch.cat([self.rate(torch.stack([x, x**2], -1)), summary], 1)
 
 
-def _product(layer: nn.Conv1d, x: Float[Tensor, "input roi"]) -> Float[Tensor, "output roi"]:
-    """What a convolution makes of one frame, its filters' length long, with the ROIs as columns."""
-    return torch.addmm(cast(Tensor, layer.bias)[:, None], layer.weight.flatten(1), x)
+# Layers are convolutions by name and shape of their weights, but are applied as products of matrices: with few channels
+# these are several times as fast.
+
+
+def _windows(x: Float[Tensor, "roi time channel"], n: int, step: int = 1) -> Float[Tensor, "roi frame input"]:
+    """As many frames as filters are long, side by side."""
+    return x.unfold(1, n, step).flatten(2)
+
+
+def _linear(layer: nn.Module, x: Float[Tensor, "roi time input"]) -> Float[Tensor, "roi time output"]:
+    """What a convolution makes of frames, each beside those that its filters see with it."""
+    conv = cast(nn.Conv1d, layer)
+    return nn.functional.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def _followed(ring: Tensor, newest: Tensor, now: int) -> list[Tensor]:
+    """The frames of a ring, oldest first, and the newest, which takes the place of the oldest once they are used."""
+    reach = len(ring)
+    if not reach:
+        return [newest]
+    frames = [ring[(now + k) % reach] for k in range(1, reach)]
+    oldest = ring[now % reach].clone()
+    ring[now % reach] = newest
+    return [oldest, *frames, newest]
+
+
+def _joined(ring: Tensor, new: Float[Tensor, "roi time channel"], now: int) -> Float[Tensor, "roi frame channel"]:
+    """The frames of a ring, oldest first, and new ones, the last of which take their place."""
+    reach = len(ring)
+    if not reach:
+        return new
+    past = torch.cat([ring.roll(-(now % reach), 0).permute(2, 0, 1), new], 1)
+    ring[:] = past[:, -reach:].permute(1, 2, 0).roll((now + new.shape[1]) % reach, 0)
+    return past

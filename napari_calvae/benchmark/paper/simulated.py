@@ -39,7 +39,7 @@ def simulation_model(setting: Setting) -> SpikeVAE:
         n = _BATCH // window
         batch = Snippets(n, window)
         simulations.fill(batch, range(n), rng)
-        return snippet_loss(network, batch), {}
+        return snippet_loss(network, batch, generator), {}
 
     for _ in iter_train(network, loss, config, path.with_suffix(".checkpoint")):
         pass
