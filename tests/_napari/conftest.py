@@ -28,6 +28,9 @@ def own_settings(tmp_path, monkeypatch):
     """What is remembered is remembered for the test alone, never in the files of whoever runs it."""
     from napari import settings
 
+    if not hasattr(settings, "get_plugin_settings"):  # napari before 0.9, where there are none
+        yield tmp_path / "napari-calvae.yaml"
+        return
     monkeypatch.setattr(settings, "_CFG_PATH", str(tmp_path / "settings.yaml"))
     settings._clear_plugin_settings_cache()
     yield tmp_path / "napari-calvae.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 
+import napari.settings
 import npe2
 import pytest
 import yaml
@@ -11,6 +12,9 @@ import yaml
 from napari_calvae._napari import remembering
 
 pytestmark = pytest.mark.usefixtures("network")
+kept = pytest.mark.skipif(
+    not hasattr(napari.settings, "get_plugin_settings"), reason="napari before 0.9 keeps no settings of plugins"
+)
 
 
 def test_the_manifest_and_the_defaults_agree():
@@ -20,6 +24,7 @@ def test_the_manifest_and_the_defaults_agree():
     assert all(entry.title and entry.description for entry in declared.values())
 
 
+@kept
 def test_what_is_changed_is_there_when_the_widget_opens_again(qtbot, open_widget, own_settings):
     from napari import settings
 
@@ -43,6 +48,7 @@ def test_what_is_changed_is_there_when_the_widget_opens_again(qtbot, open_widget
     assert (controls.diameter.value(), controls.snap.isChecked()) == (14, False)
 
 
+@kept
 @pytest.mark.parametrize(
     "text",
     [
@@ -75,12 +81,14 @@ def test_older_napari_remembers_nothing_and_says_nothing(monkeypatch):
     assert remembering.read() == remembering.DEFAULTS
 
 
+@kept
 def test_a_value_out_of_range_is_not_stored(own_settings):
     remembering.write("samples", 7)
     remembering.write("samples", 70_000)
     assert remembering.read()["samples"] == 7
 
 
+@kept
 def test_the_preferences_show_what_is_remembered(viewer):
     remembering.write("samples", 70)
     dialog = viewer.window._open_preferences_dialog()
