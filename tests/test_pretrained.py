@@ -14,6 +14,8 @@ from napari_calvae.pretrained.gauss_newton import CellFit, Scored, fit_cells, im
 from napari_calvae.pretrained.kernels import DELAY_LINE, align_clocks, kernel_rows, simulated_delays
 from napari_calvae.pretrained.recordings import CLOCK_ERROR, RecordingSampler, Snippets, clock_errors
 from napari_calvae.pretrained.simulations import SimulationSampler, delayed
+from napari_calvae.pretrained.train import snippet_loss
+from napari_calvae.recognition import CausalNetwork
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"jgcamp8m", "gcamp6f"}))
@@ -161,3 +163,34 @@ def test_every_third_cell_is_left_out():
     fitted, left = fit_kinetics.left_out(cells)
     assert [(c.dataset, c.name) for c in left] == [(d, i) for d in "ab" for i in "036"]
     assert len(fitted) + len(left) == len(cells)
+
+
+def test_a_causal_network_learns_every_lag_and_from_beginnings(monkeypatch):
+    """Two lags a batch; in four batches of ten traces are known as a whole, in the others from any share of them."""
+    torch.manual_seed(0)
+    network = CausalNetwork(width=4, n_levels=2, max_count=2, lags=(0, 1, 3), lag=0)
+    asked, every_lag = [], network.every_lag
+
+    def noted(*args, lags, n_known):
+        asked.append((lags, n_known))
+        return every_lag(*args, lags=lags, n_known=n_known)
+
+    monkeypatch.setattr(network, "every_lag", noted)
+    batch = Snippets(2, 130)
+    SimulationSampler(["linear_ar"]).fill(batch, range(2), np.random.default_rng(0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        losses = [float(snippet_loss(network, batch, generator)) for _ in range(200)]
+    assert {lag for lags, _ in asked for lag in lags} == {0, 1, 3}
+    assert all(len(set(lags)) == 2 for lags, _ in asked)
+    known = np.array([n for _, n in asked])
+    assert (known == 130).mean() == pytest.approx(0.4, abs=0.1)
+    assert 96 <= known.min() < 100
+    lags, n_known = asked[-1]
+    counts, scored = torch.from_numpy(batch.counts).clamp_max(2), torch.from_numpy(batch.scored)
+    rate = torch.from_numpy(batch.frame_rate)
+    with torch.no_grad():
+        found = every_lag(torch.from_numpy(batch.fluorescence), rate, lags=lags, n_known=n_known)
+        log_p = sum(found[lag].log_prob(counts, scored) for lag in lags) / 2
+    weight = (rate / 30).sqrt()
+    assert losses[-1] == pytest.approx(-float((weight * log_p).sum() / (weight * scored.sum(-1)).sum()), rel=1e-5)
