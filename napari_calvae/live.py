@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from numpy.typing import ArrayLike
 from napari_calvae.errors import ModelError
 from napari_calvae.preprocess import FrameReader
 from napari_calvae.recognition import CausalNetwork
-from napari_calvae.recognition.base import N_FEATURES, TraceScale, trace_features, trace_scale
-from napari_calvae.recognition.factorized import GainCategorical
+from napari_calvae.recognition.base import TraceScale, trace_features, trace_scale
 from napari_calvae.recording import RecordingError, RoiMasks, check_frame_rate, unmasked
 from napari_calvae.vae import SpikeVAE, load_model
 
@@ -146,7 +144,7 @@ class _Cells:
         self.n_frames = 0
         self.log_rate = torch.full((n_rois,), frame_rate).log()
         self.scale = TraceScale(*(torch.ones(n_rois, 1) for _ in TraceScale._fields))
-        self.summary = network.summarise(torch.zeros(n_rois, N_FEATURES, 1), self.log_rate)
+        self.gain = torch.zeros(n_rois), torch.zeros(n_rois)
         self.silent = torch.ones(n_rois, dtype=torch.bool)
         self.next, self.owed = 0, float(n_rois)  # the ROI to be measured next, and how many should have been by now
 
@@ -160,8 +158,7 @@ class _Cells:
         known = min(self.n_frames, self.memory.shape[1])
         self.owed += _REFRESH * new.shape[1] * self.n_rois / known - n_due
         local = self.network.advance(self.state, trace_features(new, None, self.scale))
-        posterior = cast(GainCategorical, self.network.posterior(local, self.log_rate, self.summary))
-        rate = posterior.mean * self.frame_rate
+        rate = self.network.given_gain(local, self.log_rate, *self.gain).mean * self.frame_rate
         rate[self.silent] = torch.nan
         return rate
 
@@ -176,12 +173,12 @@ class _Cells:
         """Baseline, noise, range and summary of some ROIs, from what is remembered of them."""
         place = self.n_frames % self.memory.shape[1]
         values = self.memory[rows].roll(-place, 1)[:, -self.n_frames :]
-        scale = trace_scale(values)
-        for kept, found in zip(self.scale, scale, strict=True):
+        scale, log_rate = trace_scale(values), self.log_rate[rows]
+        summary = self.network.summarise(trace_features(values, None, scale), log_rate)
+        self.network.condition(self.state, rows, log_rate, summary)
+        gain = self.network.gain_of(log_rate, summary)
+        for kept, found in zip((*self.scale, *self.gain), (*scale, *gain), strict=True):
             kept[rows] = found
-        summary = self.network.summarise(trace_features(values, None, scale), self.log_rate[rows])
-        self.summary[rows] = summary
-        self.network.condition(self.state, rows, self.log_rate[rows], summary)
         known = torch.isfinite(values)
         low = values.masked_fill(~known, torch.inf).amin(1)
         self.silent[rows] = ~(values.masked_fill(~known, -torch.inf).amax(1) > low)

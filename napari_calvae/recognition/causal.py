@@ -212,11 +212,18 @@ class CausalNetwork(RecognitionNetwork):
 
     def posterior(self, local: Tensor, log_rate: Tensor, summary: Tensor) -> GainCategorical:
         """Poisson log-probabilities of the counts plus the learned residual, and the gain of each cell."""
+        return self.given_gain(local, log_rate, *self.gain_of(log_rate, summary))
+
+    def gain_of(self, log_rate: Tensor, summary: Tensor) -> tuple[Float[Tensor, " roi"], Float[Tensor, " roi"]]:
+        """Mean and standard deviation of the log-gain of each cell, before ``gain_scale``."""
         mean, width = self.gain(self._condition(log_rate, summary)).unbind(-1)
+        return mean, gain_deviation(width, self.gain_limit)
+
+    def given_gain(self, local: Tensor, log_rate: Tensor, gain_mean: Tensor, gain_std: Tensor) -> GainCategorical:
+        """`posterior` where `gain_of` is known already."""
         n = 1 + self.max_count
-        gain_std = gain_deviation(width, self.gain_limit)
         logits, response = count_logits(local[:, :n], log_rate), torch.sigmoid(local[:, n])
-        return GainCategorical(logits, mean, gain_std, response).widened(self.gain_scale)
+        return GainCategorical(logits, gain_mean, gain_std, response).widened(self.gain_scale)
 
     def every_lag(
         self,
