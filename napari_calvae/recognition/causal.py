@@ -257,7 +257,7 @@ class CausalNetwork(RecognitionNetwork):
             films=like.new_zeros(len(self.blocks), 2, width, n_rois),
             layers=[
                 _OneFrame(self.stem, _STEM),
-                *itertools.chain(*((_OneFrame(block.taps, 3), _OneFrame(block.out, 1)) for block in self._blocks)),
+                *(layer for b in self._blocks for layer in (_OneFrame(b.taps, 3), _OneFrame(b.out, 1))),
                 _OneFrame(self._head.since, 1 + self.lag),
                 _OneFrame(self._head.out, 1),
             ],
@@ -325,7 +325,7 @@ class CausalNetwork(RecognitionNetwork):
 
 
 # Layers are convolutions by name and shape of their weights, but are applied as products of matrices: with few channels
-# these are several times as fast.
+# that takes a tenth to a third less time.
 
 
 def _windows(x: Float[Tensor, "roi time channel"], n: int, step: int = 1) -> Float[Tensor, "roi frame input"]:
