@@ -7,12 +7,14 @@ import json
 import os
 import pickle
 from fnmatch import fnmatch
+from pathlib import Path
 
 import dask.array as da
 import h5py
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from test_recording import a_result
 
 from napari_calvae import formats
@@ -433,3 +435,36 @@ def test_damage_in_the_middle_of_a_movie_is_said_when_it_is_met(tmp_path):
     movie[:20].compute()
     with pytest.raises(RecordingError, match=r"a\.tif: expected a TIFF movie of 30 frames, got one of which frames 20"):
         movie[20].compute()
+
+
+def a_claim(folder: Path, name: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> Path:
+    """A small file that says it holds far more than anyone records."""
+    if folder.suffix == ".h5":
+        with h5py.File(folder, "w") as file:
+            file.create_dataset(name, shape, "f4", chunks=chunks).attrs["frame_rate"] = 30.0
+        return folder
+    group = zarr.open_group(str(folder), mode="w", attributes={"frame_rate": 30.0})
+    group.create_array(name, data=np.ones(chunks, "f4"), chunks=chunks)
+    about = json.loads((folder / name / "zarr.json").read_text())
+    (folder / name / "zarr.json").write_text(json.dumps(about | {"shape": list(shape)}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.zarr"])
+@pytest.mark.parametrize("shape", [(10**12, 16, 16), (10**7, 10**5, 10**5), (2**62, 2, 2)])
+def test_movies_larger_than_any_are_refused_at_once(tmp_path, name, shape):
+    path = a_claim(tmp_path / name, "mov", shape, (1, *(min(n, 16) for n in shape[1:])))
+    with pytest.raises(RecordingError, match=rf"at most 1,000,000 times 16 MB, got .* {shape[0]} × {shape[1]} × "):
+        read_movie(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((1000, 10**12), "expected arrays that fit into this machine's .* GB of memory"),
+        ((10**10, 1000), r"\(roi, time\) with at most 1,000,000 ROIs, got 10000000000 of 1000 frames"),
+    ],
+)
+def test_traces_of_a_store_larger_than_any_are_refused_at_once(tmp_path, shape, said):
+    with pytest.raises(RecordingError, match=said):
+        read(a_claim(tmp_path / "a.zarr", "dff", shape, (1, 1000)))

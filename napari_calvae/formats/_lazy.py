@@ -14,6 +14,8 @@ from napari_calvae.recording import RecordingError
 
 #: Bytes of a movie that are read from its file at a time.
 CHUNK_BYTES = 16 << 20
+#: So many of these, 16 TB, are the most of a movie. Of a forged header with more even their list takes all memory.
+MOST_CHUNKS = 1_000_000
 #: Pixels of one image: more than any microscope takes at a time, and few enough to be decoded at once.
 MOST_PIXELS = 1 << 27
 #: Names under which files keep a movie, in the order in which they are preferred.
@@ -33,6 +35,11 @@ def lazy(source: Any, stored: Sequence[int], n_bytes: int = CHUNK_BYTES) -> Any:
 
     Its chunks hold whole chunks of the file, of the shape ``stored``: as many, in x, y and then time, as make
     ``n_bytes``.
+
+    Raises
+    ------
+    RecordingError
+        If there are more of them than any movie has.
     """
     import dask.array as da
 
@@ -40,6 +47,12 @@ def lazy(source: Any, stored: Sequence[int], n_bytes: int = CHUNK_BYTES) -> Any:
     for axis in reversed(range(len(chunks))):
         size = source.dtype.itemsize * math.prod(chunks)
         chunks[axis] = min(chunks[axis] * max(n_bytes // size, 1), source.shape[axis])
+    if math.prod(-(-n // size) for n, size in zip(source.shape, chunks, strict=True)) > MOST_CHUNKS:
+        shape = " × ".join(map(str, source.shape))
+        raise RecordingError(
+            f"movie: expected at most {MOST_CHUNKS:,} times {n_bytes >> 20} MB, got a file that says it holds {shape} "
+            f"numbers of {source.dtype}. Copy it again, or cut it into several."
+        )
     return da.from_array(source, chunks=tuple(chunks), asarray=False, name=False)
 
 

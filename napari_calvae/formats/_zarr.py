@@ -5,14 +5,15 @@ By Zarr's convention it would stand for the fill value, and what was lost would 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from napari_calvae.formats._files import check_memory
 
 
 def open_node(path: Path) -> Any:
@@ -59,22 +60,27 @@ def every_chunk() -> Iterator[None]:
 
 def read_rows(array: Any, index: np.ndarray | None = None, axis: int = 0, *, whole: bool = False) -> np.ndarray:
     """Rows of a Zarr array, or all; neighbours as one slice, which is faster. Of a ``whole`` one no chunk may miss."""
-    index = np.arange(array.shape[axis]) if index is None else index
+    shape = list(array.shape)
+    if index is not None:
+        shape[axis] = len(index)
+    check_memory(array.dtype.itemsize * math.prod(shape), Path(array.store.root))
     if whole:
-        check_chunks(array, np.unique(index // array.chunks[axis]).tolist(), axis)
+        check_chunks(array, None if index is None else np.unique(index // array.chunks[axis]).tolist(), axis)
+    if index is None:
+        return array[...]
     ahead = (slice(None),) * axis
     if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
         return array[(*ahead, slice(int(index[0]), int(index[-1]) + 1))]
     return array.oindex[(*ahead, index)]
 
 
-def check_chunks(array: Any, places: Iterable[int] | None = None, axis: int = 0) -> None:
+def check_chunks(array: Any, places: Sequence[int] | None = None, axis: int = 0) -> None:
     """Raise ValueError if a chunk of an array is not there; of all, or of those in some places along an axis."""
-    grid: list[Iterable[int]] = [range(n) for n in _n_chunks(array)]
+    grid: list[Sequence[int]] = [range(n) for n in _n_chunks(array)]
     if places is not None:
         grid[axis] = places
-    for chunk in itertools.product(*grid):
-        file = _chunk_file(array, chunk)
+    for at in np.ndindex(*map(len, grid)):  # unlike `itertools.product` without a list of them all
+        file = _chunk_file(array, tuple(place[k] for place, k in zip(grid, at, strict=True)))
         if not file.is_file():
             raise ValueError(f"{file.relative_to(array.store.root)} is not there")
 

@@ -57,8 +57,9 @@ def open_movie(path: Path) -> tuple[Any, float | None]:
             return MappedMovie(path, dataset.dtype, "r", offset, dataset.shape), rate
         stored = dataset.chunks or (1, *dataset.shape[1:])
         pages = StoredPages(path, name, dataset.shape, dataset.dtype)
+        movie = lazy(pages, stored)
         pages[:1]  # a file that cannot be decoded says so now
-    return lazy(pages, stored), rate
+    return movie, rate
 
 
 class StoredPages:

@@ -41,6 +41,8 @@ BLOCK_FRAMES = 1 << 22
 _SUMMARIES = ("dff", "rate", "reconstruction", "reconstruction_std")
 #: What else a store may say of traces.
 _FACTS = ("frame_rate", "unit", "roi_ids", "t0")
+#: More ROIs than anyone records; of a forged header with more even the list of their ids takes all memory.
+_MOST_ROIS = 1_000_000
 #: Events per chunk; blosc would refuse more than 2 GiB.
 _EVENTS = 1 << 22
 
@@ -297,6 +299,11 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         _check_schema(about, path)
         if array.dtype.kind not in "fiub":
             raise RecordingError(f"{path.name}: expected real numbers, got dtype {array.dtype}. Convert them to float.")
+        if array.shape[0] > _MOST_ROIS:
+            raise RecordingError(
+                f"{path.name}: expected (roi, time) with at most {_MOST_ROIS:,} ROIs, got {array.shape[0]} of "
+                f"{array.shape[1]} frames. Put ROIs on the first axis, or cut it."
+            )
         if about.get("kind") == "result" and not node["done"][:].all():
             raise RecordingError(
                 f"{path.name}: expected a finished store, got one of which some ROIs are still missing. "

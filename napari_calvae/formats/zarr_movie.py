@@ -116,6 +116,7 @@ def open_node(path: Path, name: str = "") -> Any:
 def _lazy(path: Path, name: str, array: Any) -> Any:
     chunks = StoredChunks(path, name)
     chunks[tuple(slice(0, 1) for _ in chunks.shape)]  # a folder that cannot be decoded says so now
+    movie = lazy(chunks, array.shards or array.chunks)
     missing, looked = count_missing(array)
     if missing:
         warnings.warn(
@@ -123,7 +124,7 @@ def _lazy(path: Path, name: str, array: Any) -> Any:
             f"read as {array.fill_value}. Copy the folder again, unless they held nothing but that.",
             stacklevel=4,
         )
-    return lazy(chunks, array.shards or array.chunks)
+    return movie
 
 
 def _multiscales(group: Any) -> tuple[str, Any, Mapping[str, Any]] | None:
