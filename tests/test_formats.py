@@ -468,3 +468,32 @@ def test_movies_larger_than_any_are_refused_at_once(tmp_path, name, shape):
 def test_traces_of_a_store_larger_than_any_are_refused_at_once(tmp_path, shape, said):
     with pytest.raises(RecordingError, match=said):
         read(a_claim(tmp_path / "a.zarr", "dff", shape, (1, 1000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "shape"),
+    [
+        ("a.nwb", "processing/ophys/x/data", (10**6, 10**6)),
+        ("a.hdf5", "estimates/C", (1000, 10**9)),
+        ("a.mat", "dff", (10**9, 1000)),
+    ],
+)
+def test_hdf5_files_that_claim_what_they_do_not_hold_are_refused_at_once(tmp_path, name, place, shape):
+    """Whatever else is in them: reading such an array would fill memory with nothing."""
+    with h5py.File(tmp_path / name, "w", userblock_size=512) as file:
+        file.attrs["nwb_version"] = "2.7.0"
+        file.create_dataset(place, shape, "f4", chunks=(10, 1000))[:2, :3] = 1.0
+    said = rf"{name}: expected an HDF5 file that holds what it says, got one that claims 4e\+03 GB of {place} and has"
+    with pytest.raises(RecordingError, match=said):
+        read(tmp_path / name)
+
+
+def test_large_arrays_that_a_file_holds_or_that_are_movies_claim_nothing_wrong(tmp_path, monkeypatch):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("whole", data=np.random.default_rng(0).random(20_000))
+        file.create_dataset("movie", (10**6, 512, 512), "u2", chunks=(1, 512, 512))
+        file["nothing"] = h5py.Empty("f4")
+        monkeypatch.setattr(os, "sysconf", lambda name: 100)  # 10 kB of memory
+        _files.check_claims(file, tmp_path / "a.h5", most_axes=2)
+        with pytest.raises(RecordingError, match="GB of movie"):
+            _files.check_claims(file, tmp_path / "a.h5")

@@ -125,14 +125,45 @@ def check_memory(n_bytes: int, path: Path) -> None:
 
     A system that lends more memory than it has ends the process instead.
     """
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # as on Windows, which lends none
-        return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = _memory()
     if n_bytes > there:
         raise RecordingError(
             f"{path.name}: expected arrays that fit into this machine's {there / 1e9:.3g} GB of memory, got "
             f"{n_bytes / 1e9:.3g} GB. Save it as Zarr, of which only a part is read at a time, or cut it."
         )
+
+
+def check_claims(file: Any, path: Path, most_axes: int = 32) -> None:
+    """Refuse an open HDF5 file with an array that neither memory nor the file itself can hold.
+
+    A forged header costs nothing to write, and reading what it claims fills memory with nothing. Arrays with more axes
+    than ``most_axes`` are not looked at: movies, of which only a part is read.
+    """
+
+    def look(name: str, item: Any) -> str | None:
+        shape = getattr(item, "shape", None)  # neither groups nor null arrays have one
+        if shape is None or len(shape) > most_axes or item.nbytes <= _memory():
+            return None
+        # External and virtual ones store nothing themselves; gzip makes no more than 1,032 bytes of one.
+        elsewhere = item.external or item.is_virtual
+        return name if not elsewhere and item.nbytes > 1032 * item.id.get_storage_size() else None
+
+    try:
+        name = file.visititems(look)
+    except DAMAGE:  # of something that may not be wanted; who reads it says so
+        return
+    if name is not None:
+        raise RecordingError(
+            f"{path.name}: expected an HDF5 file that holds what it says, got one that claims "
+            f"{file[name].nbytes / 1e9:.3g} GB of {name} and has {path.stat().st_size / 1e9:.3g} GB. Copy it again."
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; without bounds on systems such as Windows, which lend no more than they have."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def believed_rate(given: float | None, stated: float | None) -> tuple[float | None, dict[str, float]]:

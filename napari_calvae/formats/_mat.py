@@ -13,6 +13,8 @@ import numpy as np
 from scipy.io import loadmat, whosmat
 from scipy.io.matlab import MatReadError
 
+from napari_calvae.formats._files import check_claims
+
 #: What reading a file may raise that is not what it seems.
 UNREADABLE = (
     ArithmeticError,
@@ -58,6 +60,7 @@ def variables(path: Path, names: Collection[str]) -> dict[str, Any]:
             found = loadmat(path, appendmat=False, variable_names=list(names), simplify_cells=True)
         return {name: found[name] for name in names if name in found}
     with h5py.File(path) as file:
+        check_claims(file, path)
         return {name: _plain(file[name], file) for name in names if name in file}
 
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from napari_calvae.formats._files import DAMAGE, believed_rate
+from napari_calvae.formats._files import DAMAGE, believed_rate, check_claims
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
 from napari_calvae.trace_source import TraceSource
 
@@ -56,6 +56,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
     """
     try:
         with h5py.File(path) as file:
+            check_claims(file, path)
             estimates = file["estimates"]
             names = _traces(estimates, path)
             n_rois, n_frames = estimates[names[0]].shape

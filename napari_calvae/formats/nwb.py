@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from napari_calvae.formats import csv_table, tiff
-from napari_calvae.formats._files import DAMAGE, believed_rate, existing
+from napari_calvae.formats._files import DAMAGE, believed_rate, check_claims, existing
 from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.formats.nwb_results import append, write
 from napari_calvae.recording import RecordingError, RoiMasks, Unit
@@ -171,6 +171,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
                     f"{path.name}: expected an NWB 2 file, got {other}. "
                     "Files with arrays dff and frame_rate are read if their names end in .h5."
                 )
+            check_claims(file, path, most_axes=2)
             yield file
     except (RecordingError, PermissionError, FileNotFoundError):
         raise
