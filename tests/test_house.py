@@ -8,6 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import napari_calvae
@@ -60,6 +61,8 @@ def test_linters_and_contracts(command):
         pytest.skip(f"{command[0]} is not installed: install napari-calvae[test]")
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("not a checkout: there is nothing to lint")
+    if command == ["mypy"] and np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        pytest.skip("numpy before 2, and matplotlib with it, say less of their types")
     done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
