@@ -146,17 +146,17 @@ class _Cells:
         self.scale = TraceScale(*(torch.ones(n_rois, 1) for _ in TraceScale._fields))
         self.gain = torch.zeros(n_rois), torch.zeros(n_rois)
         self.silent = torch.ones(n_rois, dtype=torch.bool)
-        self.next, self.owed = 0, float(n_rois)  # the ROI to be measured next, and how many should have been by now
+        self.next, self.owed = 0, 0.0  # the ROI to be measured next, and how many should have been by now
 
     def rates(self, new: torch.Tensor) -> torch.Tensor:
         """(roi, time) spikes/s of as many frames as come, those ``lag`` before them."""
         self._remember(new)
-        n_due = min(int(self.owed), self.n_rois)
+        known = min(self.n_frames, self.memory.shape[1])
+        self.owed = min(self.owed + _REFRESH * new.shape[1] * self.n_rois / known, self.n_rois)
+        n_due = int(self.owed)
         if n_due:
             self._measure((self.next + torch.arange(n_due)) % self.n_rois)
-            self.next = (self.next + n_due) % self.n_rois
-        known = min(self.n_frames, self.memory.shape[1])
-        self.owed += _REFRESH * new.shape[1] * self.n_rois / known - n_due
+            self.next, self.owed = (self.next + n_due) % self.n_rois, self.owed - n_due
         local = self.network.advance(self.state, trace_features(new, None, self.scale))
         rate = self.network.given_gain(local, self.log_rate, *self.gain).mean * self.frame_rate
         rate[self.silent] = torch.nan

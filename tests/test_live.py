@@ -175,3 +175,22 @@ def test_what_a_lag_costs_is_measured(causal, tmp_path, monkeypatch):
     page = (tmp_path / "live.md").read_text()
     assert "| lag 2 |" in page
     assert "| D1 | 2 |" in page
+
+
+def test_units_are_measured_again_eight_times_while_as_much_comes(causal, values, monkeypatch):
+    """All ROIs with the first block, then each eight times while the recording doubles, however it comes."""
+    from napari_calvae.live import _Cells
+
+    measured, measure = [], _Cells._measure
+    monkeypatch.setattr(_Cells, "_measure", lambda self, rows: measured.append(len(rows)) or measure(self, rows))
+    many = np.tile(values, (20, 1))
+    live = calvae.stream(causal, RATE, lag=0)
+    live.push(many[:, :150])
+    assert measured == [60]
+    for frame in many[:, 150:].T:
+        live.push(frame)
+    assert sum(measured[1:]) == pytest.approx(8 * 60 * np.log(2), rel=0.02)
+    assert max(measured[1:]) <= 1 + 8 * 60 / 150
+    measured.clear()
+    live.push(many)  # twice as much at once: measured as it is then
+    assert measured == [60]
