@@ -293,13 +293,19 @@ def test_samples_share_the_gain_of_their_cell():
     assert spread[1] > 4 * binomial
 
 
-def test_frame_by_frame_equals_the_whole_trace():
-    """What a causal network says as frames come in is what it says of the trace once it is complete."""
+def a_causal_network():
     torch.manual_seed(0)
     network = NETWORKS["causal"](**SMALL["causal"]).double().eval()
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.1 * torch.randn_like(p))
+    return network
+
+
+def test_frame_by_frame_equals_the_whole_trace():
+    """What a causal network says as frames come in is what it says of the trace once it is complete."""
+    network = a_causal_network()
+    with torch.no_grad():
         features = trace_features(traces(3, 90))
         log_rate = torch.tensor([20.0, 30.0, 100.0], dtype=torch.float64).log()
         summary = network.summarise(features, log_rate)
@@ -327,11 +333,8 @@ def test_frame_by_frame_equals_the_whole_trace():
 
 def test_a_causal_network_may_know_but_the_beginning_of_a_trace():
     """What comes later then changes no answer before it, neither through its scale nor through its summary."""
-    torch.manual_seed(0)
-    network = NETWORKS["causal"](**SMALL["causal"]).double().eval()
+    network = a_causal_network()
     with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.1 * torch.randn_like(p))
         now, rate = traces(3, 120), torch.full((3,), 30.0, dtype=torch.float64)
         later = now.clone()
         later[:, 80:] = 7 * later[:, 80:] + 3
