@@ -22,7 +22,7 @@ _HOME = {
     "QC": "metrics",
     "RecordingError": "recording",
     "Repetition": "inference",
-    "RoiMasks": "recording",
+    "RoiMasks": "roi_masks",
     "SpikeInference": "recording",
     "TraceSource": "trace_source",
     "Traces": "recording",
@@ -103,8 +103,9 @@ if TYPE_CHECKING:
         iter_extract,
         roi_marks,
     )
-    from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
+    from napari_calvae.recording import RecordingError, SpikeInference, Traces
     from napari_calvae.refinement import diagnose, refine
+    from napari_calvae.roi_masks import RoiMasks
     from napari_calvae.simulation import simulate
     from napari_calvae.spines import SpineInference, infer_spines
     from napari_calvae.stimulation import Stimulation

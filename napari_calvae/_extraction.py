@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 from scipy import ndimage, sparse
 
 from napari_calvae._reading import Piece, iter_blocks, pieces
-from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_frame_rate, unmasked
+from napari_calvae.recording import RecordingError, Traces, check_frame_rate, unmasked
+from napari_calvae.roi_masks import RoiMasks
 
 #: Neuropil ring: pixels left free around the ROI, the least number of pixels that it grows to, and the number below
 #: which a ring is not used at all.
@@ -158,7 +159,9 @@ class FrameReader:
             )
         found = self._means.read(images)
         inside, around = found[:, ::2].T, found[:, 1::2].T
-        return np.where(np.isfinite(around), inside - self._coefficient * around, inside)
+        # Where a ring has no pixel that was measured the frame is missing, as in `iter_extract`.
+        with_ring = (self._means.lengths[1::2] > 0)[:, None]
+        return np.where(with_ring, inside - self._coefficient * around, inside)
 
 
 def _checked_coefficient(neuropil_coefficient: float) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from napari_calvae._extraction import ring_reach
-from napari_calvae.recording import RecordingError, RoiMasks
+from napari_calvae.recording import RecordingError
+from napari_calvae.roi_masks import RoiMasks
 
 #: Of a window around a click: half its size in diameters, and the frames that are looked at.
 _WINDOW, _FRAMES = 1.5, 300

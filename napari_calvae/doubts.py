@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from napari_calvae.recording import Traces
+from napari_calvae.recording import Traces, check_kind
 from napari_calvae.trace_source import TraceSource
 
 #: Of more ROIs than this, as many are looked at, spread evenly.
@@ -61,6 +61,8 @@ def check(traces: Traces | TraceSource) -> tuple[Doubt, ...]:
     >>> for doubt in check(traces):  # doctest: +SKIP
     ...     print(doubt)
     """
+    if not isinstance(traces, TraceSource):
+        check_kind(traces)
     rows = np.unique(np.linspace(0, traces.n_rois - 1, min(traces.n_rois, _MOST)).round().astype(int))
     seen = _Seen(traces.select(rows.tolist()), traces.n_rois)
     return tuple(doubt for look in CHECKS.values() if (doubt := look(seen)) is not None)

@@ -13,7 +13,7 @@ from napari_calvae.metrics import score_bias, score_correlation, smooth_spikes
 from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
 from napari_calvae.simulation import simulate_spike_times
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 #: Spikes are simulated in bins no longer than this (s): within a frame they come at some moment, not spread over it.
 _BIN = 0.01
@@ -85,9 +85,8 @@ def expect(
     RecordingError
         If the model is not the one of ``result``, or the row or the number of repeats is none.
     """
-    vae = load_model(model, coupled=False)
-    made_by = result.provenance.get("model_sha256", "")
-    if made_by and vae.sha256 and made_by != vae.sha256:
+    vae = shared_model(model, coupled=False)
+    if result.provenance and not vae.made(result.provenance):
         raise RecordingError(
             f"model: expected the one that the result was inferred with ({result.provenance.get('model', '')}), "
             f"got {vae.description}. Give that model, or infer again."

@@ -15,8 +15,9 @@ from napari_calvae.errors import ModelError
 from napari_calvae.preprocess import FrameReader
 from napari_calvae.recognition import CausalNetwork
 from napari_calvae.recognition.base import TraceScale, trace_features, trace_scale
-from napari_calvae.recording import RecordingError, RoiMasks, check_frame_rate, unmasked
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.recording import RecordingError, check_frame_rate, unmasked
+from napari_calvae.roi_masks import RoiMasks
+from napari_calvae.vae import SpikeVAE, shared_model
 
 #: What came in the last minute tells baseline, noise and range of a trace: in frames, at least and at most as many as
 #: training has shown.
@@ -111,7 +112,8 @@ class Stream:
     def finish(self) -> LiveRates:
         """Rates of the last ``lag`` frames, after which nothing comes."""
         if self._cells is None:
-            return LiveRates(0, np.empty((0, 0), np.float32), self.frame_rate)
+            n_rois = len(self._pending[0]) if self._pending else 0
+            return LiveRates(0, np.empty((n_rois, 0), np.float32), self.frame_rate)
         found = self._take(torch.full((self._cells.n_rois, self.lag), torch.nan))
         self.n_frames -= self.lag
         return found
@@ -225,13 +227,13 @@ def stream(
     >>> for values in microscope:  # doctest: +SKIP
     ...     rates = live.push(values)
     """
-    vae = load_model(model, coupled=False)
+    vae = shared_model(model, coupled=False)
     if not isinstance(vae.recognition, CausalNetwork):
         raise ModelError(
             f"model: expected one that needs no more than a few frames after a spike, got {vae.recognition.name!r}, "
             "which sees whole traces. Use model='live', or one trained with napari_calvae.pretrained.train --live."
         )
-    network = copy.deepcopy(vae.recognition)  # its lag is this stream's own
+    network = copy.deepcopy(vae.recognition).cpu()  # its lag is this stream's own
     try:
         network.set_lag(lag)
     except ValueError as error:

@@ -24,7 +24,9 @@ def score_correlation(rate: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """(…) Pearson correlation over time of two arrays (…, time); NaN where one of them is constant."""
     a, b = np.asarray(rate, float), np.asarray(truth, float)
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    norm = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    # The mean of equal numbers need not be that number.
+    changes = (np.ptp(a, -1) > 0) & (np.ptp(b, -1) > 0)
+    norm = np.where(changes, np.sqrt((a**2).sum(-1) * (b**2).sum(-1)), 0)
     return np.where(norm > 0, (a * b).sum(-1) / np.where(norm > 0, norm, 1), np.nan)
 
 

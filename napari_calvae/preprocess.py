@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from napari_calvae._extraction import FrameReader, check_movie, extract, iter_extract
 from napari_calvae._regions import correlation_peak, local_correlation, roi_marks
-from napari_calvae.recording import RecordingError, Traces, check_frame_rate
+from napari_calvae.recording import RecordingError, Traces, check_frame_rate, check_kind
 
 __all__ = [
     "FrameReader",
@@ -29,6 +29,7 @@ __all__ = [
     "noise_level",
     "resample",
     "roi_marks",
+    "usable",
     "with_signal",
 ]
 
@@ -38,6 +39,7 @@ def check_traces(traces: Traces) -> None:
 
     That is so for recordings of less than a second, and for traces without data or without any change.
     """
+    check_kind(traces)
     if traces.duration < 1:
         raise RecordingError(
             f"traces: expected at least one second, got {traces.n_frames} frames at {traces.frame_rate:g} Hz "
@@ -63,6 +65,18 @@ def with_signal(traces: Traces) -> np.ndarray:
     low = np.min(traces.values, axis=1, where=traces.valid, initial=np.inf)
     high = np.max(traces.values, axis=1, where=traces.valid, initial=-np.inf)
     return np.asarray(high > low)
+
+
+def usable(traces: Traces, window: float = 60.0, percentile: float = 10.0) -> np.ndarray:
+    """(roi,) whether spikes can be inferred from a trace: it changes and, if raw, its baseline is above 0 throughout.
+
+    The baseline is that of ``delta_f_over_f``, which refuses the others.
+    """
+    found = with_signal(traces)
+    if traces.unit == "raw":
+        baseline = _baseline(traces.values[found], traces.frame_rate, window, percentile)
+        found[found] = baseline.min(axis=1) > 0
+    return found
 
 
 def noise_level(values: ArrayLike, frame_rate: float) -> np.ndarray:
@@ -120,7 +134,7 @@ def delta_f_over_f(traces: Traces, window: float = 60.0, percentile: float = 10.
             f"got {window:g} s and {percentile:g}."
         )
     check_traces(traces)
-    baseline = _running_percentile(traces.values, max(round(window * traces.frame_rate), 1), percentile)
+    baseline = _baseline(traces.values, traces.frame_rate, window, percentile)
     wrong = ~(baseline.min(axis=1) > 0)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
@@ -215,10 +229,10 @@ def _which(traces: Traces, rows: ArrayLike) -> str:
     return f"ROI{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:5]))}{more}"
 
 
-def _running_percentile(values: np.ndarray, window: int, percentile: float) -> np.ndarray:
-    """(roi, time) percentile of windows of ``window`` frames, a quarter of a window apart, interpolated."""
+def _baseline(values: np.ndarray, frame_rate: float, seconds: float, percentile: float) -> np.ndarray:
+    """(roi, time) percentile of windows of so many seconds, a quarter of a window apart, interpolated."""
     n = values.shape[1]
-    window = min(window, n)
+    window = min(max(round(seconds * frame_rate), 1), n)
     starts = np.unique(np.round(np.linspace(0, n - window, 1 + int(np.ceil((n - window) / max(window // 4, 1))))))
     starts = starts.astype(np.int64)
     centres = starts + (window - 1) / 2

@@ -1,13 +1,13 @@
-"""The values that travel through the house: traces, ROI masks and what was inferred from them.
+"""The values that travel through the house: traces, and what was inferred from them; ROIs are in ``roi_masks``.
 
 They are frozen, carry their units and know nothing of torch, files or windows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -16,11 +16,10 @@ from numpy.typing import ArrayLike
 
 from napari_calvae import conversion
 from napari_calvae.errors import RecordingError
+from napari_calvae.roi_masks import RoiMasks, rows_of
 
 Unit = Literal["raw", "dff"]
 
-#: What ``RoiMasks`` knows of each ROI.
-_PER_ROI = ("pixels", "ids", "weights", "planes")
 #: Layout of one sampled spike event: which posterior sample, ROI and frame, and how many spikes.
 EVENT_DTYPE = np.dtype([("sample", "u2"), ("roi", "u4"), ("frame", "u4"), ("count", "u1")])
 
@@ -39,6 +38,15 @@ def check_frame_rate(frame_rate: float | None) -> float:
             "Pass the imaging rate in Hz."
         )
     return rate
+
+
+def check_kind(traces: object) -> None:
+    """Say what is wanted instead of plain arrays, which know neither their frame rate nor their unit."""
+    if not isinstance(traces, Traces):
+        raise RecordingError(
+            f"traces: expected napari_calvae.Traces, got {type(traces).__name__}. Wrap an array (roi, time): "
+            "Traces(values, frame_rate=…, unit='raw' or 'dff')."
+        )
 
 
 def unmasked(values: ArrayLike) -> np.ndarray:
@@ -172,7 +180,7 @@ class Traces:
 
     def select(self, rois: Sequence[int] | slice | np.ndarray) -> Traces:
         """Rows ``rois`` (indices, not ids) as traces of their own."""
-        index = np.arange(self.n_rois)[rois]
+        index = rows_of(self.n_rois, rois)
         return self.replace(
             values=self.values[index],
             valid=self.valid[index],
@@ -198,154 +206,16 @@ class Traces:
 
     def replace(self, **changes: Any) -> Traces:
         """Copy with some fields replaced, checked again."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         if "values" in changes and "valid" not in changes:
             changes["valid"] = None
-        return Traces(**(fields | changes))
+        return Traces(**(self._fields() | changes))
 
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-@dataclass(frozen=True, eq=False)
-class RoiMasks:
-    """Regions of interest, as weighted pixels of an imaging plane; ROIs may overlap.
-
-    Parameters
-    ----------
-    shape
-        (y, x) of the plane, pixels.
-    pixels
-        Per ROI the flat (row-major) indices of its pixels.
-    ids
-        Per ROI an integer, as in a label image.
-    weights
-        Per ROI one weight per pixel; by default all one. Traces are weighted means.
-    planes
-        Per ROI the number of the imaging plane that it lies in, all of one shape; by default all 0.
-    """
-
-    shape: tuple[int, int]
-    pixels: tuple[np.ndarray, ...]
-    ids: tuple[int, ...] = ()
-    weights: tuple[np.ndarray, ...] = ()
-    planes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        shape = tuple(int(n) for n in self.shape)
-        if len(shape) != 2 or min(shape) < 1:
-            raise RecordingError(f"ROIs: expected a plane (y, x), got shape {tuple(self.shape)}.")
-        pixels = tuple(np.asarray(p, np.int64).ravel() for p in self.pixels)
-        ids = tuple(int(i) for i in self.ids) if len(self.ids) else tuple(range(1, len(pixels) + 1))
-        weights = (
-            tuple(np.asarray(w, np.float32).ravel() for w in self.weights)
-            if len(self.weights)
-            else tuple(np.ones(len(p), np.float32) for p in pixels)
-        )
-        if not pixels:
-            raise RecordingError(
-                "ROIs: expected at least one, got none. Draw a ROI or give a label image with labels > 0."
-            )
-        planes = tuple(int(p) for p in self.planes) if len(self.planes) else (0,) * len(pixels)
-        if not len(pixels) == len(ids) == len(set(ids)) == len(weights) == len(planes):
-            raise RecordingError(
-                f"ROIs: expected one id, one weight array and one plane per ROI, all ids different; "
-                f"got {len(pixels)} ROIs, {len(set(ids))} ids, {len(weights)} weight arrays, {len(planes)} planes."
-            )
-        for roi, p, w in () if _all_inside(pixels, weights, shape) else zip(ids, pixels, weights, strict=True):
-            if not len(p) or not w.sum() > 0:
-                raise RecordingError(
-                    f"ROI {roi}: expected at least one pixel inside the image of {shape[0]} × {shape[1]} pixels, "
-                    "got an empty ROI. Draw it larger, or inside the image."
-                )
-            if len(w) != len(p) or p.min() < 0 or p.max() >= shape[0] * shape[1]:
-                raise RecordingError(f"ROI {roi}: expected pixels inside the image and one weight for each.")
-        named = {"shape": shape, "pixels": pixels, "ids": ids, "weights": weights, "planes": planes}
-        for name, value in named.items():
-            object.__setattr__(self, name, value)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def select(self, rois: Iterable[int]) -> RoiMasks:
-        """ROIs of these rows (indices, not ids), in the order given."""
-        rows = [int(row) for row in rois]
-        pixels, ids, weights, planes = (tuple(getattr(self, name)[row] for row in rows) for name in _PER_ROI)
-        return RoiMasks(self.shape, pixels, ids, weights, planes)
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[RoiMasks]) -> RoiMasks:
-        """Join ROIs of planes of one shape, in the order given."""
-        if len({part.shape for part in parts}) != 1:
-            raise RecordingError(f"ROIs: expected planes of one shape, got {sorted({p.shape for p in parts})}.")
-        pixels, ids, weights, planes = (
-            tuple(item for part in parts for item in getattr(part, name)) for name in _PER_ROI
-        )
-        return cls(parts[0].shape, pixels, ids, weights, planes)
-
-    @classmethod
-    def from_labels(cls, labels: ArrayLike) -> RoiMasks:
-        """ROIs of a (y, x) label image; 0 is background."""
-        image = np.asarray(labels)
-        if image.dtype.kind not in "iub":
-            raise RecordingError(
-                f"label image: expected integers, got dtype {image.dtype}. Convert it, 0 is background."
-            )
-        if image.ndim != 2:
-            raise RecordingError(
-                f"label image: expected two dimensions (y, x), got shape {image.shape}. Give one plane of labels."
-            )
-        flat = image.ravel()
-        inside = np.flatnonzero(flat > 0)
-        if not len(inside):
-            raise RecordingError("label image: expected at least one label above 0, got only background.")
-        labels = flat[inside]
-        if labels.max() < 65_536:
-            labels = labels.astype(np.uint16)  # sorted several times faster
-        order = np.argsort(labels, kind="stable")
-        ids, first = np.unique(labels[order], return_index=True)
-        return cls(image.shape, tuple(np.split(inside[order], first[1:])), tuple(ids.tolist()))
-
-    @classmethod
-    def from_discs(
-        cls, centres: Iterable[tuple[float, float]], diameter: float, shape: tuple[int, int], ids: Sequence[int] = ()
-    ) -> RoiMasks:
-        """Discs of one ``diameter`` (pixels) around ``centres`` (y, x), cut at the border of the image."""
-        if not diameter > 0:
-            raise RecordingError(f"diameter: expected a positive number of pixels, got {diameter}.")
-        places = np.array([(float(cy), float(cx)) for cy, cx in centres]).reshape(-1, 2)
-        first = np.floor(places - diameter / 2).astype(np.int64)
-        steps = np.arange(math.ceil(diameter) + 2)
-        y, x = (first[:, [axis]] + steps for axis in (0, 1))
-        inside = (y - places[:, :1])[:, :, None] ** 2 + (x - places[:, 1:])[:, None] ** 2 <= (diameter / 2) ** 2
-        inside &= ((y >= 0) & (y < shape[0]))[:, :, None] & ((x >= 0) & (x < shape[1]))[:, None]
-        flat = (y[:, :, None] * shape[1] + x[:, None])[inside]
-        ends = np.cumsum(inside.sum(axis=(1, 2)))
-        return cls(shape, tuple(np.split(flat, ends[:-1])) if len(places) else (), tuple(ids))
-
-    @property
-    def centroids(self) -> np.ndarray:
-        """(roi, 2) weighted mean position (x, y) of each ROI's pixels."""
-        width = self.shape[1]
-        means = [
-            (np.average(p % width, weights=w), np.average(p // width, weights=w))
-            for p, w in zip(self.pixels, self.weights, strict=True)
-        ]
-        return np.array(means)
-
-    def to_labels(self) -> np.ndarray:
-        """(y, x) int32 label image; where ROIs overlap the later one is shown."""
-        image = np.zeros(self.shape[0] * self.shape[1], np.int32)
-        for roi, pixels in zip(self.ids, self.pixels, strict=True):
-            image[pixels] = roi
-        return image.reshape(self.shape)
-
-
-def _all_inside(pixels: Sequence[np.ndarray], weights: Sequence[np.ndarray], shape: tuple[int, int]) -> bool:
-    """Whether every ROI has pixels, all in the image, and a weight for each: asked at once, for there are thousands."""
-    lengths = np.array([len(p) for p in pixels])
-    if not lengths.all() or lengths.tolist() != [len(w) for w in weights]:
-        return False
-    every = np.concatenate(pixels)
-    total = np.add.reduceat(np.concatenate(weights), np.cumsum(lengths) - lengths)
-    return bool(every.min() >= 0 and every.max() < shape[0] * shape[1] and (total > 0).all())
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled and copied by its fields; the view that keeps the provenance from change cannot be.
+        return partial(Traces, **self._fields() | {"provenance": dict(self.provenance)}), ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,13 +291,17 @@ class SpikeInference:
         )
 
     def events_of(self, row: int) -> np.ndarray:
-        """Events of one ROI (row index), sorted by sample, then frame."""
+        """Events of one ROI (row index, not id), sorted by sample, then frame."""
+        (row,) = rows_of(self.traces.n_rois, [row])
         start, stop = np.searchsorted(self.events["roi"], [row, row + 1])
         return self.events[start:stop]
 
-    def samples(self, rois: Sequence[int] | None = None) -> np.ndarray:
-        """(sample, roi, time) uint8 posterior samples of the spike counts per frame, for all or some rows."""
-        rows = range(self.rate.shape[0]) if rois is None else rois
+    def samples(self, rois: Sequence[int] | slice | np.ndarray = slice(None)) -> np.ndarray:
+        """(sample, roi, time) uint8 posterior samples of the spike counts per frame, for all or some rows.
+
+        Rows are indices, not ids. A ROI from which nothing was inferred has a ``rate`` of NaN and no spikes here.
+        """
+        rows = rows_of(self.traces.n_rois, rois).tolist()
         dense = np.zeros((self.n_samples, len(rows), self.rate.shape[1]), np.uint8)
         for column, row in enumerate(rows):
             events = self.events_of(row)
@@ -437,7 +311,8 @@ class SpikeInference:
     def window_counts(self, window: float = 1.0) -> np.ndarray:
         """(sample, roi, window) spike counts of each sample in consecutive windows of ``window`` seconds.
 
-        A last window that the recording does not fill is left out.
+        A last window that the recording does not fill is left out. A ROI from which nothing was inferred has a ``rate``
+        of NaN and no spikes here.
         """
         edges = self.window_edges(window)
         n_windows = len(edges) - 1
@@ -452,7 +327,7 @@ class SpikeInference:
         """(window + 1,) first frame of each window of ``window`` seconds, and one past the last."""
         frames = window * self.frame_rate
         n_windows = int(np.floor(self.rate.shape[1] / frames + 1e-9))
-        if frames < 1 or n_windows < 1:
+        if frames < 1 - 1e-9 or n_windows < 1:
             raise RecordingError(
                 f"window: expected between one frame ({1 / self.frame_rate:.3g} s) and the whole recording "
                 f"({self.traces.duration:.3g} s), got {window:g} s."
@@ -462,7 +337,8 @@ class SpikeInference:
     def interval(self, level: float = 0.9, window: float = 1.0) -> np.ndarray:
         """(2, roi, window) central credible interval of the spike count in windows of ``window`` seconds.
 
-        Quantiles of the posterior samples; with n samples a level above 1 − 2/n is no better than their range.
+        Quantiles of the posterior samples; with n samples a level above 1 − 2/n is no better than their range. A ROI
+        from which nothing was inferred has NaN.
         """
         if not 0 < level < 1:
             raise RecordingError(f"level: expected a probability between 0 and 1, got {level}.")
@@ -471,7 +347,9 @@ class SpikeInference:
                 f"interval: expected at least 2 posterior samples, got {self.n_samples}. Infer with more."
             )
         tail = (1 - level) / 2
-        return np.quantile(self.window_counts(window), [tail, 1 - tail], axis=0)
+        found = np.quantile(self.window_counts(window), [tail, 1 - tail], axis=0)
+        found[:, np.isnan(self.rate).all(axis=1)] = np.nan
+        return found
 
     def to_xarray(self, level: float = 0.9, window: float = 1.0) -> Any:
         """``xarray.Dataset`` of rates, intervals, reconstruction, quality and θ: see ``conversion.to_xarray``."""

@@ -16,7 +16,8 @@ from napari_calvae._movie_scene import MovieConfig, compose_scene, place_cells, 
 from napari_calvae.formats import check_output, write_arrays, write_movie
 from napari_calvae.generative import MODELS, GenerativeModel
 from napari_calvae.preprocess import bin_spikes
-from napari_calvae.recording import RecordingError, RoiMasks, Traces, check_frame_rate
+from napari_calvae.recording import RecordingError, Traces, check_frame_rate
+from napari_calvae.roi_masks import RoiMasks
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from napari_calvae.inference import InferConfig, inference_of, pick_device, prov
 from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def infer_spines(
         )
     row = traces.index(shaft)
     ordered = traces.select([row, *(i for i in range(traces.n_rois) if i != row)])
-    vae = load_model(model, coupled=True)
+    vae = shared_model(model, coupled=True)
     generative = vae.generative
     if not isinstance(generative, DendriticSpine):
         raise ModelError(f"model: expected the generative model dendritic_spine, got {generative.name}.")

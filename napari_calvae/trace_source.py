@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.recording import RecordingError, RoiMasks, Traces, Unit, check_frame_rate
+from napari_calvae.recording import RecordingError, Traces, Unit, check_frame_rate, check_kind
+from napari_calvae.roi_masks import RoiMasks
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class TraceSource:
     def __post_init__(self) -> None:
         ids = tuple(int(i) for i in self.roi_ids) if len(self.roi_ids) else tuple(range(1, self.n_rois + 1))
         object.__setattr__(self, "roi_ids", ids)
+        object.__setattr__(self, "provenance", dict(self.provenance))
         object.__setattr__(self, "frame_rate", check_frame_rate(self.frame_rate))
         if min(self.n_rois, self.n_frames) < 1 or not len(ids) == len(set(ids)) == self.n_rois:
             raise RecordingError(
@@ -64,6 +66,7 @@ class TraceSource:
     @classmethod
     def of(cls, traces: Traces) -> TraceSource:
         """Wrap traces that are in memory."""
+        check_kind(traces)
         names = ("frame_rate", "unit", "roi_ids", "t0", "provenance", "rois", "accepted")
         return cls(traces.values.__getitem__, *traces.values.shape, **{name: getattr(traces, name) for name in names})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -21,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from napari_calvae.errors import ModelError, RecordingError
 from napari_calvae.formats import whole_files
 from napari_calvae.generative import MODELS, NOISES, PRIORS, BurstyPrior, GenerativeModel, Noise, SpikePrior
-from napari_calvae.preprocess import check_traces, delta_f_over_f
+from napari_calvae.preprocess import check_traces, delta_f_over_f, usable
 from napari_calvae.recognition import NETWORKS, RecognitionNetwork, build_network
 from napari_calvae.recording import Traces
 
@@ -52,6 +53,10 @@ class Preprocessing(BaseModel):
         if traces.unit == "dff":
             return traces
         return delta_f_over_f(traces, self.baseline_window, self.baseline_percentile)
+
+    def usable(self, traces: Traces) -> np.ndarray:
+        """(roi,) which of the traces ``apply`` takes."""
+        return usable(traces, self.baseline_window, self.baseline_percentile)
 
     def check_rate(self, frame_rate: float) -> float:
         """The frame rate (Hz), or an error if it is far from those of the training."""
@@ -88,8 +93,8 @@ class SpikeVAE:
     description: str = ""
     #: (trace, descriptor) `metrics.describe` of traces that it was trained on, if that is known.
     trained_on: np.ndarray | None = None
-    #: SHA-256 of the file it was read from or written to, empty if none.
-    sha256: str = ""
+    #: SHA-256 of the file it was read from or written to, and its checksum then.
+    _file: tuple[str, str] = field(default=("", ""), repr=False)
 
     def __post_init__(self) -> None:
         network, model = self.recognition, self.generative
@@ -108,18 +113,55 @@ class SpikeVAE:
                 "trained with, or remove its head by forget_theta()."
             )
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file it was read from or written to; empty if there is none, or it is no longer as there."""
+        return self.identity()["model_sha256"]
+
+    def identity(self) -> dict[str, str]:
+        """What tells it from all others: ``model_sha256``, of its file, and ``model_checksum``.
+
+        The latter is of all that inference depends on, as it is now: weights and settings, but not the description.
+        """
+        _, spec = self._contents()
+        checksum = hashlib.sha256(json.dumps(spec | {"description": ""}, sort_keys=True).encode()).hexdigest()
+        file, then = self._file
+        return {"model_sha256": file if then == checksum else "", "model_checksum": checksum}
+
+    def made(self, provenance: Mapping[str, Any]) -> bool:
+        """Whether a result with this provenance was inferred with this very model."""
+        own = self.identity()
+        return any(own[name] != "" and own[name] == provenance.get(name) for name in own)
+
+    def copy(self) -> SpikeVAE:
+        """A model with parts of its own where they can be changed, on the CPU."""
+        own = copy.copy(self)
+        own.recognition, own.generative = copy.deepcopy(self.recognition).cpu(), copy.deepcopy(self.generative)
+        own.theta = dict(self.theta)
+        return own
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: weights, and a JSON description with their checksum in its header.
 
         What a prior has learned cell by cell does not outlast the recording; a value for cells in general is kept.
         """
         path = Path(path)
+        weights, spec = self._contents()
+        data = save_tensors(weights, metadata={"calvae": json.dumps(spec, sort_keys=True)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_files(path) as (temporary,):
+            temporary.write_bytes(data)
+        self._file = hashlib.sha256(data).hexdigest(), self.identity()["model_checksum"]
+        return path
+
+    def _contents(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Weights and description, as they are saved."""
         noise = self.generative.noise
         learned = {_NOISE + name: t for name, t in noise.learned.state_dict().items()}
         if self.trained_on is not None:
             learned[_TRAINED_ON] = torch.as_tensor(self.trained_on, dtype=torch.float32)
         weights = {name: t.detach().cpu().contiguous() for name, t in (self.recognition.state_dict() | learned).items()}
-        spec = {
+        return weights, {
             "schema": SCHEMA,
             "recognition": {"kind": self.recognition.name, "config": self.recognition.config},
             "generative": self.generative.name,
@@ -130,12 +172,6 @@ class SpikeVAE:
             "description": self.description,
             "weights_sha256": _checksum(weights),
         }
-        data = save_tensors(weights, metadata={"calvae": json.dumps(spec, sort_keys=True)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_files(path) as (temporary,):
-            temporary.write_bytes(data)
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        return path
 
     @classmethod
     def load(cls, path: str | Path) -> SpikeVAE:
@@ -191,7 +227,7 @@ class SpikeVAE:
                     "Copy or download it again."
                 ) from error
             raise
-        model.sha256 = hashlib.sha256(data).hexdigest()
+        model._file = hashlib.sha256(data).hexdigest(), model.identity()["model_checksum"]
         return model
 
 
@@ -205,7 +241,7 @@ def models() -> dict[str, Path]:
 
 
 def load_model(model: str | Path | SpikeVAE = "universal", coupled: bool | None = None) -> SpikeVAE:
-    """A model by the name under which it ships, by file, or as it is.
+    """A model by the name under which it ships or by file, which is the caller's own; one that is given, as it is.
 
     Parameters
     ----------
@@ -220,6 +256,12 @@ def load_model(model: str | Path | SpikeVAE = "universal", coupled: bool | None 
     ModelError
         If there is none, or one of the other kind.
     """
+    found = shared_model(model, coupled)
+    return found if isinstance(model, SpikeVAE) else found.copy()
+
+
+def shared_model(model: str | Path | SpikeVAE, coupled: bool | None = None) -> SpikeVAE:
+    """As ``load_model``, but one that everybody gets: nobody may change it, other than take it to a device."""
     vae = model if isinstance(model, SpikeVAE) else _load_named(model)
     if coupled is not None and vae.recognition.coupled != coupled:
         kinds = {True: "a shaft with its spines", False: "traces that are each a cell's"}
@@ -278,5 +320,5 @@ def _checksum(weights: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(weights):
         array = np.ascontiguousarray(weights[name].numpy())
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(array.data)
     return digest.hexdigest()

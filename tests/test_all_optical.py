@@ -16,7 +16,8 @@ from napari_calvae.all_optical.coupling import Coupling, stack
 from napari_calvae.all_optical.spikes import Recording, move_spikes
 from napari_calvae.generative.all_optical import AllOptical, Illumination, SparseWeights
 from napari_calvae.metrics import score_correlation
-from napari_calvae.recording import RecordingError, RoiMasks, Traces
+from napari_calvae.recording import RecordingError, Traces
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.stimulation import Stimulation, check_positions
 
 

@@ -125,13 +125,56 @@ def test_what_was_begun_with_something_else_is_refused(recording, traces, tmp_pa
     before = digest(tmp_path / "a.zarr")
     with pytest.raises(FileExistsError, match="n_samples 6 instead of 7"):
         calvae.infer(recording, model, out=tmp_path / "a.zarr", n_samples=7)
-    with pytest.raises(FileExistsError, match="fingerprint"):
+    with pytest.raises(FileExistsError, match="input_sha256"):
         calvae.infer(traces.replace(values=traces.values + 0.1), model, out=tmp_path / "a.zarr", n_samples=6)
     with pytest.raises(FileExistsError, match="model_sha256"):
         calvae.infer(recording, out=tmp_path / "a.zarr", n_samples=6)
     assert digest(tmp_path / "a.zarr") == before
     found = calvae.infer(recording, model, out=tmp_path / "a.zarr", n_samples=7, overwrite=True)
     assert found.n_samples == 7
+
+
+@pytest.mark.parametrize("row", [0, 1, 5])
+def test_one_changed_value_of_any_row_is_another_recording(traces, tmp_path, model, row):
+    run(traces, tmp_path / "a.zarr", model)
+    values = traces.values.copy()
+    values[row, 7] += 0.5
+    with pytest.raises(FileExistsError, match="input_sha256"):
+        run(traces.replace(values=values), tmp_path / "a.zarr", model)
+
+
+def test_models_that_were_not_saved_are_told_apart_and_a_new_python_goes_on(traces, tmp_path, model, monkeypatch):
+    one, other = calvae.load_model(model), calvae.load_model(model)
+    with torch.no_grad():
+        for vae, factor in ((one, 1.1), (other, 0.8)):
+            next(iter(vae.recognition.parameters())).mul_(factor)
+    assert one.sha256 == other.sha256 == ""
+    found = run(traces, tmp_path / "a.zarr", one).load()
+    with pytest.raises(FileExistsError, match="model_checksum"):
+        run(traces, tmp_path / "a.zarr", other)
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    np.testing.assert_array_equal(run(traces, tmp_path / "a.zarr", one).load().rate, found.rate)
+
+
+def test_a_raw_trace_without_a_baseline_does_not_stop_the_others(traces, tmp_path, model):
+    raw = traces.select([0, 1, 2, 4]).replace(values=100 + 20 * traces.values[[0, 1, 2, 4]], unit="raw")
+    values = raw.values.copy()
+    values[2] -= 200
+    spoilt = raw.replace(values=values)
+    with pytest.raises(RecordingError, match="ROI 3: expected raw fluorescence with a baseline above 0"):
+        calvae.infer(spoilt, model)
+    found = run(spoilt, tmp_path / "a.zarr", model)
+    assert found.done.all()
+    assert found.without_signal == (3,)
+    np.testing.assert_array_equal(found.load().rate[[0, 1, 3]], calvae.infer(raw.select([0, 1, 3]), model).rate)
+    assert np.isnan(found.load().rate[2]).all()
+
+
+def test_blocks_of_no_rois_are_refused(traces, tmp_path, model):
+    for n in (0, -3):
+        with pytest.raises(RecordingError, match=f"block_rois: expected 1 or more ROIs, got {n}"):
+            run(traces, tmp_path / "a.zarr", model, block_rois=n)
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_a_store_cannot_go(recording, tmp_path, model):

@@ -19,7 +19,8 @@ from napari_calvae.cli import app
 from napari_calvae.formats import read, read_movie, write_movie
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.recognition import NETWORKS
-from napari_calvae.recording import RoiMasks, Traces
+from napari_calvae.recording import Traces
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.simulation import simulate, write_simulation
 from napari_calvae.vae import SpikeVAE, load_model
 

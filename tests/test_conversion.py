@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_recording import a_result
 
-from napari_calvae.recording import RoiMasks
+from napari_calvae.roi_masks import RoiMasks
 
 CONVERSIONS = {"to_xarray": "xarray", "to_pynapple": "pynapple", "to_anndata": "anndata", "to_pandas": "pandas"}
 

@@ -87,7 +87,7 @@ def test_missing_frames_are_missing_in_the_simulation_too(result):
 
 
 def test_another_model_is_refused(result):
-    other = replace(result, provenance={**result.provenance, "model_sha256": "0" * 64})
+    other = replace(result, provenance={**result.provenance, "model_sha256": "0" * 64, "model_checksum": "0" * 64})
     with pytest.raises(calvae.RecordingError, match="expected the one that the result was inferred with"):
         calvae.expect(other)
     with pytest.raises(calvae.RecordingError, match="at least one repeat"):

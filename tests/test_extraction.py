@@ -22,7 +22,8 @@ from napari_calvae.benchmark import extraction as benchmark
 from napari_calvae.cli import app
 from napari_calvae.formats import read_movie
 from napari_calvae.preprocess import extract, iter_extract
-from napari_calvae.recording import RecordingError, RoiMasks
+from napari_calvae.recording import RecordingError
+from napari_calvae.roi_masks import RoiMasks
 
 SIZE = (48, 64)
 ROIS = RoiMasks.from_discs([(y, x) for y in (8, 24, 40) for x in (8, 24, 40, 56)], 7, SIZE)
@@ -181,7 +182,7 @@ _PEAK = """
 import sys, numpy as np
 from napari_calvae.formats import read_movie
 from napari_calvae.preprocess import extract
-from napari_calvae.recording import RoiMasks
+from napari_calvae.roi_masks import RoiMasks
 import dask.array
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))

@@ -21,7 +21,8 @@ from test_recording import a_result
 
 from napari_calvae import formats, infer, open_traces, read, write
 from napari_calvae.formats import is_movie, nwb
-from napari_calvae.recording import RecordingError, RoiMasks, Traces
+from napari_calvae.recording import RecordingError, Traces
+from napari_calvae.roi_masks import RoiMasks
 
 pynwb = pytest.importorskip("pynwb")
 

@@ -14,7 +14,8 @@ from test_recording import a_result
 
 import napari_calvae as calvae
 from napari_calvae.formats import store
-from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
 

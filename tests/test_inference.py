@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -254,6 +255,37 @@ def test_any_number_of_cores_gives_the_same_samples(vae):
     np.testing.assert_array_equal(one.reconstruction, two.reconstruction)
     np.testing.assert_array_equal(one.reconstruction_std, two.reconstruction_std)
     assert set(one.events["sample"]) == set(range(23))
+
+
+def test_calls_at_the_same_time_leave_the_number_of_cores_as_it_was(vae):
+    """Torch hands the number that any thread has set last on to all that start later."""
+    before, at_once = torch.get_num_threads(), threading.Barrier(2)
+    seen = []
+
+    def in_a_thread(task):
+        thread = threading.Thread(target=task)
+        thread.start()
+        return thread
+
+    def infer():
+        steps = calvae.iter_infer(simulated(2)[0], vae, n_samples=2)
+        next(steps)
+        at_once.wait()
+        list(steps)
+
+    try:
+        torch.set_num_threads(3)
+        for thread in [in_a_thread(infer), in_a_thread(infer)]:
+            thread.join()
+        held = calvae.iter_infer(simulated(2)[0], vae, n_samples=2)
+        next(held)
+        in_a_thread(lambda: seen.append(torch.get_num_threads())).join()
+        held.close()
+        in_a_thread(lambda: seen.append(torch.get_num_threads())).join()
+        assert seen == [3, 3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_reconstruction_does_not_hang_on_the_samples(vae):

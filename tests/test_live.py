@@ -52,6 +52,12 @@ def test_every_frame_gets_its_rate_once_and_in_order(causal, values):
     assert live.n_frames == 300
 
 
+def test_a_recording_that_ends_before_it_can_be_told_has_no_frames_of_its_rois(causal, values):
+    live = calvae.stream(causal, RATE, lag=2)
+    parts = [live.push(values[:, :20]).rate, live.finish().rate]
+    assert np.concatenate(parts, 1).shape == (3, 0)
+
+
 def test_rates_are_those_of_the_network_in_units_of_what_came_before(causal, values):
     """Five seconds at once, the next frames: the outputs of the whole trace, had it been measured in these units."""
     live = calvae.stream(causal, RATE, lag=2)
@@ -109,6 +115,17 @@ def test_images_are_read_at_the_rois(causal, values):
     assert part.lag == 2
     with pytest.raises(calvae.RecordingError, match=r"30 × 30 pixels like the ROIs, got shape \(2, 20, 30\)"):
         live.push(np.zeros((2, 20, 30)))
+
+
+def test_a_frame_whose_neuropil_was_not_measured_is_missing_as_in_extraction():
+    labels = np.zeros((40, 40), np.int32)
+    labels[15:22, 15:22] = 1
+    movie = np.random.default_rng(0).normal(100, 5, (60, 40, 40)).astype(np.float32)
+    movie[20][labels == 0] = np.nan  # the cell is there
+    read = calvae.FrameReader(labels).read(movie)
+    np.testing.assert_array_equal(np.isnan(read), ~calvae.extract(movie, labels, RATE).valid)
+    assert np.flatnonzero(np.isnan(read[0])).tolist() == [20]
+    assert np.isfinite(calvae.FrameReader(labels, neuropil_coefficient=0).read(movie)).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, ">f4", np.float64, bool])

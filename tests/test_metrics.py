@@ -14,6 +14,11 @@ def test_correlation_equals_numpy_and_is_nan_for_constants():
     expected = [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]
     np.testing.assert_allclose(metrics.score_correlation(a, b), expected)
     assert np.isnan(metrics.score_correlation(np.ones(5), np.arange(5)))
+    # The mean of a thousand times 0.1 is not 0.1, but what is left is no correlation.
+    constant = np.full(1000, 0.1)
+    assert constant.mean() != 0.1
+    assert np.isnan(metrics.score_correlation(constant, [np.full(1000, 0.3), np.arange(1000)])).all()
+    assert metrics.score_correlation(1e6 + 1e-3 * np.arange(9), np.arange(9)) == pytest.approx(1)
 
 
 def test_smoothing_keeps_the_number_of_spikes():

@@ -19,7 +19,8 @@ from napari_calvae.preprocess import (
     noise_level,
     resample,
 )
-from napari_calvae.recording import RecordingError, RoiMasks, Traces
+from napari_calvae.recording import RecordingError, Traces
+from napari_calvae.roi_masks import RoiMasks
 
 
 def a_movie(n_frames=120, size=40, dtype=np.uint16, seed=0):

@@ -8,7 +8,7 @@ import torch
 
 from napari_calvae.benchmark.paper.enumeration import all_trains
 from napari_calvae.recognition import NETWORKS
-from napari_calvae.recognition.base import trace_features
+from napari_calvae.recognition.base import trace_features, trace_scale
 from napari_calvae.recognition.factorized import REACH, GainCategorical
 
 SMALL = {
@@ -121,6 +121,19 @@ def test_short_traces_are_taken_as_in_training():
 @pytest.mark.parametrize("values", [torch.zeros(1, 30), torch.full((1, 30), torch.nan), torch.eye(1, 30)])
 def test_features_are_finite_for_traces_without_noise(values):
     assert torch.isfinite(trace_features(values)).all()
+
+
+def test_missing_frames_do_not_touch_the_units_of_a_trace():
+    """A trace of which nine tenths are missing is measured as the rest alone, row by row."""
+    found = traces(3, 400)
+    gappy = torch.full((3, 4000), torch.nan, dtype=found.dtype)
+    for row, start in enumerate((0, 1700, 3600)):
+        gappy[row, start : start + 400] = found[row]
+    for a, b in zip(trace_scale(gappy), trace_scale(found), strict=True):
+        assert torch.allclose(a, b)
+    valid = gappy.isfinite()
+    for a, b in zip(trace_scale(gappy.nan_to_num(), valid), trace_scale(found), strict=True):
+        assert torch.allclose(a, b)
 
 
 def test_gain_posterior_agrees_with_a_fine_integral():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces
+import napari_calvae as calvae
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
 
@@ -198,3 +203,53 @@ def test_a_source_gives_the_rows_that_are_asked_for():
 def test_sources_that_cannot_be(arguments, message):
     with pytest.raises(RecordingError, match=message):
         TraceSource(lambda rows: rows, *arguments)
+
+
+def test_rows_are_taken_as_numpy_takes_them():
+    result = a_result(n_rois=4)
+    whole = result.samples()
+    assert len(np.unique(whole.sum((0, 2)))) == 4
+    for rows in ([3, 0], (1,), [-1], np.array([False, False, True, True]), slice(1, 3), []):
+        wanted = whole[:, list(rows) if isinstance(rows, tuple) else rows]
+        np.testing.assert_array_equal(result.samples(rows), wanted)
+    np.testing.assert_array_equal(result.events_of(-1), result.events_of(3))
+    np.testing.assert_array_equal(result.traces.select((2, 0)).values, result.traces.values[[2, 0]])
+    with pytest.raises(IndexError):
+        result.samples([4])
+
+
+def test_of_a_cell_that_was_not_inferred_nothing_is_known():
+    result = a_result()
+    rate = result.rate.copy()
+    rate[1] = np.nan
+    found = replace(result, rate=rate).interval(0.5, window=1.0)
+    np.testing.assert_array_equal(found[:, 0], result.interval(0.5, window=1.0)[:, 0])
+    assert np.isnan(found[:, 1]).all()
+
+
+@pytest.mark.parametrize("frame_rate", [49.0, 98.0, 103.0, 107.0, 30.0])
+def test_a_window_may_be_one_frame_whatever_the_rate(frame_rate):
+    result = a_result(n_frames=200)
+    result = replace(result, traces=Traces(result.traces.values, frame_rate))
+    np.testing.assert_array_equal(result.window_counts(1 / frame_rate), result.samples())
+    assert result.to_xarray(window=1 / frame_rate)["interval"].shape == (2, 2, 200)
+
+
+def test_traces_and_results_survive_pickling_and_copying():
+    result = a_result()
+    for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert again.traces.provenance == result.traces.provenance
+        np.testing.assert_array_equal(again.traces.values, result.traces.values)
+        np.testing.assert_array_equal(again.traces.valid, result.traces.valid)
+        np.testing.assert_array_equal(again.samples(), result.samples())
+    source = TraceSource.of(result.traces)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).load().values, result.traces.values)
+
+
+@pytest.mark.parametrize("call", [calvae.infer, calvae.check, calvae.fit, calvae.refine, calvae.diagnose])
+def test_a_plain_array_is_told_how_to_become_traces(call):
+    with pytest.raises(RecordingError, match=r"expected napari_calvae\.Traces, got ndarray\. Wrap an array"):
+        call(np.zeros((2, 300)))
+    if call is calvae.infer:
+        with pytest.raises(RecordingError, match=r"expected napari_calvae\.Traces, got list"):
+            call([[0.0, 1.0]], out="never.zarr")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from napari_calvae.generative import MODELS, DriftingNoise, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, Traces
-from napari_calvae.refinement import RefineConfig, _refine, particles
+from napari_calvae.refinement import RefineConfig, _refine_one, particles
 from napari_calvae.refinement.particles import log_evidence
 from napari_calvae.refinement.target import Target, at_each_gain
 from napari_calvae.vae import SpikeVAE
@@ -49,6 +51,31 @@ def start():
     return GainCategorical(logits, torch.zeros(2), torch.full((2,), 0.4))
 
 
+def each(target, posterior):
+    """ROI by ROI."""
+    for row in range(len(target.observed)):
+        one = slice(row, row + 1)
+        yield (
+            replace(
+                target,
+                dff=target.dff.select([row]),
+                observed=target.observed[one],
+                valid=target.valid[one],
+                theta={name: value[one] for name, value in target.theta.items()},
+                prior=SpikePrior(target.prior.rate[one], target.prior.max_count),
+            ),
+            posterior.select(one),
+        )
+
+
+def refined_by(config, target, posterior):
+    parts = [
+        _refine_one(one, q, config, torch.Generator().manual_seed(row))
+        for row, (one, q) in enumerate(each(target, posterior))
+    ]
+    return GainCategorical.join(parts)
+
+
 def exact(target, posterior):
     """(roi,) bound, evidence, by summing over all trains."""
     log_joint = target.log_joint(TRAINS.expand(-1, 2, -1).float())
@@ -77,7 +104,7 @@ def best_factorised(target):
 
 def test_refinement_reaches_the_best_bound_of_its_family_by_enumeration(target, start):
     config = RefineConfig(n_steps=150, learning_rate=0.1, n_gradient=32)
-    refined = _refine(target, start, config)
+    refined = refined_by(config, target, start)
     before, evidence = exact(target, start)
     after, _ = exact(target, refined)
     best = best_factorised(target)
@@ -106,8 +133,7 @@ def test_the_particle_filter_has_the_evidence_without_bias(target, start, memory
     """
     monkeypatch.setattr(particles, "MEMORY", memory)
     _, evidence = exact(target, start)
-    for row in range(2):
-        one, q = target.select(row), start.select(slice(row, row + 1))
+    for row, (one, q) in enumerate(each(target, start)):
         generator = torch.Generator().manual_seed(row)
         runs = torch.tensor([log_evidence(one, q, 20, generator) for _ in range(64)], dtype=torch.float64)
         weight = (runs[:, 0] - evidence[row]).exp()
@@ -164,8 +190,8 @@ def test_the_particle_filter_is_tight_on_a_long_trace():
 
 
 def test_refinement_that_finds_nothing_better_returns_the_start(target, start):
-    refined = _refine(target, start, RefineConfig(n_steps=150, learning_rate=0.1, n_gradient=32))
-    again = _refine(target, refined, RefineConfig(n_steps=3, learning_rate=8.0))
+    refined = refined_by(RefineConfig(n_steps=150, learning_rate=0.1, n_gradient=32), target, start)
+    again = refined_by(RefineConfig(n_steps=3, learning_rate=8.0), target, refined)
     assert torch.equal(again.logits, refined.logits)
     assert torch.equal(again.gain_std, refined.gain_std)
 
@@ -221,6 +247,26 @@ def test_refine_returns_an_inference_that_does_not_depend_on_company(recording):
     truth = counts.numpy().ravel()
     before = np.corrcoef(calvae.infer(traces, vae, n_samples=0).rate.ravel(), truth)[0, 1]
     assert np.corrcoef(result.rate.ravel(), truth)[0, 1] > before + 0.1
+
+
+def test_a_roi_that_keeps_the_answer_of_the_network_keeps_it_in_any_company(recording, monkeypatch):
+    """Of which the gain has an end, as a refined one's has not."""
+    traces, vae, _ = recording
+    model = vae.copy()
+    model.recognition.set_gain_scale(3.0)
+    ends = []
+
+    def second_is_kept(target, posterior, config, generator):
+        found = posterior if target.dff.roi_ids == (9,) else posterior.given(posterior.gain_mean, posterior.gain_std)
+        found.reach = posterior.reach if target.dff.roi_ids == (9,) else np.inf
+        ends.append(found.reach)
+        return found
+
+    monkeypatch.setattr("napari_calvae.refinement._refine_one", second_is_kept)
+    both, alone = (calvae.refine(t, model, n_samples=30) for t in (traces, traces.select([1])))
+    assert len(set(ends)) == 2
+    np.testing.assert_array_equal(both.rate[1], alone.rate[0])
+    np.testing.assert_array_equal(both.samples([1]), alone.samples())
 
 
 def test_a_posterior_without_a_gain_is_refined_with_one(recording):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from napari_calvae.preprocess import correlation_peak, extract, local_correlation, roi_marks
-from napari_calvae.recording import RecordingError, RoiMasks
+from napari_calvae.recording import RecordingError
+from napari_calvae.roi_masks import RoiMasks
 
 
 def some_labels(seed=0, size=96, n=20):

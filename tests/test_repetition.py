@@ -42,7 +42,7 @@ def test_some_of_the_rois_in_any_order_are_found_by_their_ids(traces):
     found = calvae.repeat(some, traces)
     assert found.same
     assert found.n_rois == 2
-    assert found.changed == ("the recording, its ROIs, frame rate or unit",)
+    assert found.changed == ("the recording: values, ROIs, frame rate or unit",)
 
 
 def test_rois_without_signal_are_the_same_too(traces, tmp_path):
@@ -73,7 +73,7 @@ def test_other_values_seeds_and_versions_are_told(folder, traces, tmp_path):
     values[0, 50:60] += 1
     other = calvae.repeat(folder / "result.zarr", traces.replace(values=values))
     assert not other.same
-    assert "the recording, its ROIs, frame rate or unit" in other.changed
+    assert "the recording: values, ROIs, frame rate or unit" in other.changed
     old = folder.parent / "old.zarr"
     calvae.infer(traces, out=old, n_samples=5)
     attributes = zarr.open_group(old).attrs.asdict()["calvae"]
@@ -89,14 +89,22 @@ def test_other_values_seeds_and_versions_are_told(folder, traces, tmp_path):
 def test_a_model_of_ones_own_has_to_be_given(traces, tmp_path):
     own = calvae.load_model().save(tmp_path / "own.safetensors")
     model = calvae.SpikeVAE.load(own)
-    model.description = "mine"
+    model.theta = {"tau_decay": 0.7}
     model.save(own)
     result = calvae.infer(traces, own, n_samples=2)
-    with pytest.raises(calvae.RecordingError, match=r"does not ship with this version\. Give its file \(--model\)"):
+    with pytest.raises(
+        calvae.RecordingError, match=r"does not ship with this version\. Give it, or its file \(--model\)"
+    ):
         calvae.repeat(result, traces)
     with pytest.raises(calvae.RecordingError, match="by which the result was made, got"):
         calvae.repeat(result, traces, "universal")
     assert calvae.repeat(result, traces, own).same
+
+
+def test_a_refined_result_is_not_taken_for_an_inferred_one(traces):
+    refined = calvae.refine(traces.select([0]), n_steps=1, n_samples=2)
+    with pytest.raises(calvae.RecordingError, match="expected a result of infer, got one that was refined"):
+        calvae.repeat(refined, traces)
 
 
 def test_bad_input_is_a_clear_error(folder, traces, tmp_path):

@@ -382,3 +382,14 @@ def test_false_inputs_are_those_at_lone_action_potentials():
     found = proof.Found(dendrite, {"x": train}, None)
     # Scaled to two inputs, a quarter of them at one of two lone action potentials.
     assert proof.false_inputs([found], lambda f: f.trains["x"]) == pytest.approx(2 * 0.25 / 2)
+
+
+def test_widened_gains_of_a_dendrite_end_where_those_of_its_parts_do():
+    torch.manual_seed(0)
+    network = SpineNetwork((4, 6, 8), (4, 5, 6), n_shared=3, max_count=2, gain_scale=3.0)
+    seen = torch.randn(3, 200, generator=generator())
+    found = network(seen, FRAME_RATE)
+    shaft = network.shaft.posterior(torch.zeros(1, 3, 8), torch.zeros(1), torch.zeros(1, 8))
+    assert found.reach == shaft.reach < torch.inf
+    assert network.set_gain_scale(1.0) is None
+    assert network(seen, FRAME_RATE).reach == torch.inf

@@ -416,6 +416,31 @@ def test_fitting_says_what_it_needs(recording):
         fit(traces, untrained(), "magic")
     with pytest.raises(RecordingError, match="expected one of linear_ar"):
         fit(traces, untrained(), generative="nonesuch")
+    for objective in ("sleep", "elbo"):
+        with pytest.raises(RecordingError, match=f"expected none with the objective {objective}"):
+            fit(traces, untrained(), objective, spikes=counts)
+    with pytest.raises(RecordingError, match="early_stopping: expected False with the objective supervised"):
+        fit(traces, untrained(), "supervised", spikes=counts, config=TrainConfig(early_stopping=True))
+
+
+def test_a_checkpoint_for_other_labels_or_another_noise_is_refused(recording, tmp_path):
+    traces, counts = recording
+    config = TrainConfig(n_steps=2)
+    fit(traces, untrained(), "supervised", spikes=counts, config=config, checkpoint=tmp_path / "a.pt")
+    with pytest.raises(RecordingError, match="expected one of this fit"):
+        fit(traces, untrained(), "supervised", spikes=2 * counts, config=config, checkpoint=tmp_path / "a.pt")
+    fit(traces, untrained(), "elbo", config=config, checkpoint=tmp_path / "b.pt")
+    with pytest.raises(RecordingError, match="expected one of this fit"):
+        fit(traces, untrained(), "elbo", noise="correlated", config=config, checkpoint=tmp_path / "b.pt")
+
+
+def test_fitting_leaves_everybody_elses_random_numbers_alone(recording):
+    base = untrained()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    fit(recording[0], base, "elbo", noise="flow", config=TrainConfig(n_steps=1))
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_semi_supervised_fit_uses_labels_and_the_rest(recording):
@@ -468,7 +493,7 @@ def test_a_fit_that_got_worse_is_not_kept(recording, half_trained, n_rois):
 def test_weights_between_old_and_new_are_kept_where_they_are_better(half_trained, best, least, expected):
     """The judge here wants one weight at a place between the old and the new one, or more than there is to have."""
     judge = SimpleNamespace(shares=(0.25, 0.5, 0.75, 1.0), least=least, told=lambda gain: f"gain {gain:+.2f}")
-    model = fitting._copy(half_trained)
+    model = half_trained.copy()
     old = [p.detach().clone() for p in model.recognition.parameters()]
     start = copy.deepcopy((model.recognition, model.generative))
     with torch.no_grad():

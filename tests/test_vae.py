@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import napari_calvae as calvae
 from napari_calvae.generative import (
     MODELS,
     BurstyPrior,
@@ -212,3 +213,37 @@ def test_parts_that_do_not_go_together_are_refused():
         SpikeVAE(network, MODELS["linear_ar"](DriftingNoise()), SpikePrior(1.0))
     with pytest.raises(ValueError, match="which sets the amplitude"):
         network.predict_theta([ThetaEntry.of(p) for p in MODELS["jgcamp8f"]().parameters])
+
+
+def test_a_model_by_name_is_the_callers_own_and_a_changed_one_no_longer_that_of_its_file():
+    traces = calvae.simulate(1, 4.0, 30.0, seed=0).traces
+    before = calvae.infer(traces, n_samples=0)
+    own = load_model("universal")
+    assert own.sha256 == load_model("universal").sha256 == before.provenance["model_sha256"] != ""
+    assert own.made(before.provenance)
+    own.recognition.set_gain_scale(0.1)
+    with torch.no_grad():
+        next(iter(own.recognition.parameters())).mul_(0.9)
+    assert own.sha256 == ""
+    assert not own.made(before.provenance)
+    np.testing.assert_array_equal(calvae.infer(traces, n_samples=0).rate, before.rate)
+    changed = calvae.infer(traces, own, n_samples=0)
+    assert changed.provenance["model_sha256"] == ""
+    assert own.made(changed.provenance)
+    assert (changed.rate != before.rate).any()
+    with pytest.raises(calvae.RecordingError, match="the SHA-256 of one that was not saved"):
+        calvae.repeat(changed, traces)
+    assert calvae.repeat(changed, traces, own).same
+    with pytest.raises(calvae.RecordingError, match="by which the result was made"):
+        calvae.repeat(before, traces, own)
+
+
+def test_the_checksum_of_a_model_is_of_what_inference_depends_on(vae, saved):
+    checksum = vae.identity()["model_checksum"]
+    vae.description = "another"
+    assert vae.identity()["model_checksum"] == checksum
+    assert vae.sha256
+    assert vae.copy().identity() == vae.identity()
+    vae.theta = {"tau_decay": 0.7}
+    assert vae.identity()["model_checksum"] != checksum
+    assert vae.sha256 == ""

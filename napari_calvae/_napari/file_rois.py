@@ -17,6 +17,7 @@ import numpy as np
 
 import napari_calvae as calvae
 from napari_calvae._napari import activity
+from napari_calvae.preprocess import usable
 
 #: Under this name the metadata of a layer of ROIs holds the ``FileTraces`` that belong to them.
 KEY = "calvae_traces"
@@ -252,18 +253,6 @@ def _fetch_dff(source: calvae.TraceSource, window: float, percentile: float, row
     dff = np.full((len(rows), source.n_frames), np.nan, np.float32)
     for place, row in enumerate(np.asarray(rows).tolist()):
         one = source.select([row])
-        if _lively(one.values).all():  # one of thousands without signal must not stop all
+        if usable(one, window, percentile).all():  # one of thousands must not stop all
             dff[place] = calvae.delta_f_over_f(one, window, percentile).values
     return dff
-
-
-def lively(traces: calvae.Traces) -> calvae.Traces:
-    """The same without the ROIs in which nothing changes, unless that is all of them: nothing can be inferred there."""
-    rows = np.flatnonzero(_lively(traces.values))
-    return traces.select(rows) if 0 < len(rows) < traces.n_rois else traces
-
-
-def _lively(values: np.ndarray) -> np.ndarray:
-    """(roi,) whether there is any change in a trace."""
-    known = np.isfinite(values)
-    return np.max(values, axis=1, where=known, initial=-np.inf) > np.min(values, axis=1, where=known, initial=np.inf)

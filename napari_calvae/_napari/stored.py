@@ -10,6 +10,7 @@ import numpy as np
 
 import napari_calvae as calvae
 from napari_calvae._napari.settings import Settings
+from napari_calvae.vae import shared_model
 
 #: Results of single ROIs that are kept in memory.
 _KEPT = 32
@@ -93,5 +94,5 @@ def agrees(store: calvae.StoredInference, settings: Settings) -> bool:
         not settings.own_baseline
         and store.frame_rate == settings.frame_rate
         and {name: found.get("settings", {}).get(name) for name in wanted} == wanted
-        and found.get("model_sha256") == calvae.load_model(settings.model).sha256
+        and shared_model(settings.model).made(found)
     )

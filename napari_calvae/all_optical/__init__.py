@@ -27,9 +27,10 @@ from napari_calvae.all_optical.start import SCALES, iter_start
 from napari_calvae.generative.all_optical import AllOptical, Illumination
 from napari_calvae.inference import InferConfig, provenance_of
 from napari_calvae.recognition import CHUNK
-from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
+from napari_calvae.recording import RecordingError, SpikeInference, Traces
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.stimulation import Stimulation, check_positions
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 __all__ = ["AllOpticalConfig", "AllOpticalInference", "AllOpticalRecord", "infer_all_optical", "iter_all_optical"]
 
@@ -177,7 +178,7 @@ def iter_all_optical(
     RecordingError
         If traces, positions and stimulation do not go together, or no spikes can be inferred.
     """
-    config, vae, started = AllOpticalConfig(**settings), load_model(model, coupled=False), time.perf_counter()
+    config, vae, started = AllOpticalConfig(**settings), shared_model(model, coupled=False), time.perf_counter()
     where = positions.centroids if isinstance(positions, RoiMasks) else positions
     where = check_positions(where, traces.n_rois)
     dff = vae.preprocessing.apply(traces)

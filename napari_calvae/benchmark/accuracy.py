@@ -90,8 +90,7 @@ class Models:
         missing = [f.name for f in files.values() if not f.is_file()]
         if missing:
             raise RecordingError(f"folds: expected a model of every fold in {folder}, found no {', '.join(missing)}.")
-        # Not `load_model`, which lends one model to all: the gain scale of these is changed.
-        self.models = {k: SpikeVAE.load(file) for k, file in files.items()}
+        self.models = {k: load_model(file) for k, file in files.items()}
 
     @property
     def networks(self) -> dict[int, FactorizedNetwork]:

@@ -24,7 +24,8 @@ import numpy as np
 
 from napari_calvae.formats import read_movie, whole_files
 from napari_calvae.preprocess import extract
-from napari_calvae.recording import RecordingError, RoiMasks
+from napari_calvae.recording import RecordingError
+from napari_calvae.roi_masks import RoiMasks
 
 #: Pixels along each side of the movie and diameter of its ROIs; frames per second; bytes that are read at a time to
 #: measure the disk.

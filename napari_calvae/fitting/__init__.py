@@ -21,7 +21,7 @@ from napari_calvae.generative import MODELS, NOISES, GenerativeModel
 from napari_calvae.recognition import RecognitionNetwork
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.training import Loss, TrainConfig, TrainRecord, iter_train
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 Objective = Literal["sleep", "vimco", "wake_sleep", "elbo", "info_vae", "supervised", "semi_supervised"]
 
@@ -128,17 +128,27 @@ def iter_fit(
     if objective not in get_args(Objective):
         raise RecordingError(f"objective: expected one of {', '.join(get_args(Objective))}, got {objective!r}.")
     config = config or DEFAULTS[objective]
-    model = _copy(load_model(base, coupled=False))
-    model.recognition.cpu()  # inference may have left it on a GPU; snippets are on the CPU
-    torch.manual_seed(config.seed)
+    labelled = "supervised" in objective
+    if spikes is not None and not labelled:
+        raise RecordingError(
+            f"spikes: expected none with the objective {objective}, which learns without, got some. "
+            "Choose supervised or semi_supervised, or leave them out."
+        )
+    if config.early_stopping and labelled:
+        raise RecordingError(
+            f"early_stopping: expected False with the objective {objective}, which holds no cells out, got True."
+        )
+    model = shared_model(base, coupled=False).copy()
     if generative is not None or noise is not None:
-        model.generative = _generative(model.generative, generative, noise)
+        with torch.random.fork_rng(devices=[]):  # new weights of a flow, and nobody else's numbers
+            torch.manual_seed(config.seed)
+            model.generative = _generative(model.generative, generative, noise)
         names = [p.name for p in model.generative.parameters]
         model.theta = {name: value for name, value in model.theta.items() if generative is None and name in names}
         model.recognition.forget_theta()
     dff = model.preprocessing.apply(traces)
     judge = None
-    if "supervised" not in objective:
+    if not labelled:
         dff, held = split(dff, config.seed)
         judge = (DreamJudge if objective == "sleep" else BoundJudge)(model, held, config)
     start = copy.deepcopy((model.recognition, model.generative))
@@ -152,18 +162,17 @@ def iter_fit(
         None if checkpoint is None else Path(checkpoint),
         held_out=None if judge is None or not config.early_stopping else lambda: -judge.gain(model),
         rates={"1.": config.cell_learning_rate},
-        made_for=f"{objective}, {model.generative.name}, {_fingerprint(model, dff, config)}",
+        made_for=f"{objective}, {model.generative.name}, {_fingerprint(model, dff, spikes, config)}",
     )
     n_steps = config.n_steps
     for record in records:
         n_steps = record.step
         every = config.snapshot_every
-        yield replace(record, model=_copy(model)) if every and (n_steps == 1 or n_steps % every == 0) else record
+        yield replace(record, model=model.copy()) if every and (n_steps == 1 or n_steps % every == 0) else record
     outcome = f"fitted by {objective}, {n_steps} steps, seed {config.seed}"
     if judge is not None:
         outcome += f", {_settle(model, start, judge)}"
     model.description = f"{model.description}; {outcome}"
-    model.sha256 = ""
     return model
 
 
@@ -184,13 +193,6 @@ def _settle(model: SpikeVAE, start: tuple[RecognitionNetwork, GenerativeModel], 
         return f"kept{'' if best == 1 else f' by {best:.0%}'}: {judge.told(gains[best])}"
     model.recognition, model.generative = start
     return f"not kept, weights of the base: {judge.told(gains[best])}"
-
-
-def _copy(model: SpikeVAE) -> SpikeVAE:
-    """A model with parts of its own where they can be trained."""
-    own = copy.copy(model)
-    own.recognition, own.generative = copy.deepcopy(model.recognition), copy.deepcopy(model.generative)
-    return own
 
 
 def _loss(
@@ -221,12 +223,13 @@ def _loss(
     return SemiSupervisedLoss(bound, truth, torch.from_numpy(labelled), config.label_weight), trained
 
 
-def _fingerprint(model: SpikeVAE, dff: Traces, config: TrainConfig) -> str:
-    """Of the weights and the recording that a fit starts from, and of its settings."""
+def _fingerprint(model: SpikeVAE, dff: Traces, spikes: np.ndarray | None, config: TrainConfig) -> str:
+    """Of the model, the recording and the labels that a fit starts from, and of its settings."""
     digest = hashlib.sha256(config.model_dump_json(exclude={"snapshot_every"}).encode())
-    for tensor in model.recognition.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
+    digest.update(model.identity()["model_checksum"].encode())
     digest.update(dff.values.tobytes())
+    if spikes is not None:
+        digest.update(np.ascontiguousarray(spikes).tobytes())
     return digest.hexdigest()[:16]
 
 

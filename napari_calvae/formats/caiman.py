@@ -12,7 +12,8 @@ import numpy as np
 from scipy import sparse
 
 from napari_calvae.formats._files import DAMAGE, believed_rate, check_claims
-from napari_calvae.recording import RecordingError, RoiMasks, Unit
+from napari_calvae.recording import RecordingError, Unit
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
 PATTERNS = ("*.hdf5", "*.h5")

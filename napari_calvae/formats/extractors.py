@@ -19,7 +19,8 @@ import numpy as np
 
 from napari_calvae.conversion import needed
 from napari_calvae.formats import csv_table
-from napari_calvae.recording import RecordingError, RoiMasks, Traces, Unit, check_frame_rate
+from napari_calvae.recording import RecordingError, Traces, Unit, check_frame_rate
+from napari_calvae.roi_masks import RoiMasks
 
 PATTERNS = ("*.isxd",)
 

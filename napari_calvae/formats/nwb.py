@@ -26,7 +26,8 @@ from napari_calvae.formats import csv_table, tiff
 from napari_calvae.formats._files import DAMAGE, believed_rate, check_claims, existing
 from napari_calvae.formats._lazy import lazy, positive
 from napari_calvae.formats.nwb_results import append, write
-from napari_calvae.recording import RecordingError, RoiMasks, Unit
+from napari_calvae.recording import RecordingError, Unit
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
 __all__ = ["PATTERNS", "SUFFIXES", "append", "chosen_rois", "matches", "open_movie", "open_source", "write"]

@@ -36,7 +36,8 @@ import numpy as np
 from napari_calvae.conversion import needed
 from napari_calvae.formats._files import arrays_of, provenance_json, reserve, whole_files
 from napari_calvae.formats.hdf5 import whole_hdf5
-from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces
+from napari_calvae.recording import RecordingError, SpikeInference, Traces
+from napari_calvae.roi_masks import RoiMasks
 
 #: Chunks of series hold so many frames of so many ROIs.
 CHUNK = (4096, 64)

@@ -10,7 +10,8 @@ import numpy as np
 
 from napari_calvae.formats import csv_table
 from napari_calvae.formats._files import existing, readable
-from napari_calvae.recording import RecordingError, RoiMasks
+from napari_calvae.recording import RecordingError
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.stimulation import Stimulation
 
 #: What the columns of a table may be called, and what one unit of them is.

@@ -26,7 +26,8 @@ import numpy as np
 
 from napari_calvae.formats._files import DAMAGE, TRACE_NAMES, plain, traces_of, whole_folder
 from napari_calvae.formats._zarr import check_chunks, create_array, create_group, every_chunk, open_node, read_rows
-from napari_calvae.recording import EVENT_DTYPE, RecordingError, RoiMasks, SpikeInference, Traces, Unit
+from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces, Unit
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
 PATTERNS = ("*.zarr",)

@@ -19,7 +19,8 @@ import numpy as np
 
 from napari_calvae.formats._files import believed_rate, provenance_json, readable, whole_files
 from napari_calvae.formats._pickles import load_dicts
-from napari_calvae.recording import RecordingError, RoiMasks, SpikeInference, Traces, Unit
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
+from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
 PATTERNS = ("*.npy",)

@@ -24,10 +24,9 @@ from napari_calvae.formats._files import check_output, plain
 from napari_calvae.formats.store import Layout, StoredInference, create_store, rois_per_block
 from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
 from napari_calvae.inference.cluster import connected
-from napari_calvae.preprocess import with_signal
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 #: Seconds after which a cluster that is silent is reported, too.
 _HEARTBEAT = 1.0
@@ -73,8 +72,8 @@ def iter_batch(
     Parameters
     ----------
     traces
-        A file or folder of traces, traces opened with ``open_traces``, or traces in memory. ROIs without data, or
-        without any change, get NaN.
+        A file or folder of traces, traces opened with ``open_traces``, or traces in memory. ROIs without data or
+        without any change get NaN, and so do raw ones whose baseline is not above 0.
     out
         Folder to write (``.zarr``). If it is there and was begun with the same traces, model and settings, what is
         missing in it is inferred.
@@ -106,13 +105,15 @@ def iter_batch(
     Raises
     ------
     RecordingError
-        If traces cannot be read, or ``out`` holds results of something else.
+        If traces cannot be read, or another run is writing ``out``.
     OSError
-        If ``out`` cannot be written; blocks that were written stay.
+        If ``out`` holds results of something else, or cannot be written; blocks that were written stay.
     """
+    if block_rois is not None and block_rois < 1:
+        raise RecordingError(f"block_rois: expected 1 or more ROIs, got {block_rois}.")
     source = _source(traces)
     config = InferConfig(**settings)
-    vae = load_model(model, coupled=False)
+    vae = shared_model(model, coupled=False)
     provenance = provenance_of(vae, source, config)
     where = Path(out).expanduser().absolute()
     with _owned(where):
@@ -170,9 +171,9 @@ def _iter_blocks(
 
 
 def _source(traces: Traces | TraceSource | str | Path) -> TraceSource:
-    if isinstance(traces, Traces):
-        return TraceSource.of(traces)
-    return traces if isinstance(traces, TraceSource) else open_traces(traces)
+    if isinstance(traces, TraceSource):
+        return traces
+    return open_traces(traces) if isinstance(traces, str | Path) else TraceSource.of(traces)
 
 
 def _n_rois(store: StoredInference, blocks: list[int]) -> int:
@@ -205,9 +206,9 @@ def _begin(
 
 
 def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between two JSON-like values, in words; where it is computed may."""
+    """What differs between two JSON-like values, in words; where it is computed, and by which Python, may."""
     if isinstance(there, dict) and isinstance(wanted, dict):
-        keys = [key for key in {**there, **wanted} if key != "device"]
+        keys = [key for key in {**there, **wanted} if key not in ("device", "python")]
         return [text for key in keys for text in _differences(there.get(key), wanted.get(key), key)]
     return [] if there == wanted else [f"{name} {there} instead of {wanted}"]
 
@@ -269,14 +270,14 @@ def _run(part: TraceSource, model: str | SpikeVAE, config: InferConfig, out: str
     """Infer and write one block, on a worker."""
     torch.set_num_threads(1)
     # Opened anew: a worker outlives a run, and the next one may lay out another store under the same name.
-    store, vae = StoredInference(out), load_model(model, coupled=False)
+    store, vae = StoredInference(out), shared_model(model, coupled=False)
     store.write_block(block, infer_rows(part.load(), vae, config, store.layout))
     return block
 
 
 def infer_rows(traces: Traces, vae: SpikeVAE, config: InferConfig, layout: Layout) -> SpikeInference:
-    """Infer the rows in which there is something; the others are left NaN, for one of thousands must not stop all."""
-    rows = np.flatnonzero(with_signal(traces))
+    """Infer the rows from which spikes can be; the others are left NaN, for one of thousands must not stop all."""
+    rows = np.flatnonzero(vae.preprocessing.usable(traces))
     found = (
         [SpikeInference.concatenate(list(iter_infer(traces.select(rows), vae, **config.model_dump())))]
         if len(rows)

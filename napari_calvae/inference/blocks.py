@@ -11,9 +11,11 @@ import hashlib
 import importlib.metadata
 import math
 import platform
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,18 +26,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from napari_calvae.formats.store import rois_per_block
 from napari_calvae.generative import GenerativeModel, Theta
 from napari_calvae.metrics import Explained, quality_table
 from napari_calvae.recognition import CHUNK, SpikePosterior
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 #: Standard deviation of the logarithm of an amplitude that a user knows.
 _KNOWN = 0.15
 #: Samples that are drawn and rendered together; of fifty, four equal parts for two cores or four.
 _PART = 13
+#: Held while threads start, which torch does not tell one by one how many cores to use.
+_STARTING = threading.Lock()
 #: Trace-frames per block of ROIs: small enough to stop soon and to stay near the cache, large enough for a core.
 BLOCK_FRAMES = 65_536
 
@@ -58,23 +63,23 @@ def iter_infer(
 ) -> Iterator[SpikeInference]:
     """Like ``infer``, a block of ROIs at a time; stop consuming it to stop computing."""
     config = InferConfig(**settings)
-    vae = load_model(model, coupled=False)
+    vae = shared_model(model, coupled=False)
     device = pick_device(config.device)
     vae.recognition.to(device).eval()
-    provenance = provenance_of(vae, traces, config, device)
     # What is in memory is checked as a whole, so that an error comes before any work.
-    dff = vae.preprocessing.apply(traces) if isinstance(traces, Traces) else traces
+    dff = traces if isinstance(traces, TraceSource) else vae.preprocessing.apply(traces)
+    provenance = provenance_of(vae, traces, config, device)
     step = max(1, BLOCK_FRAMES // dff.n_frames)
     blocks = [slice(start, start + step) for start in range(0, dff.n_rois, step)]
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     n_workers = min(threads, len(blocks))
-    spare = threads // n_workers
+    cores = (threads // n_workers, threads)
 
     def work(rows: slice) -> SpikeInference:
         block = dff.select(rows)
-        return _infer_block(vae.preprocessing.apply(block), vae, config, spare, provenance)
+        return _infer_block(vae.preprocessing.apply(block), vae, config, cores, provenance)
 
-    yield from _in_order(work, blocks, n_workers)
+    yield from _in_order(work, blocks, (n_workers, threads))
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -91,34 +96,52 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def _in_order(
-    work: Callable[[slice], SpikeInference], blocks: Sequence[slice], n_workers: int
+    work: Callable[[slice], SpikeInference], blocks: Sequence[slice], cores: tuple[int, int]
 ) -> Iterator[SpikeInference]:
-    """Results of ``work`` on each block, ``n_workers`` at a time, each on one core.
-
-    One core per block is faster than all cores on each block in turn: a block is small, and torch's threads that wait
-    for each other spin for seconds when another program wants the cores, too.
-    """
-    threads = torch.get_num_threads()
+    """Results of ``work`` on each block, as many at a time as the first of ``cores`` says, of the second in all."""
     pending: deque[Future[SpikeInference]] = deque()
-    with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with _one_core_each(*cores) as pool:
         try:
             for block in blocks:
                 pending.append(pool.submit(work, block))
-                if len(pending) > n_workers:
+                if len(pending) > cores[0]:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
-            # Threads that start later take the number that was set last, wherever that was.
-            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _one_core_each(n: int, n_cores: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads that compute on one core each, of all that torch may use.
+
+    One core per block is faster than all cores on each block in turn: a block is small, and torch's threads that wait
+    for each other spin for seconds when another program wants the cores, too. Any thread that starts later takes the
+    number that was set last, wherever that was: it is set back at once, in a thread that has no other use.
+    """
+    with ThreadPoolExecutor(n) as pool:
+        with _STARTING:
+            ready = threading.Barrier(n)
+
+            def begin() -> None:
+                torch.set_num_threads(1)
+                torch.get_num_threads()  # or the first operation would ask once more what was set last
+                ready.wait()
+
+            wait([pool.submit(begin) for _ in range(n)])
+            last = threading.Thread(target=torch.set_num_threads, args=(n_cores,))
+            last.start()
+            last.join()
+        yield pool
 
 
 @torch.inference_mode()
 def _infer_block(
-    dff: Traces, vae: SpikeVAE, config: InferConfig, n_threads: int, provenance: dict[str, Any]
+    dff: Traces, vae: SpikeVAE, config: InferConfig, cores: tuple[int, int], provenance: dict[str, Any]
 ) -> SpikeInference:
+    """Of one block, on as many cores as the first number says, of the second in all."""
     device = next(vae.recognition.parameters()).device
 
     @cache
@@ -144,9 +167,9 @@ def _infer_block(
         parts = [dff.select(slice(start, start + step)) for start in range(0, dff.n_rois, step)]
         return SpikeInference.concatenate([found for part in parts for found in within_memory(part, ways)])
 
-    if n_threads == 1:
+    if cores[0] == 1:
         return each(map)
-    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with _one_core_each(*cores) as pool:
         return each(pool.map)
 
 
@@ -387,12 +410,13 @@ def _spread(variance: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     return expected[log_likelihood.argmax()].sqrt()
 
 
-def fingerprint(traces: Traces | TraceSource) -> str:
-    """SHA-256 that tells one recording from another: ids, rate, unit, shape, and the values of a few rows."""
+def input_sha256(traces: Traces | TraceSource) -> str:
+    """SHA-256 of a recording, of ids, rate, unit, shape and every value; that takes a hundredth of inference's time."""
     facts = (traces.roi_ids, traces.frame_rate, traces.unit, traces.t0, traces.n_frames)
     digest = hashlib.sha256(repr(facts).encode())
-    for row in sorted({0, traces.n_rois // 2, traces.n_rois - 1}):
-        digest.update(np.ascontiguousarray(traces.select([row]).values).tobytes())
+    step = rois_per_block(traces.n_frames, traces.chunk_rows if isinstance(traces, TraceSource) else 1)
+    for start in range(0, traces.n_rois, step):
+        digest.update(np.ascontiguousarray(traces.select(slice(start, start + step)).values).data)
     return digest.hexdigest()
 
 
@@ -402,12 +426,12 @@ def provenance_of(
     """How an inference came about: JSON-like; without ``device`` it states the one that was asked for."""
     return {
         "model": vae.description,
-        "model_sha256": vae.sha256,
+        **vae.identity(),
         "generative_model": vae.generative.name,
         "settings": config.model_dump() | ({"device": str(device)} if device else {}),
         "preprocessing": vae.preprocessing.model_dump() | {"input_unit": traces.unit},
         "input": dict(traces.provenance),
-        "fingerprint": fingerprint(traces),
+        "input_sha256": input_sha256(traces),
         "versions": {
             "napari-calvae": importlib.metadata.version("napari-calvae"),
             "torch": torch.__version__,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from napari_calvae.inference.batch import infer_rows
 from napari_calvae.inference.blocks import InferConfig, provenance_of
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
-from napari_calvae.vae import SpikeVAE, load_model, models
+from napari_calvae.vae import SpikeVAE, models, shared_model
 
 #: ROIs that are inferred again at a time.
 _ROWS = 64
@@ -80,23 +79,28 @@ def repeat(
     source = TraceSource.of(source) if isinstance(source, Traces) else source
     told = known.provenance
     try:
-        wanted, versions = str(told["model_sha256"]), dict(told["versions"])
+        versions = dict(told["versions"])
         config = InferConfig(**{**told["settings"], "device": "cpu"})
     except (KeyError, TypeError, ValueError) as error:
         raise RecordingError(
             f"repeat: expected a result that tells how it was made, got one that does not ({error}). Infer it again."
         ) from error
+    if "refinement" in told:
+        raise RecordingError(
+            "repeat: expected a result of infer, got one that was refined, which is not repeated. Call refine again "
+            "with the settings in its provenance, and compare."
+        )
     absent = sorted(set(known.roi_ids) - set(source.roi_ids))
     if absent:
         raise RecordingError(
             f"repeat: expected the recording that the result was inferred from, got one without ROI {absent[0]}. "
             "Give the same file."
         )
-    vae = _model(wanted, model)
+    vae = _model(told, model)
     now = provenance_of(vae, source, config)
     changed = [f"{k} {versions.get(k)} → {v}" for k, v in now["versions"].items() if versions.get(k) != v]
-    if "fingerprint" in told and told["fingerprint"] != now["fingerprint"]:
-        changed.append("the recording, its ROIs, frame rate or unit")
+    if told.get("input_sha256", now["input_sha256"]) != now["input_sha256"]:
+        changed.append("the recording: values, ROIs, frame rate or unit")
     if told["settings"]["device"] not in ("auto", "cpu"):
         changed.append(f"device {told['settings']['device']} → cpu")
     wrong: dict[str, int] = {}
@@ -147,20 +151,21 @@ def _read_npz(file: Path) -> _Known:
     return _Known(told, ids, columns, lambda: iter([(ids, arrays)]))
 
 
-def _model(wanted: str, model: str | Path | SpikeVAE | None) -> SpikeVAE:
-    """The model with this checksum: the one that is given, or one that ships."""
+def _model(told: Mapping[str, Any], model: str | Path | SpikeVAE | None) -> SpikeVAE:
+    """The model that made a result: the one that is given, or one that ships."""
+    wanted = f"{str(told['model_sha256'])[:12]}…" if told["model_sha256"] else "of one that was not saved"
     if model is None:
-        shipped = [path for path in models().values() if hashlib.sha256(path.read_bytes()).hexdigest() == wanted]
+        shipped = [vae for vae in map(shared_model, models()) if vae.made(told)]
         if not shipped:
             raise RecordingError(
-                f"repeat: expected a model with the SHA-256 {wanted[:12]}…, which does not ship with this version. "
-                "Give its file (--model)."
+                f"repeat: expected the model with the SHA-256 {wanted}, which does not ship with this version. "
+                "Give it, or its file (--model)."
             )
-        return load_model(shipped[0], coupled=False)
-    vae = load_model(model, coupled=False)
-    if vae.sha256 != wanted:
+        return shared_model(shipped[0], coupled=False)
+    vae = shared_model(model, coupled=False)
+    if not vae.made(told):
         raise RecordingError(
-            f"model: expected the one with the SHA-256 {wanted[:12]}…, by which the result was made, got "
+            f"model: expected the one with the SHA-256 {wanted}, by which the result was made, got "
             f"{vae.sha256[:12] or 'one without a file'}…. Give that file."
         )
     return vae

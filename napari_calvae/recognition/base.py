@@ -218,10 +218,15 @@ def trace_scale(fluorescence: Float[Tensor, "roi time"], valid: Bool[Tensor, "ro
     """
     nan = fluorescence.masked_fill(~_measured(fluorescence, valid), torch.nan)
     centre = nan.nanmedian(-1, keepdim=True).values.nan_to_num()
-    f = (nan - centre).nan_to_num()
+    moved = nan - centre
+    f = moved.nan_to_num()
     difference = (nan[:, 1:] - nan[:, :-1]).abs()
     noise = difference.nanmedian(-1, keepdim=True).values.nan_to_num() / _MEDIAN_DIFFERENCE
-    peak = f.kthvalue(max(1, math.ceil(0.995 * f.shape[-1])), -1, keepdim=True).values
+    n = moved.isfinite().sum(-1, keepdim=True)
+    if bool((n == f.shape[-1]).all()):
+        peak = f.kthvalue(math.ceil(0.995 * f.shape[-1]), -1, keepdim=True).values
+    else:  # missing frames come last when sorted
+        peak = moved.sort(-1).values.gather(-1, (torch.ceil(0.995 * n).long() - 1).clamp_min(0)).nan_to_num()
     # Quantised or very short traces can have a median difference of zero; a hundredth of the range stands in.
     noise = torch.maximum(noise, 0.01 * f.abs().amax(-1, keepdim=True)).clamp_min(torch.finfo(f.dtype).tiny)
     return TraceScale(centre, noise, torch.maximum(peak, 2 * noise))

@@ -160,7 +160,12 @@ class GainCategorical(SpikePosterior):
 
     @staticmethod
     def join(posteriors: Sequence[GainCategorical], rois: Sequence[slice] | None = None) -> GainCategorical:
-        """Posteriors over traces of one length, one below the other; of each only some ``rois`` if told."""
+        """Posteriors over traces of one length, one below the other; of each only some ``rois`` if told.
+
+        All have to have the same quadrature and reach.
+        """
+        if len({(q.n_nodes, q.reach) for q in posteriors}) > 1:
+            raise ValueError("GainCategorical.join: expected posteriors of one reach and number of nodes, got several.")
         chosen = [slice(None)] * len(posteriors) if rois is None else rois
 
         def rows(name: str) -> Tensor:

@@ -161,6 +161,7 @@ class SpineNetwork(RecognitionNetwork):
             _join(baps.logits, inputs.logits, n),
             _join(baps.gain_mean, inputs.gain_mean, n),
             _join(baps.gain_std, inputs.gain_std, n),
+            reach=baps.reach,
         )
 
     def _summaries(self, summary: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ two gaps of Cremer et al. (2018).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import SpikeInference, Traces
 from napari_calvae.refinement.particles import log_evidence
 from napari_calvae.refinement.target import Target, at_each_gain, begin
-from napari_calvae.vae import SpikeVAE
+from napari_calvae.vae import SpikeVAE, shared_model
 
 #: Independent runs of the particle filter behind every evidence.
 _N_RUNS = 4
@@ -108,11 +109,11 @@ def refine(traces: Traces, model: str | Path | SpikeVAE = "universal", **setting
         If no spikes can be inferred from a trace, or the posterior has no parameters of its own.
     """
     config = RefineConfig(**settings)
-    target, posterior = begin(traces, model)
-    refined = _refine(target, posterior, config)
+    vae = shared_model(model, coupled=False)
     wanted = InferConfig(n_samples=config.n_samples, seed=config.seed, device="cpu")
-    provenance = provenance_of(target.vae, traces, wanted, torch.device("cpu"))
-    return inference_of(target.dff, target.vae, wanted, refined, provenance | {"refinement": config.model_dump()})
+    refined = list(_each(traces, vae, config))
+    provenance = provenance_of(vae, traces, wanted, torch.device("cpu")) | {"refinement": config.model_dump()}
+    return SpikeInference.concatenate([inference_of(t.dff, vae, wanted, q, provenance) for t, _, q in refined])
 
 
 def diagnose(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> Gaps:
@@ -124,44 +125,41 @@ def diagnose(traces: Traces, model: str | Path | SpikeVAE = "universal", **setti
         As for ``refine``.
     """
     config = RefineConfig(**settings)
-    target, posterior = begin(traces, model)
-    refined = _refine(target, posterior, config)
-    seconds = target.valid.sum(-1).numpy() / target.dff.frame_rate
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    before = target.log_weights(posterior, config.n_evidence, generator)
-    after = target.log_weights(refined, config.n_evidence, generator)
-    error = [(x.std(0) / math.sqrt(len(x))).numpy() / seconds for x in (before, after)]
-    runs, effective = _evidence(target, refined, config)
-    return Gaps(
-        roi_ids=target.dff.roi_ids,
-        amortized=before.mean(0).numpy() / seconds,
-        refined=after.mean(0).numpy() / seconds,
-        evidence=(np.logaddexp.reduce(runs, 0) - math.log(_N_RUNS)) / seconds,
-        amortized_error=error[0],
-        refined_error=error[1],
-        evidence_error=runs.std(0, ddof=1) / math.sqrt(_N_RUNS) / seconds,
-        effective_samples=effective.mean(0),
-    )
+    ids, rows = [], []
+    for target, network, refined in _each(traces, shared_model(model, coupled=False), config):
+        (roi,) = target.dff.roi_ids
+        ids.append(roi)
+        seconds = float(target.valid.sum()) / target.dff.frame_rate
+        generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + roi)
+        bounds = [target.log_weights(q, config.n_evidence, generator) for q in (network, refined)]
+        runs, effective = _evidence(target, refined, config)
+        found = [*(float(x.mean()) for x in bounds), np.logaddexp.reduce(runs) - math.log(_N_RUNS)]
+        errors = [*(float(x.std()) / math.sqrt(len(x)) for x in bounds), runs.std(ddof=1) / math.sqrt(_N_RUNS)]
+        rows.append((*(np.array(found + errors) / seconds), effective.mean()))
+    return Gaps(tuple(ids), *np.array(rows).T)
+
+
+def _each(
+    traces: Traces, vae: SpikeVAE, config: RefineConfig
+) -> Iterator[tuple[Target, GainCategorical, GainCategorical]]:
+    """ROI by ROI what the bound is on, the network's posterior and the refined one.
+
+    Each by itself, from a random stream that depends on seed and ROI id alone.
+    """
+    dff = vae.preprocessing.apply(traces)
+    for row, roi in enumerate(dff.roi_ids):
+        target, posterior = begin(dff.select([row]), vae)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + roi)
+        yield target, posterior, _refine_one(target, posterior, config, generator)
 
 
 def _evidence(target: Target, posterior: GainCategorical, config: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(run, roi) log-evidence, unbiased before the logarithm, and effective numbers of particles."""
-    found = np.empty((2, _N_RUNS, len(target.dff.roi_ids)))
-    for row, roi in enumerate(target.dff.roi_ids):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + roi + 1)
-        one, q = target.select(row), posterior.select(slice(row, row + 1))
-        for run in range(_N_RUNS):
-            found[:, run, row] = log_evidence(one, q, config.n_evidence // _N_RUNS, generator)
-    return found[0], found[1]
-
-
-def _refine(target: Target, posterior: GainCategorical, config: RefineConfig) -> GainCategorical:
-    """Each ROI by itself, from a random stream that depends on seed and ROI id alone."""
-    parts = []
-    for row, roi in enumerate(target.dff.roi_ids):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + roi)
-        parts.append(_refine_one(target.select(row), posterior.select(slice(row, row + 1)), config, generator))
-    return GainCategorical.join(parts)
+    """(run,) log-evidence of one ROI, unbiased before the logarithm, and effective numbers of particles."""
+    (roi,) = target.dff.roi_ids
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + roi + 1)
+    particles = config.n_evidence // _N_RUNS
+    runs = [log_evidence(target, posterior, particles, generator) for _ in range(_N_RUNS)]
+    return np.array([run[0] for run in runs]), np.array([run[1] for run in runs])
 
 
 def _refine_one(

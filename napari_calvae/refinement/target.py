@@ -17,7 +17,7 @@ from napari_calvae.generative import SpikePrior
 from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, Traces
-from napari_calvae.vae import SpikeVAE, load_model
+from napari_calvae.vae import SpikeVAE, shared_model
 
 #: A spike is taken to show for this long (s).
 MEMORY = 5.0
@@ -45,19 +45,6 @@ class Target:
             counts = posterior.sample(min(portion, n - start), generator).to(self.observed.dtype)
             parts.append(self.log_joint(counts) - posterior.log_prob(counts))
         return torch.cat(parts)
-
-    def select(self, row: int) -> Target:
-        """One ROI."""
-        one = slice(row, row + 1)
-        rate = torch.as_tensor(self.prior.rate)[one]
-        return Target(
-            self.dff.select([row]),
-            self.vae,
-            self.observed[one],
-            self.valid[one],
-            {name: value[one] for name, value in self.theta.items()},
-            SpikePrior(rate=rate, max_count=self.prior.max_count),
-        )
 
     def local_signal(
         self, counts: Float[Tensor, "sample roi time"], log_q: Float[Tensor, "sample roi time"]
@@ -88,7 +75,7 @@ class Target:
 
 def begin(traces: Traces, model: str | Path | SpikeVAE) -> tuple[Target, GainCategorical]:
     """The network's posterior, and the generative model with each cell's parameters estimated from it."""
-    vae = load_model(model, coupled=False)
+    vae = shared_model(model, coupled=False)
     dff = vae.preprocessing.apply(traces)
     observed, valid = torch.from_numpy(dff.values.copy()), torch.from_numpy(dff.valid.copy())
     vae.recognition.to("cpu").eval()

@@ -191,7 +191,7 @@ def test_trust_of_a_real_cell(order):
     *_, last = trust.iter_trust(4, result, "universal")
     assert last.number == 4
     assert last.expectation.roi_id == 3
-    other = replace(result, provenance={**result.provenance, "model_sha256": "0" * 64})
+    other = replace(result, provenance={**result.provenance, "model_sha256": "0" * 64, "model_checksum": "0" * 64})
     *_, last = trust.iter_trust(5, other, "universal")
     assert isinstance(last, answers.Failure)
     assert "infer again" in last.sentence
