@@ -6,8 +6,7 @@ By Zarr's convention it would stand for the fill value, and what was lost would 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +48,15 @@ def create_array(
     )
 
 
-@contextmanager
-def every_chunk() -> Iterator[None]:
-    """Chunks of arrays that are opened here are written also where there is nothing in them; zarr does not remember."""
+def every_chunk(group: Any, name: str) -> Any:
+    """An array whose chunks are written also where there is nothing in them; that is not kept with it.
+
+    Nor can it be set for a while: zarr's configuration is that of all threads.
+    """
     import zarr
 
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        yield
+    found = group[name]
+    return zarr.Array(zarr.AsyncArray(found.metadata, found.store_path, {"write_empty_chunks": True}))
 
 
 def read_rows(array: Any, index: np.ndarray | None = None, axis: int = 0, *, whole: bool = False) -> np.ndarray:

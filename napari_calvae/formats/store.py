@@ -210,10 +210,10 @@ class StoredInference:
         columns = [result.quality[name] for name in self.layout.quality]
         columns += [result.theta[name] for name in self.layout.theta]
         columns += [result.theta_std[name] for name in self.layout.theta_std]
-        with every_chunk():
-            for name, array in arrays.items():
-                self._group[name][rows] = array
-            self._group["cells"][:, rows] = np.stack(columns) if columns else np.empty((0, rows.stop - rows.start))
+        for name, array in arrays.items():
+            every_chunk(self._group, name)[rows] = array
+        cells = np.stack(columns) if columns else np.empty((0, rows.stop - rows.start))
+        every_chunk(self._group, "cells")[:, rows] = cells
         events = np.stack([result.events[field].astype(np.uint32) for field in EVENT_DTYPE.names or ()])
         events[EVENT_DTYPE.names.index("roi")] += rows.start  # type: ignore[union-attr]
         chunk = (len(events), _EVENTS)

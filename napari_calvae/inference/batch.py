@@ -24,10 +24,13 @@ from napari_calvae.formats._files import check_output, plain
 from napari_calvae.formats.store import Layout, StoredInference, create_store, rois_per_block
 from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
 from napari_calvae.inference.cluster import connected
+from napari_calvae.preprocess import with_signal
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
 from napari_calvae.vae import SpikeVAE, shared_model
 
+#: ROIs whose unit is looked at before any work.
+_LOOKED_AT = 50
 #: Seconds after which a cluster that is silent is reported, too.
 _HEARTBEAT = 1.0
 
@@ -196,6 +199,7 @@ def _begin(
         store.tidy()
         return store
     check_output(out, overwrite, folder=True)
+    _check_unit(source, vae)
     # What the model says of a cell is known from a second of noise, before anything has been inferred.
     noise = np.random.default_rng(0).standard_normal((1, min(source.n_frames, max(64, round(2 * source.frame_rate)))))
     probe = Traces(0.1 * noise, source.frame_rate, "dff")
@@ -203,6 +207,14 @@ def _begin(
     layout = Layout(config.n_samples, example.quality.dtype.names or (), tuple(example.theta), tuple(example.theta_std))
     rows = block_rois or rois_per_block(source.n_frames, source.chunk_rows, source.n_rois)
     return create_store(out, source, layout, provenance, min(rows, source.n_rois))
+
+
+def _check_unit(source: TraceSource, vae: SpikeVAE) -> None:
+    """Refuse raw traces most of which have no baseline above 0, of some spread evenly: that is no accident of a few."""
+    rows = np.unique(np.linspace(0, source.n_rois - 1, min(source.n_rois, _LOOKED_AT)).round().astype(int))
+    some = source.select(rows)
+    if (alive := with_signal(some)).any() and vae.preprocessing.usable(some.select(alive)).mean() < 0.5:
+        vae.preprocessing.apply(some.select(alive))  # says what is wrong
 
 
 def _differences(there: Any, wanted: Any, name: str = "") -> list[str]:
