@@ -147,21 +147,31 @@ class _Cells:
         self.log_rate = torch.full((n_rois,), frame_rate).log()
         self.scale = TraceScale(*(torch.ones(n_rois, 1) for _ in TraceScale._fields))
         self.gain = torch.zeros(n_rois), torch.zeros(n_rois)
-        self.silent = torch.ones(n_rois, dtype=torch.bool)
+        self.low, self.high = torch.full((n_rois,), torch.inf), torch.full((n_rois,), -torch.inf)
+        self.lively = torch.zeros(n_rois)  # measured frames since the first change
+        self.known = torch.zeros(n_rois, dtype=torch.bool)  # what it is measured in, from then on
         self.next, self.owed = 0, 0.0  # the ROI to be measured next, and how many should have been by now
 
     def rates(self, new: torch.Tensor) -> torch.Tensor:
         """(roi, time) spikes/s of as many frames as come, those ``lag`` before them."""
+        at_first = self.n_frames == 0
         self._remember(new)
         known = min(self.n_frames, self.memory.shape[1])
+        begun = ~self.known & (self.high > self.low) & ((self.lively >= _WARM_FRAMES) | at_first)
+        if bool(begun.any()):
+            if not at_first:  # all of them are due then
+                self._measure(begun.nonzero()[:, 0])
+            self.known |= begun
         self.owed = min(self.owed + _REFRESH * new.shape[1] * self.n_rois / known, self.n_rois)
         n_due = int(self.owed)
         if n_due:
             self._measure((self.next + torch.arange(n_due)) % self.n_rois)
             self.next, self.owed = (self.next + n_due) % self.n_rois, self.owed - n_due
-        local = self.network.advance(self.state, trace_features(new, None, self.scale))
+        # What cannot be measured yet is missing: of no use to the network, and no harm to what it remembers.
+        seen = new if bool(self.known.all()) else new.masked_fill(~self.known[:, None], torch.nan)
+        local = self.network.advance(self.state, trace_features(seen, None, self.scale))
         rate = self.network.given_gain(local, self.log_rate, *self.gain).mean * self.frame_rate
-        rate[self.silent] = torch.nan
+        rate[~self.known] = torch.nan
         return rate
 
     def _remember(self, new: torch.Tensor) -> None:
@@ -170,20 +180,27 @@ class _Cells:
         columns = (self.n_frames + new.shape[1] - kept.shape[1] + torch.arange(kept.shape[1])) % length
         self.memory[:, columns] = kept
         self.n_frames += new.shape[1]
+        measured = torch.isfinite(new)
+        self.low = torch.minimum(self.low, new.masked_fill(~measured, torch.inf).amin(1))
+        self.high = torch.maximum(self.high, new.masked_fill(~measured, -torch.inf).amax(1))
+        self.lively += torch.where(self.high > self.low, measured.sum(1), 0)
 
     def _measure(self, rows: torch.Tensor) -> None:
-        """Baseline, noise, range and summary of some ROIs, from what is remembered of them."""
+        """Baseline, noise, range and summary of some ROIs, from what is remembered of them; without it as before."""
         place = self.n_frames % self.memory.shape[1]
         values = self.memory[rows].roll(-place, 1)[:, -self.n_frames :]
+        missing = ~torch.isfinite(values)
+        changes = values.masked_fill(missing, -torch.inf).amax(1) > values.masked_fill(missing, torch.inf).amin(1)
+        if not bool(changes.all()):
+            rows, values = rows[changes], values[changes]
+        if not len(rows):
+            return
         scale, log_rate = trace_scale(values), self.log_rate[rows]
         summary = self.network.summarise(trace_features(values, None, scale), log_rate)
         self.network.condition(self.state, rows, log_rate, summary)
         gain = self.network.gain_of(log_rate, summary)
         for kept, found in zip((*self.scale, *self.gain), (*scale, *gain), strict=True):
             kept[rows] = found
-        known = torch.isfinite(values)
-        low = values.masked_fill(~known, torch.inf).amin(1)
-        self.silent[rows] = ~(values.masked_fill(~known, -torch.inf).amax(1) > low)
 
 
 def stream(

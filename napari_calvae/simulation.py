@@ -103,10 +103,10 @@ def simulate_movie(config: MovieConfig | None = None, **settings: Any) -> Simula
     Parameters
     ----------
     config
-        What it looks like; or give the fields of ``MovieConfig`` as ``settings``.
+        What it looks like; fields of ``MovieConfig`` that are given as ``settings`` take its place.
     """
     try:
-        c = config or MovieConfig(**settings)
+        c = MovieConfig(**settings) if config is None else MovieConfig(**{**config.model_dump(), **settings})
     except ValidationError as error:
         problem = error.errors()[0]
         raise RecordingError(
@@ -223,7 +223,13 @@ def _simulate(
     generator = torch.Generator().manual_seed(seed)
     rates = rate * np.exp(rng.normal(0, np.log(2), n_rois))
     times = tuple(simulate_spike_times(n_frames / fs, r, rng, start=-0.5 / fs) for r in rates)
-    counts = np.stack([bin_spikes(t, 0.0, fs, n_frames) for t in times]).astype(np.uint8)
+    counts = np.stack([bin_spikes(t, 0.0, fs, n_frames) for t in times])
+    if counts.max() > np.iinfo(np.uint8).max:
+        raise RecordingError(
+            f"simulate: expected at most 255 spikes per frame, got {counts.max()}. "
+            "Choose a lower rate or faster frames."
+        )
+    counts = counts.astype(np.uint8)
     theta = _draw_theta(model, n_rois, known, variability, generator)
     spikes = torch.from_numpy(counts.astype(np.float32))
     with torch.no_grad():

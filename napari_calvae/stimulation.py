@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike
 
 from napari_calvae.recording import RecordingError
 
+#: Share of a frame that is no light but rounding.
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class Stimulation:
@@ -99,7 +102,7 @@ class Stimulation:
 
     def lit(self, n_frames: int, frame_rate: float, t0: float = 0.0) -> np.ndarray:
         """(time,) frames during which the laser was on at all, wherever it was pointed."""
-        return np.asarray((self.light(n_frames, frame_rate, t0) > 0).any(0))
+        return np.asarray((self.light(n_frames, frame_rate, t0) > _ROUNDING).any(0))
 
 
 def check_positions(positions: ArrayLike, n_cells: int) -> np.ndarray:

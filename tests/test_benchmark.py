@@ -298,3 +298,10 @@ def test_cost_that_is_known_has_its_exponent(monkeypatch):
         row["value"] for row in speed.PARTS["growth"](speed.Size(rois=160, roi_frames=800, repeats=1), "universal")
     ]
     np.testing.assert_allclose(found, [2.0, 1.0, 0.5], atol=0.02)
+
+
+def test_data_sets_that_are_not_there_are_told(shared):
+    folder = shared / "ground_truth"
+    assert {s.dataset[:4] for s in read_ground_truth(folder, only="DS20,DS04")} == {"DS04", "DS20"}
+    with pytest.raises(RecordingError, match=r"names begin with DS99, got DS01"):
+        read_ground_truth(folder, only="DS99")

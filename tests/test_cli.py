@@ -258,7 +258,7 @@ def test_the_benchmark_of_speed_shows_and_writes(tmp_path):
 def test_the_benchmark_of_accuracy_shows_and_writes(monkeypatch, tmp_path):
     asked, written = [], []
     measure = types.ModuleType("napari_calvae.benchmark")
-    measure.study = lambda *arguments: asked.append(arguments) or {"x": 1}
+    measure.study = lambda *arguments: asked.append(arguments) or {"model": "x"}
     measure.write_study = lambda *arguments: written.append(arguments)
     measure.summary_rows = lambda record: [{"condition": "fast", "lead": 0.25}]
     measure.other_rows = lambda record: [{"measure": "counts", "value": 0.5}]
@@ -269,7 +269,7 @@ def test_the_benchmark_of_accuracy_shows_and_writes(monkeypatch, tmp_path):
     assert "0.25" in result.stdout
     assert "counts" in result.stdout
     assert asked == [(tmp_path, "universal", "DS0")]
-    assert written == [({"x": 1}, tmp_path / "out")]
+    assert written == [({"model": "x"}, tmp_path / "out")]
 
 
 def test_errors_that_nobody_expected_are_not_hidden(monkeypatch):

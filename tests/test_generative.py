@@ -12,6 +12,7 @@ from scipy import integrate
 
 from napari_calvae.generative import (
     MODELS,
+    NOISES,
     DyeBinding,
     GCaMP6f,
     GCaMP6s,
@@ -717,3 +718,57 @@ def test_the_busiest_stretch_tells_the_shape_of_a_long_recording(monkeypatch):
         assert torch.allclose(found[name], alone[name], rtol=0.1)
         assert torch.allclose(found[name], truth[name], rtol=0.2)
     assert torch.allclose(found["noise_density"], truth["noise_density"], rtol=0.05)
+
+
+def test_a_gap_does_not_hide_the_shape_of_the_rest():
+    """Of a long trace the busiest stretch tells the shape, by the spikes in frames that were measured."""
+    model, n = MODELS["linear_ar"](), 40_000
+    counts = torch.poisson(torch.full((1, n), 0.02), generator=torch.Generator().manual_seed(0))
+    theta = {"tau_rise": 0.08, "tau_decay": 1.2, "amplitude": 0.6, "baseline": 0.0, "noise_density": 0.01}
+    theta = {name: torch.tensor([value]) for name, value in theta.items()}
+    seen = model.simulate(counts, theta, 30.0, torch.Generator().manual_seed(1))
+    seen[:, :17_000] = torch.nan
+    counts[:, :17_000] += 1  # what a network may say of frames that it has not seen
+    found = model.initial_theta(seen, counts, 30.0)
+    for name in ("tau_rise", "tau_decay", "amplitude"):
+        assert float(found[name]) == pytest.approx(float(theta[name]), rel=0.1)
+
+
+def test_a_roi_has_its_theta_whatever_the_frame_rates_of_others():
+    model, n = MODELS["linear_ar"](), 600
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.poisson(torch.full((2, n), 0.1), generator=generator)
+    theta = {p.name: torch.full((2,), p.median) for p in model.parameters}
+    rate = torch.tensor([3.0, 120.0])
+    seen = model.simulate(counts, theta, rate, generator) + 0.1 * torch.sin(torch.arange(n) / 48)
+    both = model.initial_theta(seen, counts, rate)
+    alone = model.initial_theta(seen[:1], counts[:1], rate[:1])
+    for name, value in alone.items():
+        assert float(both[name][0]) == pytest.approx(float(value[0]), rel=1e-4, abs=1e-6)
+
+
+def test_cells_share_the_kinetics_of_an_indicator_and_neither_light_nor_noise():
+    shared = {p.name for p in MODELS["jgcamp8f"](NOISES["correlated"]()).parameters if p.kinetic}
+    assert shared == {"extrusion", "store_in", "store_out"}
+    assert {p.name for p in MODELS["linear_ar"](NOISES["drift"]()).parameters if p.kinetic} == {"tau_rise", "tau_decay"}
+
+
+@pytest.mark.parametrize("max_count", [1, 3, 10, 100])
+def test_a_prior_sums_to_one_however_many_are_expected(max_count):
+    mean = torch.logspace(-6, 3.5, 60, dtype=torch.float64).requires_grad_()
+    table = SpikePrior(mean * 30, max_count).log_table(30.0, torch.device("cpu"))
+    torch.testing.assert_close(table.exp().sum(-1), torch.ones_like(mean))
+    assert torch.isfinite(table[:, -1]).all()
+    (gradient,) = torch.autograd.grad(table[:, -1].sum(), mean)
+    assert (gradient >= 0).all()  # more expected, more in the last
+
+
+def test_a_flow_begins_the_same_every_time():
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    one = NOISES["flow"]().learned.state_dict()
+    assert torch.equal(torch.rand(2), wanted)
+    torch.rand(5)
+    for name, weight in NOISES["flow"]().learned.state_dict().items():
+        assert torch.equal(weight, one[name])

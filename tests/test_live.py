@@ -98,6 +98,29 @@ def test_missing_frames_are_bridged(causal, values):
     assert np.isfinite(found.rate).all()
 
 
+@pytest.mark.parametrize("nothing", [0.0, np.nan])
+def test_a_roi_that_is_not_there_at_first_is_told_soon_after_it_comes(causal, nothing):
+    """And one beside it as if nothing had been: neither zeros nor gaps stay in what the network remembers."""
+    values = 100 + np.random.default_rng(1).normal(size=(2, 800)).cumsum(1).astype(np.float32) / 5
+    late = values.copy()
+    late[1, :160] = nothing
+    rate, other = (
+        np.concatenate([part.rate for part in frame_by_frame(calvae.stream(causal, RATE, lag=2), v)], 1)
+        for v in (late, values)
+    )
+    np.testing.assert_allclose(rate[0], other[0], rtol=1e-5)
+    told = np.flatnonzero(np.isfinite(rate[1]))
+    assert 160 <= told[0] <= 160 + 80  # once there is enough of it to measure
+    assert np.isfinite(rate[1, told[0] :]).all()
+
+
+def test_after_a_long_gap_a_roi_goes_on_as_before(causal):
+    values = 100 + np.random.default_rng(1).normal(size=(1, 3000)).cumsum(1).astype(np.float32) / 5
+    values[:, 400:2600] = np.nan  # longer than what is remembered
+    rate = np.concatenate([p.rate for p in frame_by_frame(calvae.stream(causal, RATE, lag=2), values)], 1)
+    assert np.isfinite(rate).all()
+
+
 def test_images_are_read_at_the_rois(causal, values):
     rng = np.random.default_rng(1)
     labels = np.zeros((30, 30), np.int32)

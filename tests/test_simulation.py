@@ -157,3 +157,17 @@ def test_the_sample_is_small_and_what_its_readme_says():
     traces = delta_f_over_f(extract(frames, labels, rate))
     correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(traces.values, again.truth.traces.values, strict=True)]
     assert min(correlation) > 0.8
+
+
+def test_settings_take_the_place_of_those_of_a_configuration():
+    config = MovieConfig(duration=2, frame_rate=10, n_cells=2, size=64)
+    longer = simulate_movie(config, duration=3.0)
+    assert len(longer.movie) == 30
+    assert len(simulate_movie(config).movie) == 20
+    with pytest.raises(RecordingError):
+        simulate_movie(config, durration=3.0)
+
+
+def test_more_spikes_than_a_count_holds_are_refused():
+    with pytest.raises(RecordingError, match="at most 255 spikes per frame, got"):
+        simulate(2, 2000.0, 0.05, rate=60.0)

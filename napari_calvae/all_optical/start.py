@@ -47,8 +47,9 @@ def iter_start(
         guess.setdefault(p.name, torch.full(shape, p.median))
     guess["drive"] = expected.mean(1) * fs
     guess["weights"] = torch.zeros(n_cells, n_cells)
-    counts, theta = _round(expected, generator), guess
-    value, most = torch.full((n_cells,), -torch.inf), 0
+    counts, own = _round(expected, generator), {p.name: guess[p.name] for p in model.cell_parameters}
+    value, winner = torch.full((n_cells,), -torch.inf), torch.zeros(n_cells, dtype=torch.long)
+    tried: list[dict[str, Tensor]] = []
     for scale in SCALES:
         start = guess | {"amplitude": scale * guess["amplitude"]}
         chain = Chain(model, recording, _round(expected / scale, generator), start, generator, coupled=False)
@@ -60,12 +61,11 @@ def iter_start(
         better = found > value
         value = torch.where(better, found, value)
         counts = torch.where(better[:, None], chain.counts, counts)
-        cells = {p.name: torch.where(better, chain.theta[p.name], theta[p.name]) for p in model.cell_parameters}
-        # What all cells share is taken from the chain that is the best so far for most of them.
-        n_better = int(better.sum())
-        theta = (dict(chain.theta) if n_better > most else theta) | cells
-        most = max(most, n_better)
-    return counts, theta
+        own = {name: torch.where(better, chain.theta[name], values) for name, values in own.items()}
+        winner[better] = len(tried)
+        tried.append(dict(chain.theta))
+    # What all cells share is that of the chain that is the best for most of them.
+    return counts, tried[int(winner.mode().values)] | own
 
 
 def _round(expected: Float[Tensor, "cell time"], generator: torch.Generator) -> Float[Tensor, "cell time"]:

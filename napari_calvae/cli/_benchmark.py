@@ -27,6 +27,7 @@ def accuracy(
     record = measure.study(data, model, only)
     if out is not None:
         measure.write_study(record, out)
+    typer.echo(f"Model: {record['model']}.")
     show(measure.summary_rows(record))
     show(measure.other_rows(record))
 
@@ -41,7 +42,7 @@ def adaptation(
     """What adapting to each data set without its spikes gains."""
     from napari_calvae import benchmark as measure
 
-    sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
+    sweeps = measure.read_ground_truth(data, only=only)
     models = measure.Models(model)
     if gain_scale is not None:
         for network in models.networks.values():
@@ -119,7 +120,7 @@ def live(
     from napari_calvae import benchmark as measure
     from napari_calvae.benchmark.live import iter_live, write_live
 
-    sweeps = [s for s in measure.read_ground_truth(data) if s.dataset.startswith(tuple(only.split(",")))]
+    sweeps = measure.read_ground_truth(data, only=only)
     rows = list(iter_live(sweeps, model, whole))
     if out is not None:
         chosen = f" --only {only}" if only else ""

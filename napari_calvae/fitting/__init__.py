@@ -140,9 +140,7 @@ def iter_fit(
         )
     model = shared_model(base, coupled=False).copy()
     if generative is not None or noise is not None:
-        with torch.random.fork_rng(devices=[]):  # new weights of a flow, and nobody else's numbers
-            torch.manual_seed(config.seed)
-            model.generative = _generative(model.generative, generative, noise)
+        model.generative = _generative(model.generative, generative, noise)
         names = [p.name for p in model.generative.parameters]
         model.theta = {name: value for name, value in model.theta.items() if generative is None and name in names}
         model.recognition.forget_theta()

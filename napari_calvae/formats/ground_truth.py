@@ -33,7 +33,7 @@ class Sweep:
     spike_times: np.ndarray
 
 
-def read_ground_truth(path: str | Path, min_duration: float = 0.0) -> list[Sweep]:
+def read_ground_truth(path: str | Path, min_duration: float = 0.0, only: str = "") -> list[Sweep]:
     """Read the sweeps of one ``.npz`` data set or ``.mat`` cell, or of every one in a folder.
 
     Parameters
@@ -45,6 +45,8 @@ def read_ground_truth(path: str | Path, min_duration: float = 0.0) -> list[Sweep
         ``.npz`` is there.
     min_duration
         Leave out sweeps shorter than this (s); empty ones always are.
+    only
+        Data sets to take, by the beginnings of their names, comma-separated; by default all.
     """
     path = Path(path)
     files = [path]
@@ -55,7 +57,12 @@ def read_ground_truth(path: str | Path, min_duration: float = 0.0) -> list[Sweep
             f"ground truth: expected .npz or .mat files in {path}, found none. Give the folder that holds them."
         )
     sweeps = (sweep for file in files for sweep in (mat_sweeps if file.suffix == ".mat" else _read_npz)(file))
-    return [sweep for sweep in sweeps if len(sweep.dff) > min_duration * sweep.frame_rate]
+    found = [sweep for sweep in sweeps if len(sweep.dff) > min_duration * sweep.frame_rate]
+    chosen = [sweep for sweep in found if sweep.dataset.startswith(tuple(only.split(",")))]
+    if not chosen:
+        names = ", ".join(sorted({sweep.dataset for sweep in found})) or "none that is long enough"
+        raise RecordingError(f"ground truth: expected data sets whose names begin with {only}, got {names}.")
+    return chosen
 
 
 def mat_sweeps(path: Path) -> Iterator[Sweep]:

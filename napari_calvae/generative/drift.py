@@ -15,7 +15,7 @@ from napari_calvae.generative.parameters import Parameter, Theta, as_rate
 from napari_calvae.generative.recursion import linear_scan
 
 DRIFT = Parameter("drift", "ΔF/F", "Drift", "Standard deviation of the baseline around its mean", 0.03, 1.0)
-DRIFT_TIME = Parameter("tau_drift", "s", "Drift time", "Time over which the baseline changes", 20.0, 0.7)
+DRIFT_TIME = Parameter("tau_drift", "s", "Drift time", "Time over which the baseline changes", 20.0, 0.7, own=True)
 
 #: Noises that a drift may be added to: those that are normal, so that the sum is.
 _AROUND: dict[str, type[NormalNoise]] = {

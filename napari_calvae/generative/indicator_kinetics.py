@@ -19,16 +19,20 @@ from napari_calvae.generative.sites import GCAMP6F, GCAMP6S
 from napari_calvae.generative.states import RESTING, SATURATING
 
 
-def _varying(name: str, unit: str, label: str, text: str, mean: float, sd: float) -> Parameter:
+def _varying(name: str, unit: str, label: str, text: str, mean: float, sd: float, own: bool = False) -> Parameter:
     """A log-normal parameter with the mean and standard deviation that were published for somata."""
     spread = math.sqrt(math.log1p((sd / mean) ** 2))
-    return Parameter(name, unit, label, text, mean * math.exp(-(spread**2) / 2), spread)
+    return Parameter(name, unit, label, text, mean * math.exp(-(spread**2) / 2), spread, own=own)
 
 
-INDICATOR = _varying("indicator", "µM", "Indicator", "Concentration of the indicator", 60.0, 22.0)
+INDICATOR = _varying("indicator", "µM", "Indicator", "Concentration of the indicator", 60.0, 22.0, own=True)
 EXTRUSION = _varying("extrusion", "1/s", "Extrusion", "Rate at which free calcium leaves the cell", 745.0, 298.0)
-INFLUX = _varying("calcium_per_spike", "µM", "Calcium per spike", "Total calcium that enters with a spike", 14.5, 6.0)
-RANGE = _varying("dynamic_range", "", "Dynamic range", "Fluorescence in saturating over that without calcium", 5.1, 1.7)
+INFLUX = _varying(
+    "calcium_per_spike", "µM", "Calcium per spike", "Total calcium that enters with a spike", 14.5, 6.0, own=True
+)
+RANGE = _varying(
+    "dynamic_range", "", "Dynamic range", "Fluorescence in saturating over that without calcium", 5.1, 1.7, own=True
+)
 STORE_IN = _varying("store_in", "1/s", "Into the store", "Rate at which free calcium enters a slow store", 5.1, 1.5)
 STORE_OUT = _varying("store_out", "1/s", "Out of the store", "Rate at which the slow store gives it back", 5.0, 1.5)
 

@@ -75,14 +75,14 @@ class LinearAR(GenerativeModel):
         rate = as_rate(frame_rate, observed).expand(n_rois)
         counts = counts.to(observed.dtype).nan_to_num()
         measured, weights = measured_frames(observed, valid)
-        busy = _busiest(counts, _ENOUGH)
+        busy = _busiest(counts * weights, _ENOUGH)
         step = max(1, _BUDGET // (min(n_frames, _ENOUGH) * (_GRID[2] + 1)))
         seen, fired, weight = (x.gather(1, busy) for x in (measured, counts, weights))
-        shapes = [
-            _fit_shape(seen[i : i + step], fired[i : i + step], weight[i : i + step], rate[i : i + step])
-            for i in range(0, n_rois, step)
-        ]
-        theta = {key: torch.cat([s[key] for s in shapes]) for key in shapes[0]}
+        theta = {name: torch.empty_like(rate) for name in (RISE.name, DECAY.name, AMPLITUDE.name)}
+        for alike in (rate == r for r in rate.unique()):  # drift is told apart by the clock
+            for rows in alike.nonzero()[:, 0].split(step):
+                for name, found in _fit_shape(seen[rows], fired[rows], weight[rows], rate[rows]).items():
+                    theta[name][rows] = found
         unit = theta | {"baseline": torch.zeros_like(rate), "noise_density": torch.ones_like(rate)}
         predicted = self.fluorescence(counts, unit, rate)
         return theta | baseline_and_noise(measured, predicted, weights, rate)

@@ -15,7 +15,9 @@ from napari_calvae.generative.recursion import linear_scan
 SHOT = Parameter(
     "shot", "1/(ΔF/F)", "Shot noise", "Growth of the variance with fluorescence; 1 is photon noise alone", 1.0, 0.8
 )
-CORRELATION = Parameter("tau_noise", "s", "Noise correlation", "Time over which the noise is correlated", 0.1, 1.0)
+CORRELATION = Parameter(
+    "tau_noise", "s", "Noise correlation", "Time over which the noise is correlated", 0.1, 1.0, own=True
+)
 
 
 @final

@@ -26,6 +26,8 @@ class Parameter:
         positive parameters (0.7 is about a factor of two), of the value itself for others.
     positive
         Whether the value must be above zero.
+    own
+        Whether cells of one recording differ in it, and do not share it as they do the indicator's kinetics.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Parameter:
     median: float
     spread: float
     positive: bool = True
+    own: bool = False
 
     @property
     def centre(self) -> float:
@@ -43,8 +46,8 @@ class Parameter:
 
     @property
     def kinetic(self) -> bool:
-        """Whether it belongs to the indicator (times, rates, cooperativity) and not to a cell's brightness."""
-        return "ΔF/F" not in self.unit
+        """Whether it belongs to the indicator (times, rates, cooperativity), not to a cell, its light or its noise."""
+        return not self.own and "ΔF/F" not in self.unit
 
 
 BASELINE = Parameter("baseline", "ΔF/F", "Baseline", "Fluorescence without spikes", 0.0, 0.2, positive=False)

@@ -89,8 +89,12 @@ class SpikePrior:
         # P(K ≥ m) = P(m) (1 + λ/(m+1) + λ²/((m+1)(m+2)) + …): exact where 1 − P(K < m) would round to zero.
         later = self.max_count + torch.arange(1, 200, dtype=mean.dtype, device=device)
         terms = (mean.log() - later.log()).cumsum(-1)
-        tail = torch.logsumexp(torch.cat([torch.zeros_like(mean), terms], -1), -1, keepdim=True)
-        return torch.cat([poisson[..., :-1], poisson[..., -1:] + tail], -1)
+        tail = poisson[..., -1:] + torch.logsumexp(torch.cat([torch.zeros_like(mean), terms], -1), -1, keepdim=True)
+        many = mean > self.max_count
+        if self.max_count and bool(many.any()):  # the series would be long, and the other is no longer small
+            below = torch.logsumexp(poisson[..., :-1], -1, keepdim=True).exp()
+            tail = torch.where(many, torch.log1p(-torch.where(many, below, 0)), tail)
+        return torch.cat([poisson[..., :-1], tail], -1)
 
 
 def typical(value: float | Tensor) -> float:
