@@ -63,7 +63,7 @@ def expect(
     n_repeats: int = 8,
     seed: int = 0,
 ) -> Expectation:
-    """How well the spikes of one cell can be inferred, if it is as the model says.
+    """How well the spikes of one cell can be inferred, if it is as the model says, with the amplitude if it was given.
 
     The cell's θ, noise and mean rate, the recording's length, frame rate and missing frames, all as in ``result``; the
     spikes of each repeat are drawn anew, with slow changes of the rate and bursts. What no model knows (motion,
@@ -98,7 +98,8 @@ def expect(
         )
     simulated, times, rate = _simulate(result, row, vae, (n_repeats, seed))
     n_samples = max(result.n_samples, 20)
-    found = infer(simulated, vae, n_samples=n_samples, seed=seed)
+    amplitude = result.provenance.get("settings", {}).get("amplitude")
+    found = infer(simulated, vae, n_samples=n_samples, seed=seed, amplitude=amplitude)
     scores = np.array([_score(found, k, times[k]) for k in range(n_repeats)], [(name, "f8") for name in SCORES])
     return Expectation(scores, found, times, result.roi_ids[row], rate)
 

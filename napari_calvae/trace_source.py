@@ -58,6 +58,8 @@ class TraceSource:
                 f"traces: expected at least one ROI and one frame and an id for every ROI, got {self.n_rois} ROIs, "
                 f"{self.n_frames} frames, {len(set(ids))} different ids."
             )
+        if self.unit not in ("raw", "dff"):
+            raise RecordingError(f"unit: expected 'raw' or 'dff', got {self.unit!r}.")
         if self.accepted is not None and np.shape(self.accepted) != (self.n_rois,):
             raise RecordingError(
                 f"accepted: expected one value per ROI, {self.n_rois}, got shape {np.shape(self.accepted)}."
@@ -91,7 +93,9 @@ class TraceSource:
 
     def part(self, rows: slice) -> TraceSource:
         """Neighbouring rows as a source of their own, which is small to send elsewhere unless it is in memory."""
-        first, last, _ = rows.indices(self.n_rois)
+        first, last, step = rows.indices(self.n_rois)
+        if step != 1:
+            raise RecordingError(f"rows: expected neighbouring ones, got every {step}th. Take them by select.")
         if isinstance(getattr(self.fetch, "__self__", None), np.ndarray):
             return TraceSource.of(self.select(rows))
         index = range(first, last)

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import napari_calvae
 from napari_calvae.cli import app
-from napari_calvae.formats import read, read_movie, write_movie
+from napari_calvae.formats import read, read_movie, write, write_movie
 from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.inference import infer
 from napari_calvae.recognition import NETWORKS
-from napari_calvae.recording import Traces
+from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.simulation import simulate, write_simulation
 from napari_calvae.vae import SpikeVAE, load_model
@@ -370,3 +371,28 @@ def test_suite2p_gets_its_spikes_in_a_folder_of_their_own(tmp_path, shared, mode
     assert "13 ROIs" in calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model).stdout
     assert np.load(tmp_path / "new" / "spks.npy").shape == np.load(folder / "plane0" / "F.npy").shape
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_read_is_never_what_is_written(recording, model, tmp_path):
+    traces = simulate(2, 4.0, 20.0, seed=0).traces
+    write(traces, tmp_path / "in.zarr")
+    for output in (tmp_path / "in.zarr", tmp_path / "." / "in.zarr"):
+        words = ("infer", tmp_path / "in.zarr", "-o", output, "--overwrite", "--model", model)
+        assert "output: expected another name than that of the input" in refused(*words)
+    with pytest.raises(RecordingError, match="output: expected another name"):
+        infer(tmp_path / "in.zarr", model, out=tmp_path / "in.zarr", overwrite=True)
+    np.testing.assert_array_equal(read(tmp_path / "in.zarr").values, traces.values)
+
+
+def test_many_recordings_have_a_result_each_and_results_are_no_recordings(model, tmp_path, monkeypatch):
+    names = ("a/b.npz", "a_b.npz", "a_b.csv", "x.npy.npz", "x.npy.csv")
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for n_rois, name in enumerate(names, 1):
+        write(simulate(n_rois, 4.0, 20.0, seed=0).traces, tmp_path / "in" / name)
+    monkeypatch.chdir(tmp_path / "in")
+    words = ("infer", tmp_path / "in", "--pattern", "**/*.[nc][ps][zv]", "-o", "out", "--suffix", ".npz")
+    for again in ([], ["--overwrite"]):
+        result = calvae(*words, "--samples", 2, "--model", model, *again)
+        assert result.exit_code == 0, result.output
+        written = sorted(tmp_path.glob("in/out/*.npz"))
+        assert sorted(read(path, 20.0).n_rois for path in written) == [1, 2, 3, 4, 5]

@@ -92,3 +92,18 @@ def test_another_model_is_refused(result):
         calvae.expect(other)
     with pytest.raises(calvae.RecordingError, match="at least one repeat"):
         calvae.expect(result, 5)
+
+
+def test_an_amplitude_that_was_known_is_known_to_what_follows():
+    traces = calvae.simulate(1, 20.0, 30.0, rate=1.0, seed=0).traces
+    plain = calvae.infer(traces, n_samples=4)
+    known = calvae.infer(traces, n_samples=4, amplitude=3 * float(plain.theta["amplitude"][0]))
+    assert known.rate.sum() < 0.6 * plain.rate.sum()
+    again = calvae.expect(known, n_repeats=1)
+    assert again.result.theta["amplitude"][0] == pytest.approx(known.theta["amplitude"][0])
+    amplitude = float(known.theta["amplitude"][0])
+    refined = calvae.refine(traces, n_steps=1, n_samples=4, amplitude=amplitude)
+    assert refined.theta["amplitude"][0] == pytest.approx(amplitude)
+    assert refined.rate.sum() == pytest.approx(known.rate.sum(), rel=0.5)
+    one, two = (calvae.diagnose(traces, n_steps=1, n_evidence=32, amplitude=a).amortized[0] for a in (None, amplitude))
+    assert one != two

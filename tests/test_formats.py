@@ -301,6 +301,7 @@ def test_a_packed_movie_is_read_in_pieces_by_many_threads(tmp_path, monkeypatch)
     ("options", "expected"),
     [
         ({"imagej": True, "metadata": {"finterval": 50.0, "tunit": "ms"}}, 20.0),
+        ({"imagej": True, "metadata": {"finterval": 33.0, "tunit": "beats"}}, None),  # never guessed
         ({"imagej": True, "metadata": {"finterval": 0.0}}, None),
         ({"imagej": True, "metadata": {"fps": 7.0}}, None),  # ImageJ's speed of playback
         ({"ome": True, "metadata": {"axes": "TYX", "TimeIncrement": 0.1}}, 10.0),

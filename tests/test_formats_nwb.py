@@ -338,6 +338,49 @@ def test_of_several_series_one_is_chosen_and_the_others_named(tmp_path, series, 
     assert {name.split("/")[-1] for name in traces.provenance["other_series"]} == set(series) - {chosen}
 
 
+def test_neuropil_is_that_of_the_same_rois_in_whatever_order(tmp_path):
+    values = make_recording(tmp_path / "a.nwb")
+    with h5py.File(tmp_path / "a.nwb", "a") as file:
+        neuropil = file["processing/ophys/Fluorescence/Neuropil"]
+        neuropil["rois"][:] = [2, 3, 0]  # those of the traces are 3, 0, 2
+    around = values["Neuropil"].T[[1, 2, 0]]
+    expected = values["RoiResponseSeries"].T - 0.7 * (around - np.median(around, 1, keepdims=True))
+    np.testing.assert_allclose(read(tmp_path / "a.nwb").values, expected, rtol=1e-5)
+    with h5py.File(tmp_path / "a.nwb", "a") as file:
+        file["processing/ophys/Fluorescence/Neuropil/rois"][:] = [2, 3, 1]
+    with pytest.raises(RecordingError, match=r"expected neuropil of every ROI in .*, got none of row 0"):
+        read(tmp_path / "a.nwb")
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ([0.9, 0.1, 0.2, 0.8], [True, True, False]),
+        ([1, np.nan, 0, 0], [False, True, False]),
+        ([b"True", b"False", b"False", b"True"], [True, True, False]),
+        ([b"good", b"bad", b"bad", b"good"], None),
+    ],
+)
+def test_judgements_are_probabilities_or_words(tmp_path, column, expected):
+    """Of rows 3, 0 and 2."""
+    make_recording(tmp_path / "a.nwb")
+    with h5py.File(tmp_path / "a.nwb", "a") as file:
+        table = file["processing/ophys/ImageSegmentation/PlaneSegmentation"]
+        del table["iscell"]
+        table["Accepted"] = np.array(column)
+    found = read(tmp_path / "a.nwb").accepted
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_a_series_of_one_roi_may_have_one_axis(tmp_path):
+    values = make_recording(tmp_path / "a.nwb", RoiResponseSeries={})
+    with h5py.File(tmp_path / "a.nwb", "a") as file:
+        series = file["processing/ophys/Fluorescence/RoiResponseSeries"]
+        del series["data"], series["rois"]
+        series["data"] = values["RoiResponseSeries"][:, 0]
+    np.testing.assert_array_equal(read(tmp_path / "a.nwb").values, values["RoiResponseSeries"][:, :1].T)
+
+
 def test_neuropil_in_a_container_of_its_own(tmp_path):
     series = {"plane0": {}, "Neuropil": {"container": "Elsewhere"}, "Background": {"container": "Neuropil"}}
     make_recording(tmp_path / "a.nwb", **series)

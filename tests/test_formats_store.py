@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -322,3 +323,19 @@ def test_stores_from_before_every_chunk_was_written_are_read(tmp_path):
         if chunk.is_file():
             chunk.unlink()
     assert np.isnan(calvae.open_result(tmp_path / "a.zarr").load().traces.values).all()
+
+
+def test_what_was_there_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    calvae.write(Traces(np.arange(60.0).reshape(2, 30), 10.0), tmp_path / "a.zarr")
+    replace = os.replace
+
+    def in_the_way(old, new):
+        if str(old).endswith(".part"):
+            raise PermissionError("in use")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", in_the_way)
+    with pytest.raises(PermissionError):
+        calvae.write(Traces(np.ones((2, 30)), 10.0), tmp_path / "a.zarr", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zarr"]
+    np.testing.assert_array_equal(calvae.read(tmp_path / "a.zarr").values, np.arange(60.0).reshape(2, 30))

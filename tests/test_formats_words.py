@@ -22,11 +22,13 @@ from napari_calvae.formats.tiff import write_movie
 @pytest.mark.parametrize(
     ("seconds", "units"),
     [
-        (1e-6, "us \u00b5s \u03bcs microsecond"),
-        (1e-3, "ms msec millisecond"),
+        (1e-9, "ns nanosecond nanoseconds"),
+        (1e-6, "us \u00b5s \u03bcs microsecond microseconds"),
+        (1e-3, "ms msec millisecond milliseconds"),
         (1, "s sec second seconds"),
-        (60, "min minute minutes"),
-        (3600, "h hour hours"),
+        (60, "min mins minute minutes"),
+        (3600, "h hr hrs hour hours"),
+        (86_400, "d day days"),
     ],
 )
 def test_units_of_time(tmp_path, seconds, units):

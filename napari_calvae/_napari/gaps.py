@@ -49,9 +49,8 @@ class KnownGaps:
         return {roi: g.value for roi, g in self._known.items() if roi in rows and rows[roi][0] is g.inference}
 
 
-def busiest(inference: calvae.SpikeInference | FromStore, row: int) -> calvae.Traces:
-    """Trace of a row in the stretch of at most `LONGEST` seconds in which most spikes were inferred."""
-    one = answers.one_roi(inference, row)
+def busiest(one: calvae.SpikeInference) -> calvae.Traces:
+    """Trace of one ROI in the stretch of at most `LONGEST` seconds in which most spikes were inferred."""
     frames = min(round(LONGEST * one.frame_rate), one.rate.shape[1])
     total = np.concatenate([[0.0], np.cumsum(one.rate[0], dtype=float)])
     first = int(np.argmax(total[frames:] - total[:-frames]))
@@ -63,7 +62,9 @@ def iter_gaps(number: int, rows: Rows, wanted: Sequence[int], model: str) -> Ite
     try:
         for done, roi in enumerate(wanted, 1):
             inference, row = rows[roi]
-            found = calvae.diagnose(busiest(inference, row), model)
+            one = answers.one_roi(inference, row)
+            amplitude = one.provenance.get("settings", {}).get("amplitude")
+            found = calvae.diagnose(busiest(one), model, amplitude=amplitude)
             yield Gap(number, roi, inference, float(found.amortization_gap[0]), len(wanted) - done)
     except Exception as error:
         logger.info("refining failed", exc_info=True)

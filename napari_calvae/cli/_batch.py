@@ -72,9 +72,11 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
     """Infer one recording; what does not end in ``.zarr`` goes through a store that is removed again."""
     from napari_calvae.doubts import check
     from napari_calvae.formats import check_output, check_result, write
+    from napari_calvae.formats._files import check_apart
     from napari_calvae.recording import RecordingError
 
     stored = output.suffix.lower() == ".zarr"
+    check_apart(source, output)
     if not stored:
         check_result(output, order.overwrite, order.append)
     elif not output.exists() or order.overwrite:
@@ -137,7 +139,8 @@ def infer_many(
 
     if not folder.is_dir():
         raise RecordingError(f"INPUT: expected a folder with --pattern, got {folder}.")
-    found = sorted(path for path in folder.glob(pattern) if output not in (path, *path.parents))
+    own = output.resolve()
+    found = sorted(path for path in folder.glob(pattern) if own not in (path.resolve(), *path.resolve().parents))
     if not found:
         raise RecordingError(f"pattern: expected recordings in {folder} that match {pattern!r}, found none.")
     writer_of(f"x{suffix}")
@@ -173,9 +176,15 @@ def infer_many(
 def _names(found: list[Path], folder: Path, output: Path, suffix: str) -> list[Path]:
     """Where the result of each recording goes: one name for each, from its path in the folder."""
     relative = [path.relative_to(folder) for path in found]
-    short = ["_".join(path.with_suffix("").parts) for path in relative]
-    full = ["_".join(path.parts) for path in relative]
-    return [output / f"{s if short.count(s) == 1 else f}{suffix}" for s, f in zip(short, full, strict=True)]
+    # Longer and longer until no two are the same; a name of a file cannot hold what parts are joined by in the last.
+    for joined in (
+        ["_".join(path.with_suffix("").parts) for path in relative],
+        ["_".join(path.parts) for path in relative],
+        [path.as_posix().replace("%", "%25").replace("/", "%2F") for path in relative],
+    ):
+        if len({name.casefold() for name in joined}) == len(joined):
+            break
+    return [output / f"{name}{suffix}" for name in joined]
 
 
 @contextlib.contextmanager

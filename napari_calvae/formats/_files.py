@@ -81,6 +81,13 @@ def check_output(path: str | Path, overwrite: bool = False, folder: bool = False
     return file
 
 
+def check_apart(source: Path, output: Path) -> None:
+    """Refuse an output that is, or holds, what is read: it would be gone before it has been."""
+    read, written = (path.expanduser().resolve() for path in (source, output))
+    if written in (read, *read.parents):
+        raise RecordingError(f"output: expected another name than that of the input, got {output}. Choose another.")
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give the name of a folder beside ``path`` to make; it takes the place of ``path`` only if nothing fails."""
@@ -92,6 +99,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(new, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         for folder in (new, old):
             shutil.rmtree(folder, ignore_errors=True)
 

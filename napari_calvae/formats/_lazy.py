@@ -23,11 +23,13 @@ MOVIE_NAMES = ("mov", "movie", "data", "imaging", "images")
 #: Attributes that state frames per second (Hz).
 _RATE_NAMES = ("frame_rate", "framerate", "fr", "fs", "fps", "imaging_rate", "sampling_rate", "rate")
 #: Seconds of each unit of time that files name.
-SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3}
+SECONDS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ns": 1e-9, "nanosecond": 1e-9, "nanoseconds": 1e-9}
+SECONDS |= {"ms": 1e-3, "msec": 1e-3, "millisecond": 1e-3, "milliseconds": 1e-3}
 # Of a microsecond both letters are in use: the sign of a micro and a Greek mu.
-SECONDS |= {"us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "microsecond": 1e-6}
-SECONDS |= {"min": 60.0, "minute": 60.0, "minutes": 60.0}
-SECONDS |= {"h": 3600.0, "hour": 3600.0, "hours": 3600.0}
+SECONDS |= {"us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "microsecond": 1e-6, "microseconds": 1e-6}
+SECONDS |= {"min": 60.0, "minute": 60.0, "minutes": 60.0, "mins": 60.0}
+SECONDS |= {"h": 3600.0, "hour": 3600.0, "hours": 3600.0, "hr": 3600.0, "hrs": 3600.0}
+SECONDS |= {"d": 86_400.0, "day": 86_400.0, "days": 86_400.0}
 
 
 def lazy(source: Any, stored: Sequence[int], n_bytes: int = CHUNK_BYTES) -> Any:

@@ -196,7 +196,7 @@ def _accepted(estimates: h5py.Group, n_rois: int, path: Path) -> np.ndarray | No
 
 def _fetch(path: str, names: tuple[str, ...], baseline: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(row, time) sum of some matrices, and a constant per row."""
-    first, last = int(rows[0]), int(rows[-1]) + 1
+    first, last = int(rows.min()), int(rows.max()) + 1
     try:
         with h5py.File(path) as file:
             # One slab and a choice of its rows: HDF5 is slow with many rows named one by one.

@@ -24,7 +24,7 @@ _TIMES = {
 }
 
 #: Digits that are written of a number of so many bytes: times need more than fluorescence.
-_DIGITS = {4: 6, 8: 10}
+_DIGITS = {4: 6, 8: 15}
 
 #: What a column of ROI ids may be called.
 _ROIS = ("roi", "roi_id", "cell", "neuron")

@@ -59,7 +59,7 @@ def read_ground_truth(path: str | Path, min_duration: float = 0.0, only: str = "
     sweeps = (sweep for file in files for sweep in (mat_sweeps if file.suffix == ".mat" else _read_npz)(file))
     found = [sweep for sweep in sweeps if len(sweep.dff) > min_duration * sweep.frame_rate]
     chosen = [sweep for sweep in found if sweep.dataset.startswith(tuple(only.split(",")))]
-    if not chosen:
+    if only and not chosen:
         names = ", ".join(sorted({sweep.dataset for sweep in found})) or "none that is long enough"
         raise RecordingError(f"ground truth: expected data sets whose names begin with {only}, got {names}.")
     return chosen

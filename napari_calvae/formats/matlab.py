@@ -11,7 +11,15 @@ import numpy as np
 from scipy.io import savemat
 from scipy.io.matlab import MatWriteError
 
-from napari_calvae.formats._files import TRACE_NAMES, arrays_of, existing, provenance_json, traces_of, whole_files
+from napari_calvae.formats._files import (
+    TRACE_NAMES,
+    arrays_of,
+    believed_rate,
+    existing,
+    provenance_json,
+    traces_of,
+    whole_files,
+)
 from napari_calvae.formats._mat import UNREADABLE, shapes, variables
 from napari_calvae.formats.ground_truth import Sweep, mat_sweeps
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
@@ -97,9 +105,10 @@ def _sweeps(path: Path) -> list[Sweep]:
 
 
 def _traces_of_sweeps(sweeps: list[Sweep], path: Path, frame_rate: float | None, unit: Unit | None) -> Traces:
+    stated = float(np.median([sweep.frame_rate for sweep in sweeps]))
+    rate, contradicted = believed_rate(frame_rate, stated)
     if frame_rate is None:
-        frame_rate = float(np.median([sweep.frame_rate for sweep in sweeps]))
-        apart = [abs(sweep.frame_rate / frame_rate - 1) * len(sweep.dff) for sweep in sweeps]
+        apart = [abs(sweep.frame_rate / stated - 1) * len(sweep.dff) for sweep in sweeps]
         if max(apart) > 1:
             rates = sorted(sweep.frame_rate for sweep in sweeps)
             raise RecordingError(
@@ -111,8 +120,8 @@ def _traces_of_sweeps(sweeps: list[Sweep], path: Path, frame_rate: float | None,
         row[: len(sweep.dff)] = sweep.dff
     return Traces(
         values,
-        frame_rate,
+        rate,  # type: ignore[arg-type]
         unit or "dff",
         t0=sweeps[0].t0 if len(sweeps) == 1 else 0.0,
-        provenance={"source": path.name, "sweeps_begin_s": [sweep.t0 for sweep in sweeps]},
+        provenance={"source": path.name, "sweeps_begin_s": [sweep.t0 for sweep in sweeps]} | contradicted,
     )

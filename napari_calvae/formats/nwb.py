@@ -43,6 +43,8 @@ _NOT_TRACES = re.compile(r"neuropil|background|baseline|deconv|denois|spike|spks
 _RELATIVE = re.compile(r"df_?over_?f|delta_?f|dff|df_?f", re.IGNORECASE)
 _MOVIES = ("TwoPhotonSeries", "OnePhotonSeries")
 _JUDGED = ("Accepted", "accepted", "iscell", "is_cell")
+#: Words for judgements.
+_YES, _NO = ("true", "1", "yes", "y", "accepted"), ("false", "0", "no", "n", "rejected", "", "nan")
 
 
 def matches(path: Path) -> bool:
@@ -285,11 +287,27 @@ def _read_rows(path: str, name: str, neuropil: str | None, rows: np.ndarray) -> 
     with _opened(Path(path)) as file:
         values = _values(file[name], rows, _is_relative(file, name))
         if neuropil:
-            around = _values(file[neuropil], rows, False)
+            around = _values(file[neuropil], _rows_in(file, name, neuropil, rows), False)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of an ROI without any measured frame
                 values -= np.float32(NEUROPIL_COEFFICIENT) * (around - np.nanmedian(around, axis=1, keepdims=True))
     return values
+
+
+def _rows_in(file: h5py.File, name: str, other: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of another series that are of the same ROIs."""
+    regions = [file[series].get("rois") for series in (name, other)]
+    if any(region is None for region in regions):
+        return rows
+    own, others = (region[:].tolist() for region in regions)
+    place = {roi: row for row, roi in enumerate(others)}
+    absent = [own[row] for row in rows if own[row] not in place]
+    if absent:
+        raise RecordingError(
+            f"{Path(file.filename).name}: expected neuropil of every ROI in {other}, got none of row {absent[0]} of "
+            "the table of ROIs. Remove that series, or give all."
+        )
+    return np.array([place[own[row]] for row in rows], np.int64)
 
 
 def _values(series: h5py.Group, rows: np.ndarray, relative: bool) -> np.ndarray:
@@ -308,7 +326,7 @@ def _values(series: h5py.Group, rows: np.ndarray, relative: bool) -> np.ndarray:
         if transposed:
             block = data[low:high, frames]
         else:
-            block = (data[frames, low:high] if data.ndim == 2 else data[frames, None]).T
+            block = (data[frames, low:high] if data.ndim == 2 else data[frames][:, None]).T
         values[:, frames] = block[rows - low]
     percent = relative and _text(data.attrs.get("unit", "")).strip().lower() in ("%", "percent")
     factor = float(data.attrs.get("conversion", 1.0)) * (0.01 if percent else 1.0)
@@ -395,9 +413,18 @@ def _accepted(table: h5py.Group, rows: np.ndarray) -> np.ndarray | None:
     for name in (*_JUDGED, "Rejected"):
         if isinstance(table.get(name), h5py.Dataset):
             column = table[name][:][rows]
-            judged = (column if column.ndim == 1 else column[:, 0]).astype(bool)
-            return ~judged if name == "Rejected" else judged
+            judged = _judged(column if column.ndim == 1 else column[:, 0])
+            return ~judged if judged is not None and name == "Rejected" else judged
     return None
+
+
+def _judged(column: np.ndarray) -> np.ndarray | None:
+    """Judgements as a column has them: numbers, of which a probability is one from a half on, or words for them."""
+    if column.dtype.kind in "biuf":
+        return column > 0.5  # NaN is no judgement in favour
+    words = np.array([_text(value).strip().lower() for value in column])
+    known = np.isin(words, _YES) | np.isin(words, _NO)
+    return np.isin(words, _YES) if known.all() else None
 
 
 def _session(file: h5py.File) -> dict[str, Any]:

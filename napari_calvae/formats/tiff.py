@@ -232,7 +232,7 @@ def _imagej_interval(tiff: tifffile.TiffFile) -> float | None:
     """Seconds per frame that ImageJ noted."""
     found = tiff.imagej_metadata or {}
     interval = positive(found.get("finterval"))
-    return interval and interval * SECONDS.get(str(found.get("tunit", "s")).strip().lower(), 1.0)
+    return _seconds(interval, found.get("tunit", "s"))
 
 
 def ome_pixels(tiff: tifffile.TiffFile) -> Mapping[str, Any]:
@@ -247,4 +247,10 @@ def _ome_interval(tiff: tifffile.TiffFile) -> float | None:
     """Seconds per frame that OME metadata state."""
     pixels = ome_pixels(tiff)
     interval = positive(pixels.get("TimeIncrement"))
-    return interval and interval * SECONDS.get(str(pixels.get("TimeIncrementUnit", "s")), 1.0)
+    return _seconds(interval, pixels.get("TimeIncrementUnit", "s"))
+
+
+def _seconds(interval: float | None, unit: object) -> float | None:
+    """An interval in seconds; None where its unit is not known."""
+    factor = SECONDS.get(str(unit).strip().lower())
+    return interval * factor if interval and factor else None

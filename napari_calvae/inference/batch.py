@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from napari_calvae.formats import open_traces
-from napari_calvae.formats._files import check_output, plain
+from napari_calvae.formats._files import check_apart, check_output, plain
 from napari_calvae.formats.store import Layout, StoredInference, create_store, rois_per_block
 from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
 from napari_calvae.inference.cluster import connected
@@ -114,6 +114,8 @@ def iter_batch(
     """
     if block_rois is not None and block_rois < 1:
         raise RecordingError(f"block_rois: expected 1 or more ROIs, got {block_rois}.")
+    if isinstance(traces, str | Path):
+        check_apart(Path(traces), Path(out))
     source = _source(traces)
     config = InferConfig(**settings)
     vae = shared_model(model, coupled=False)

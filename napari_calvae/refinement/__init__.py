@@ -45,6 +45,9 @@ class RefineConfig(BaseModel):
         1000, ge=16, title="Evidence samples", description="Trains for the bounds and particles for the evidence"
     )
     seed: int = Field(0, ge=0, title="Seed", description="Of every random number")
+    amplitude: float | None = Field(
+        None, gt=0, title="Amplitude", description="ΔF/F at the peak of the response to one spike, where it is known"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,7 @@ def refine(traces: Traces, model: str | Path | SpikeVAE = "universal", **setting
     wanted = InferConfig(n_samples=config.n_samples, seed=config.seed, device="cpu")
     refined = list(_each(traces, vae, config))
     provenance = provenance_of(vae, traces, wanted, torch.device("cpu")) | {"refinement": config.model_dump()}
-    return SpikeInference.concatenate([inference_of(t.dff, vae, wanted, q, provenance) for t, _, q in refined])
+    return SpikeInference.concatenate([inference_of(t.dff, t.vae, wanted, q, provenance) for t, _, q in refined])
 
 
 def diagnose(traces: Traces, model: str | Path | SpikeVAE = "universal", **settings: Any) -> Gaps:
@@ -148,7 +151,7 @@ def _each(
     """
     dff = vae.preprocessing.apply(traces)
     for row, roi in enumerate(dff.roi_ids):
-        target, posterior = begin(dff.select([row]), vae)
+        target, posterior = begin(dff.select([row]), vae, config.amplitude)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + roi)
         yield target, posterior, _refine_one(target, posterior, config, generator)
 

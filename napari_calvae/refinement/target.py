@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from napari_calvae.fitting.losses import MIN_RATE, mean_rate
 from napari_calvae.generative import SpikePrior
+from napari_calvae.inference import with_amplitude
 from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, Traces
@@ -73,8 +74,13 @@ class Target:
         return log_p + self.prior.log_prob(counts, rate)
 
 
-def begin(traces: Traces, model: str | Path | SpikeVAE) -> tuple[Target, GainCategorical]:
-    """The network's posterior, and the generative model with each cell's parameters estimated from it."""
+def begin(
+    traces: Traces, model: str | Path | SpikeVAE, amplitude: float | None = None
+) -> tuple[Target, GainCategorical]:
+    """The network's posterior, and the generative model with each cell's parameters estimated from it.
+
+    An ``amplitude`` (ΔF/F) that is known is that of all cells.
+    """
     vae = shared_model(model, coupled=False)
     dff = vae.preprocessing.apply(traces)
     observed, valid = torch.from_numpy(dff.values.copy()), torch.from_numpy(dff.valid.copy())
@@ -86,6 +92,9 @@ def begin(traces: Traces, model: str | Path | SpikeVAE) -> tuple[Target, GainCat
                 f"refinement: expected a network whose posterior is categorical with a gain (factorized), got "
                 f"{vae.recognition.name!r}, whose posterior has no parameters of its own per trace. Use another model."
             )
+        if amplitude is not None:
+            posterior = with_amplitude(posterior, vae, (observed, valid, dff.frame_rate), amplitude)
+            vae = replace(vae, theta={**vae.theta, "amplitude": amplitude})
         mean = posterior.mean
         theta = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
     theta |= {name: torch.full_like(theta[name], value) for name, value in vae.theta.items()}

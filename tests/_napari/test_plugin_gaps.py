@@ -19,7 +19,7 @@ def result(n_frames=4000, frame_rate=20.0):
 
 def test_the_busiest_minute_is_where_the_spikes_are():
     whole = result()
-    part = gaps.busiest(whole, 1)
+    part = gaps.busiest(answers.one_roi(whole, 1))
     assert part.roi_ids == (9,)
     assert part.n_frames == 1200
     first = round((part.t0 - whole.traces.t0) * 20)
@@ -28,7 +28,7 @@ def test_the_busiest_minute_is_where_the_spikes_are():
     assert whole.rate[1, first : first + 1200].sum() == pytest.approx(every.max())
     assert every.min() < 0.9 * every.max()
     short = result(400)
-    assert gaps.busiest(short, 0).n_frames == 400
+    assert gaps.busiest(answers.one_roi(short, 0)).n_frames == 400
 
 
 def test_a_gap_holds_for_its_own_result_only():
