@@ -264,7 +264,12 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
         Objective, typer.Option(help="What to train for; only the supervised ones need spikes")
     ] = Objective.sleep,
     base: Annotated[str, typer.Option(help="Model to start from: a shipped name or a file")] = "universal",
-    generative: Annotated[str | None, typer.Option(help="Generative model, by default the base's")] = None,
+    generative: Annotated[
+        str | None,
+        typer.Option(
+            help="Generative model, by default the base's; with gcamp6f and its like a fit takes many minutes"
+        ),
+    ] = None,
     noise: Annotated[str | None, typer.Option(help="Its noise, drift for one, by default the base's")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of the parameters, by default as is good")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the updates, by default as is good")] = None,
@@ -301,7 +306,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
             clock = (traces.t0, traces.frame_rate, traces.n_frames)
             unknown = np.full(traces.n_frames, np.nan)
             counts = np.stack([bin_spikes(times[r], *clock) if r in times else unknown for r in traces.roi_ids])
-        report("Loading the model", None)
+        report("Preparing the fit (minutes with models of an indicator's states)", None)
         from napari_calvae.fitting import DEFAULTS, iter_fit
         from napari_calvae.training import TrainConfig
 
