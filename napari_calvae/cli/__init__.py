@@ -306,7 +306,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
             clock = (traces.t0, traces.frame_rate, traces.n_frames)
             unknown = np.full(traces.n_frames, np.nan)
             counts = np.stack([bin_spikes(times[r], *clock) if r in times else unknown for r in traces.roi_ids])
-        report("Preparing the fit (minutes with models of an indicator's states)", None)
+        report("Preparing the fit", None)
         from napari_calvae.fitting import DEFAULTS, iter_fit
         from napari_calvae.training import TrainConfig
 
