@@ -94,8 +94,8 @@ def refine(traces: Traces, model: str | Path | SpikeVAE = "universal", **setting
 
     Slower than ``infer`` by the number of steps. It makes the posterior agree with the model's generative model: for
     good where that describes the cell, for ill where the network knows better (on pieces of 22 real recordings with the
-    linear model the median correlation with the true rate fell from 0.69 to 0.64 at 25 ms and from 0.60 to 0.58 at
-    200 ms, while the bound rose by 160 nats/s; see the proof ``refinement``).
+    linear model the median correlation with the true rate fell from 0.70 to 0.61 at 25 ms and from 0.64 to 0.61 at
+    200 ms, while the bound rose by 145 nats/s; see the proof ``refinement``).
 
     Parameters
     ----------
