@@ -367,6 +367,8 @@ def test_movies_of_a_folder_find_their_rois_beside_them(tmp_path, recording, mod
 
 def test_suite2p_gets_its_spikes_in_a_folder_of_their_own(tmp_path, shared, model):
     folder = shared / "formats" / "suite2p"
-    assert "13 ROIs" in calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model).stdout
+    done = calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model)
+    n_accepted = np.count_nonzero(np.load(folder / "plane0" / "iscell.npy")[:, 0])
+    assert f"spks.npy: 13 ROIs ({n_accepted} accepted), 120.0 s at 30 Hz" in done.stdout
     assert np.load(tmp_path / "new" / "spks.npy").shape == np.load(folder / "plane0" / "F.npy").shape
     assert not list(tmp_path.glob(".*"))

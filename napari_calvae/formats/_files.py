@@ -25,6 +25,8 @@ from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference,
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
+#: What else files of named arrays may say of traces.
+TRACE_FACTS = ("frame_rate", "unit", "roi_ids", "t0", "accepted")
 
 
 #: What libraries raise for files that are cut short, damaged or of another kind (``SyntaxError``: bad XML).
@@ -195,12 +197,24 @@ def traces_of(
         tuple(np.ravel(arrays["roi_ids"]).tolist()) if "roi_ids" in arrays else (),
         float(_single(arrays["t0"], "t0", file)) if "t0" in arrays else 0.0,
         provenance={"source": file.name} | contradicted,
+        accepted=_judgements(arrays["accepted"], file) if "accepted" in arrays else None,
     )
+
+
+def _judgements(value: np.ndarray, file: Path) -> np.ndarray:
+    """(roi,) which ROIs are cells, out of an array of zeros and ones."""
+    array = np.ravel(value)
+    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+        raise RecordingError(
+            f"{file.name}: expected 0 or 1 for every ROI under the name accepted, got something else. Rename it."
+        )
+    return array.astype(bool)
 
 
 def arrays_of(value: SpikeInference | Traces) -> dict[str, np.ndarray]:
     """Name the arrays of traces or of a result; ``traces_of`` reads the traces, for a result its ΔF/F, back from them.
 
+    ``accepted`` (roi,) is 1 for what is a cell in the eyes of whoever made the traces, else 0, if that is known.
     ``interval`` is the central 90 % credible interval (2, roi, window) of the spike counts in windows of one second
     that begin at the frames ``interval_edges``; it is left out for recordings or sample numbers too small for one.
     """
@@ -210,6 +224,8 @@ def arrays_of(value: SpikeInference | Traces) -> dict[str, np.ndarray]:
         "frame_rate": np.asarray(traces.frame_rate),
         "t0": np.asarray(traces.t0),
     }
+    if traces.accepted is not None:
+        arrays["accepted"] = traces.accepted.astype(np.uint8)
     if isinstance(value, Traces):
         return arrays | {"values": traces.values, "unit": np.asarray(traces.unit)}
     result = value

@@ -11,6 +11,7 @@ import numpy as np
 
 from napari_calvae.formats._files import (
     DAMAGE,
+    TRACE_FACTS,
     TRACE_NAMES,
     arrays_of,
     check_memory,
@@ -39,11 +40,11 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     """Read traces from the dataset ``values``, ``dff`` or ``F`` (roi, time); ``frame_rate`` may be an attribute."""
     try:
         with h5py.File(path) as file:
-            wanted = (*TRACE_NAMES, "frame_rate", "unit", "roi_ids", "t0")
+            wanted = (*TRACE_NAMES, *TRACE_FACTS)
             found = {name: file[name] for name in wanted if isinstance(file.get(name), h5py.Dataset)}
             check_memory(sum(dataset.nbytes for dataset in found.values()), path)
             arrays = {name: _content(dataset) for name, dataset in found.items()}
-            arrays = {name: file.attrs[name] for name in wanted[len(TRACE_NAMES) :] if name in file.attrs} | arrays
+            arrays = {name: file.attrs[name] for name in TRACE_FACTS if name in file.attrs} | arrays
     except RecordingError:
         raise
     except DAMAGE as error:

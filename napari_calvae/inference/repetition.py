@@ -106,7 +106,8 @@ def repeat(
     wrong: dict[str, int] = {}
     for ids, before in known.parts():
         again = arrays_of(infer_rows(_rows(source, ids), vae, config, known.columns))
-        for name in before.keys() & again.keys():
+        # Which cells are accepted was judged, not inferred, and may be judged anew.
+        for name in before.keys() & again.keys() - {"accepted"}:
             wrong[name] = wrong.get(name, 0) + _n_differing(before[name], again[name])
     differing = tuple(f"{name} ({n} values)" for name, n in sorted(wrong.items()) if n)
     return Repetition(len(known.roi_ids), differing, tuple(changed))
