@@ -127,6 +127,7 @@ def test_infer_a_movie(tmp_path, recording, model):
         (["movie.tif", "--rois", "rois.tif", "--frame-rate", "100"], "at least one second, got 60 frames at 100 Hz"),
         (["rois.tif", "--rois", "rois.tif", "--frame-rate", "9"], "three dimensions (time, y, x), got shape (24, 24)"),
         (["traces.npz", "--rois", "rois.tif"], "expected a movie to go with them, got traces.npz"),
+        (["traces.npz", "--neuropil", "0.7"], "neuropil: expected a movie or a suite2p folder to subtract it from"),
         (["matrix.npy"], "frame_rate: expected the frames per second"),
         (["matrix.npy", "--frame-rate", "100"], "at least one second"),
         (["matrix.npy", "--frame-rate", "-3"], "frame_rate: expected a positive number"),
@@ -370,5 +371,8 @@ def test_suite2p_gets_its_spikes_in_a_folder_of_their_own(tmp_path, shared, mode
     done = calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model)
     n_accepted = np.count_nonzero(np.load(folder / "plane0" / "iscell.npy")[:, 0])
     assert f"spks.npy: 13 ROIs ({n_accepted} accepted), 120.0 s at 30 Hz" in done.stdout
+    calvae("infer", folder, "-o", tmp_path / "less.zarr", "--model", model, "--neuropil", 0.25)
+    planes = read(tmp_path / "less.zarr").provenance["suite2p"]["planes"]
+    assert [plane["neuropil_coefficient"] for plane in planes] == [0.25]
     assert np.load(tmp_path / "new" / "spks.npy").shape == np.load(folder / "plane0" / "F.npy").shape
     assert not list(tmp_path.glob(".*"))

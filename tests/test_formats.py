@@ -201,6 +201,14 @@ def test_judgements_that_are_none_are_refused(tmp_path):
         read(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a.zarr"])
+def test_neuropil_is_not_subtracted_from_traces_that_have_none(tmp_path, name):
+    write(a_result().traces, tmp_path / name)
+    for opened in (read, formats.open_traces):
+        with pytest.raises(RecordingError, match=rf"neuropil: expected a movie or a suite2p folder .*, got {name}"):
+            opened(tmp_path / name, neuropil=0.0)
+
+
 def test_results_as_text(tmp_path):
     result = a_result(n_frames=45)
     write(result, tmp_path / "a.csv")

@@ -40,7 +40,7 @@ class Order:
 
     model: str
     settings: dict[str, Any]
-    reading: tuple[float | None, Unit | None, float]
+    reading: tuple[float | None, Unit | None, float | None]
     overwrite: bool
     append: bool
 

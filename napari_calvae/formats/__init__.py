@@ -72,7 +72,9 @@ FORMATS: dict[str, ModuleType] = {
 }
 
 
-def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
+def read(
+    path: str | Path, frame_rate: float | None = None, unit: Unit | None = None, neuropil: float | None = None
+) -> Traces:
     """Traces from a file or folder of any supported format.
 
     Parameters
@@ -83,21 +85,42 @@ def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = 
         Frames per second (Hz); needed if the file does not say, and believed rather than the file if given.
     unit
         ``"raw"`` or ``"dff"`` (ΔF/F as a fraction); by default what the file says, else ``"dff"``.
+    neuropil
+        Share of the neuropil's signal to subtract, of a suite2p folder, which has both; by default suite2p's own.
+
+    Raises
+    ------
+    RecordingError
+        If the file cannot be read, or ``neuropil`` is given for one that has no signal of the neuropil.
     """
     file = existing(path)
     module = _reader_of(file)
     if hasattr(module, "open_source"):
-        return module.open_source(file, frame_rate, unit).load()
+        return open_traces(file, frame_rate, unit, neuropil).load()
+    _check_neuropil(module, file, neuropil)
     return module.read(file, frame_rate, unit)
 
 
-def open_traces(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
+def open_traces(
+    path: str | Path, frame_rate: float | None = None, unit: Unit | None = None, neuropil: float | None = None
+) -> TraceSource:
     """Like ``read``, but the traces stay in the file until some are asked for, where the format allows it."""
     file = existing(path).absolute()  # workers elsewhere have another working directory
     module = _reader_of(file)
+    if module is suite2p:
+        return suite2p.open_source(file, frame_rate, unit, neuropil)
+    _check_neuropil(module, file, neuropil)
     if hasattr(module, "open_source"):
         return module.open_source(file, frame_rate, unit)
     return TraceSource.of(module.read(file, frame_rate, unit))
+
+
+def _check_neuropil(module: ModuleType, file: Path, neuropil: float | None) -> None:
+    if module is not suite2p and neuropil is not None:
+        raise RecordingError(
+            f"neuropil: expected a movie or a suite2p folder to subtract it from, got {file.name}, whose traces are "
+            "taken as they are. Leave it out (--neuropil)."
+        )
 
 
 def is_traces(path: str | Path) -> bool:
