@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import napari_calvae
 from napari_calvae.cli import app
-from napari_calvae.formats import read, read_movie, write_movie
+from napari_calvae.formats import read, read_movie, write, write_movie
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recording import Traces
@@ -307,6 +307,31 @@ def test_a_store_is_resumed_and_exported(tmp_path, recording, model):
             np.testing.assert_array_equal(a[name], b[name])
     assert "exists already" in refused("export", out, "-o", tmp_path / "b.npz")
     assert "found nothing there" in refused("export", tmp_path / "c.zarr", "-o", tmp_path / "c.npz")
+
+
+def test_what_is_no_store_of_results_is_not_called_damaged(tmp_path, recording, shared):
+    write_simulation(simulate(2, 20.0, 20.0, seed=1), tmp_path / "traces.npz")
+    write(read(tmp_path / "traces.npz"), tmp_path / "traces.zarr")
+    (tmp_path / "spikes.nwb").write_bytes(b"junk")
+    (tmp_path / "notes").mkdir()
+    for source, what in (
+        (recording / "traces.npz", "a file .npz of the format numpy"),
+        (shared / "formats" / "suite2p", "a folder of the format suite2p"),
+        (tmp_path / "spikes.nwb", "a file .nwb"),
+        (tmp_path / "notes", "a folder"),
+    ):
+        for command in (["export", source, "-o", tmp_path / "out.nwb"], ["repeat", source, recording / "traces.npz"]):
+            if source.suffix == ".npz" and command[0] == "repeat":
+                continue  # which takes it
+            said = refused(*command)
+            assert f"{source.name}: expected a Zarr store of results" in said
+            assert f", got {what}" in said
+            assert "(repeat takes an .npz, too.)" in said
+            assert "Copy it again" not in said
+    said = refused("export", tmp_path / "traces.zarr", "-o", tmp_path / "out.nwb")
+    assert "traces.zarr: expected a store of results, got one of traces" in said
+    assert "calvae infer … -o NAME.zarr" in said
+    assert not (tmp_path / "out.nwb").exists()
 
 
 def test_rois_without_signal_are_left_empty_and_named(tmp_path, model):

@@ -209,6 +209,23 @@ def test_neuropil_is_not_subtracted_from_traces_that_have_none(tmp_path, name):
             opened(tmp_path / name, neuropil=0.0)
 
 
+def test_what_an_hdf5_file_has_instead_of_traces_is_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["traces"] = VALUES
+        file["more/time"] = np.arange(50.0)
+    with pytest.raises(RecordingError) as error:
+        read(tmp_path / "a.h5", 30.0)
+    assert "named values or dff or F, or CaImAn's estimates/C, got " in str(error.value)
+    assert "got more/time (50,), traces (3, 50). Rename" in str(error.value)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.update({f"d{i}": VALUES for i in range(9)})
+    with pytest.raises(RecordingError, match=r"d7 \(3, 50\) …\. Rename"):
+        read(tmp_path / "b.h5")
+    h5py.File(tmp_path / "c.h5", "w").close()
+    with pytest.raises(RecordingError, match=r"got none\. Rename"):
+        read(tmp_path / "c.h5")
+
+
 def test_results_as_text(tmp_path):
     result = a_result(n_frames=45)
     write(result, tmp_path / "a.csv")

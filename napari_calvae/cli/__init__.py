@@ -65,9 +65,7 @@ FrameRate = Annotated[float | None, typer.Option(help="Frames per second (Hz), i
 UnitOption = Annotated[Unit | None, typer.Option(help="What the numbers are; by default what the file says, else dff")]
 Neuropil = Annotated[
     float | None,
-    typer.Option(
-        help="Share of the neuropil to subtract, 0 for none; by default 0.7 for a movie, suite2p's own for its"
-    ),
+    typer.Option(help="Share of the neuropil to subtract, 0 for none; by default 0.7 for a movie, for suite2p its own"),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of every random number")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]

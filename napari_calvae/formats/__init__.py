@@ -26,7 +26,7 @@ from napari_calvae.formats import (
     store,
     suite2p,
 )
-from napari_calvae.formats._files import arrays_of, believed_rate, check_output, existing, whole_files
+from napari_calvae.formats._files import ZARR_MARKS, arrays_of, believed_rate, check_output, existing, whole_files
 from napari_calvae.formats.movies import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.pulses import read_stimulation
@@ -133,6 +133,8 @@ def _reader_of(file: Path) -> ModuleType:
     for module in FORMATS.values():
         if module.matches(file):
             return module
+    if file.suffix.lower() in hdf5.SUFFIXES and file.is_file():
+        return hdf5  # which says what is in it instead
     patterns = ", ".join(dict.fromkeys(p for module in FORMATS.values() for p in module.PATTERNS))
     raise RecordingError(
         f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
@@ -142,7 +144,24 @@ def _reader_of(file: Path) -> ModuleType:
 
 def open_result(path: str | Path) -> StoredInference:
     """Results in a Zarr store, read ROI by ROI: ``select`` some, or ``load`` all."""
-    return StoredInference(existing(path).absolute())
+    file = existing(path).absolute()
+    if file.suffix.lower() != ".zarr" and not any((file / name).exists() for name in ZARR_MARKS):
+        raise RecordingError(
+            f"{file.name}: expected a Zarr store of results, as infer(…, out='NAME.zarr') and calvae infer … "
+            f"-o NAME.zarr write it, got {_described(file)}. Infer into a store: from there "
+            "results go into every format. (repeat takes an .npz, too.)"
+        )
+    return StoredInference(file)
+
+
+def _described(file: Path) -> str:
+    """What a file or folder that is not as expected is instead, in words."""
+    kind = "a folder" if file.is_dir() else f"a file {file.suffix or 'without an end to its name'}"
+    try:
+        name = next((name for name, module in FORMATS.items() if module.matches(file)), None)
+    except RecordingError:  # damaged
+        name = None
+    return f"{kind} of the format {name}" if name else kind
 
 
 def read_spikes(path: str | Path) -> dict[int, np.ndarray]:

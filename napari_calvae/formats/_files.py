@@ -27,6 +27,8 @@ from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference,
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
 #: What else files of named arrays may say of traces.
 TRACE_FACTS = ("frame_rate", "unit", "roi_ids", "t0", "accepted")
+#: One of them is in every folder that is a Zarr store.
+ZARR_MARKS = ("zarr.json", ".zgroup", ".zarray")
 
 
 #: What libraries raise for files that are cut short, damaged or of another kind (``SyntaxError``: bad XML).
@@ -78,7 +80,7 @@ def check_output(path: str | Path, overwrite: bool = False, folder: bool = False
         raise IsADirectoryError(f"{file}: expected the name of a file, got a folder.")
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file}: exists already. Choose another name or say overwrite (--overwrite).")
-    if file.exists() and folder and not any((file / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+    if file.exists() and folder and not any((file / name).exists() for name in ZARR_MARKS):
         raise FileExistsError(f"{file}: expected a Zarr store to replace, got something else. Choose another name.")
     return file
 

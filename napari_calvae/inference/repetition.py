@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats import arrays_of, open_traces
+from napari_calvae.formats import arrays_of, open_result, open_traces
 from napari_calvae.formats._files import existing, readable
 from napari_calvae.formats.store import Layout, StoredInference
 from napari_calvae.inference.batch import infer_rows
@@ -129,7 +129,7 @@ class _Known:
             return cls(result.provenance, result.roi_ids, Layout.of(result), lambda: iter(whole))
         if isinstance(result, str | Path) and Path(result).suffix.lower() == ".npz":
             return _read_npz(Path(result))
-        store = result if isinstance(result, StoredInference) else StoredInference(result)
+        store = result if isinstance(result, StoredInference) else open_result(result)
 
         def parts() -> Iterator[tuple[Sequence[int], Mapping[str, np.ndarray]]]:
             for start in range(0, store.n_rois, _ROWS):
