@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import napari_calvae
 from napari_calvae.cli import app
-from napari_calvae.formats import read, read_movie, write, write_movie
+from napari_calvae.formats import read, read_movie, write, write_arrays, write_movie
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recording import Traces
@@ -236,16 +236,23 @@ def test_what_looks_wrong_is_told_and_inferred_all_the_same(tmp_path):
     assert (tmp_path / "out.npz").exists()
 
 
-def test_the_benchmark_of_a_movie_is_a_table(monkeypatch):
+def test_the_benchmark_of_a_movie_is_a_table(monkeypatch, tmp_path, recording):
     rows = [{"name": "one", "score": 0.5}, {"name": "two", "score": 0.7}, {"name": "three", "score": 0.9}]
     measure = types.ModuleType("napari_calvae.benchmark")
     measure.movie = lambda *arguments, **settings: iter(rows)
     monkeypatch.setitem(sys.modules, "napari_calvae.benchmark", measure)
     monkeypatch.setattr(napari_calvae, "benchmark", measure, raising=False)
-    result = calvae("benchmark", "movie", "a.tif", "b.tif", "c.npz")
+    write_arrays({f"spike_times_{roi}": np.array([0.5]) for roi in (1, 2)}, tmp_path / "spikes.npz")
+    result = calvae("benchmark", "movie", recording / "movie.tif", recording / "rois.tif", tmp_path / "spikes.npz")
     assert result.exit_code == 0, result.output
     assert "three" in result.stdout
     assert "median" in result.stdout
+
+
+def test_the_benchmark_of_a_movie_needs_the_spikes_of_every_roi(tmp_path, recording):
+    write_arrays({"spike_times_1": np.array([0.5])}, tmp_path / "wrong.npz")
+    said = refused("benchmark", "movie", recording / "movie.tif", recording / "rois.tif", tmp_path / "wrong.npz")
+    assert "wrong.npz: expected spike_times_<ROI id> (s) of every ROI in rois.tif, got none of ROI 2" in said
 
 
 def test_the_benchmark_of_speed_shows_and_writes(tmp_path):
