@@ -180,7 +180,7 @@ def test_blocks_of_no_rois_are_refused(traces, tmp_path, model):
 
 def test_where_a_store_cannot_go(recording, tmp_path, model):
     calvae.write(calvae.read(recording), tmp_path / "t.zarr")
-    with pytest.raises(RecordingError, match="expected a store of results, got another"):
+    with pytest.raises(RecordingError, match="expected a store of results, got one of traces or of another program"):
         run(recording, tmp_path / "t.zarr", model)
     with pytest.raises(FileNotFoundError, match="expected an existing folder"):
         run(recording, tmp_path / "none" / "a.zarr", model)
