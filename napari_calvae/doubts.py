@@ -19,6 +19,8 @@ from napari_calvae.trace_source import TraceSource
 _MOST = 200
 #: ROIs whose traces have to agree before something common to all can be told from what cells do.
 _COMMON = 8
+#: Noise per frame and height of transients (ΔF/F) that the typical ROI of no recording with an indicator has.
+_MOST_NOISE, _MOST_RISE = 1.0, 25.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,19 @@ class _Seen:
         """(2, roi) quantiles of the values, 0.05 and 0.5; 0 where none was measured."""
         return np.nanquantile(_some(self.values), [0.05, 0.5], axis=1)
 
+    @cached_property
+    def rises(self) -> np.ndarray:
+        """(roi,) height of the largest transients above the median, a frame in 200 being higher."""
+        return np.nanquantile(_some(self.values), 0.995, axis=1) - self.levels[1]
+
+    @cached_property
+    def percent(self) -> bool:
+        """Whether ΔF/F is far larger than any in most ROIs, and yet not as far from zero as raw fluorescence."""
+        low, middle = self.levels
+        large = np.median(self.noise) > _MOST_NOISE or np.median(self.rises) > _MOST_RISE
+        far = np.mean((low > 2.0) & (low > 0.5 * middle)) > 0.5
+        return bool(self.traces.unit == "dff" and large and not far)
+
     def doubt(self, code: str, wrong: np.ndarray, found: str, advice: str) -> Doubt | None:
         """A doubt about the ROIs that are ``wrong``, if there are any."""
         rois = tuple(int(roi) for roi, bad in zip(self.traces.roi_ids, wrong, strict=True) if bad)
@@ -128,12 +143,24 @@ def _frame_rate(seen: _Seen) -> Doubt | None:
 
 def _raw_as_dff(seen: _Seen) -> Doubt | None:
     low, middle = seen.levels
-    wrong = (seen.traces.unit == "dff") & (low > 2.0) & (middle > 0)
+    wrong = (seen.traces.unit == "dff") & (low > 2.0) & (middle > 0) & (not seen.percent)
     return seen.doubt(
         "raw-as-dff",
         wrong,
         "expected ΔF/F, which rests near 0, got values that never come below 2.",
         "If this is raw fluorescence, say unit='raw' (--unit raw).",
+    )
+
+
+def _percent(seen: _Seen) -> Doubt | None:
+    if not seen.percent:
+        return None
+    return Doubt(
+        "percent",
+        (),
+        f"expected ΔF/F as a fraction (1 is +100 %), got noise of {np.median(seen.noise):.3g} and transients of "
+        f"{np.median(seen.rises):.3g} in the typical ROI.",
+        "If this is ΔF/F in percent, divide it by 100; if it is raw fluorescence, say unit='raw' (--unit raw).",
     )
 
 
@@ -271,6 +298,7 @@ CHECKS: dict[str, Callable[[_Seen], Doubt | None]] = {
     "time-axis": _time_axis,
     "frame-rate": _frame_rate,
     "raw-as-dff": _raw_as_dff,
+    "percent": _percent,
     "dff-as-raw": _dff_as_raw,
     "smoothed": _smoothed,
     "clipped": _clipped,

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def test_blocks_of_no_rois_are_refused(traces, tmp_path, model):
 
 def test_where_a_store_cannot_go(recording, tmp_path, model):
     calvae.write(calvae.read(recording), tmp_path / "t.zarr")
-    with pytest.raises(RecordingError, match="expected a store of results, got another"):
+    with pytest.raises(RecordingError, match="expected a store of results, got one of traces or of another program"):
         run(recording, tmp_path / "t.zarr", model)
     with pytest.raises(FileNotFoundError, match="expected an existing folder"):
         run(recording, tmp_path / "none" / "a.zarr", model)
@@ -319,6 +320,27 @@ def test_a_scheduler_that_does_not_answer(recording, tmp_path, model, monkeypatc
     monkeypatch.setattr(cluster, "_TIMEOUT", "0.5s")
     with pytest.raises(RecordingError, match=r"expected a Dask scheduler that answers at tcp://127\.0\.0\.1:9"):
         run(recording, tmp_path / "a.zarr", model, scheduler="tcp://127.0.0.1:9")
+
+
+@others_sockets
+def test_a_script_that_its_workers_would_run_again_is_told_so(recording, tmp_path, model):
+    source, out = tmp_path / "traces.npz", tmp_path / "a.zarr"
+    calvae.write(calvae.simulate(2, 10.0, 30.0, seed=0).traces, source)
+    line = f"calvae.infer({str(source)!r}, {str(model)!r}, out={str(out)!r}, n_samples=2, scheduler='local:1')"
+    said = {}
+    for name, guard in (("plain", ""), ("guarded", "if __name__ == '__main__':\n    ")):
+        script = tmp_path / f"{name}.py"
+        script.write_text(f"import napari_calvae as calvae\n{guard}{line}\n")
+        said[name] = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
+    assert said["guarded"].returncode == 0, said["guarded"].stderr
+    assert said["plain"].returncode == 1
+    *_, last = said["plain"].stderr.strip().splitlines()
+    assert "RecordingError: scheduler: expected worker processes that start (1)" in last
+    assert "below `if __name__ == '__main__':`" in last
+    assert "another run is writing" not in said["plain"].stderr
+    assert "distributed" not in said["plain"].stderr
 
 
 def test_without_the_packages_for_clusters(recording, tmp_path, model, monkeypatch):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import napari_calvae
 from napari_calvae.cli import app
-from napari_calvae.formats import read, read_movie, write, write_movie
+from napari_calvae.formats import read, read_movie, write, write_arrays, write_movie
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.inference import infer
 from napari_calvae.recognition import NETWORKS
@@ -128,6 +128,7 @@ def test_infer_a_movie(tmp_path, recording, model):
         (["movie.tif", "--rois", "rois.tif", "--frame-rate", "100"], "at least one second, got 60 frames at 100 Hz"),
         (["rois.tif", "--rois", "rois.tif", "--frame-rate", "9"], "three dimensions (time, y, x), got shape (24, 24)"),
         (["traces.npz", "--rois", "rois.tif"], "expected a movie to go with them, got traces.npz"),
+        (["traces.npz", "--neuropil", "0.7"], "neuropil: expected a movie or a suite2p folder to subtract it from"),
         (["matrix.npy"], "frame_rate: expected the frames per second"),
         (["matrix.npy", "--frame-rate", "100"], "at least one second"),
         (["matrix.npy", "--frame-rate", "-3"], "frame_rate: expected a positive number"),
@@ -236,16 +237,23 @@ def test_what_looks_wrong_is_told_and_inferred_all_the_same(tmp_path):
     assert (tmp_path / "out.npz").exists()
 
 
-def test_the_benchmark_of_a_movie_is_a_table(monkeypatch):
+def test_the_benchmark_of_a_movie_is_a_table(monkeypatch, tmp_path, recording):
     rows = [{"name": "one", "score": 0.5}, {"name": "two", "score": 0.7}, {"name": "three", "score": 0.9}]
     measure = types.ModuleType("napari_calvae.benchmark")
     measure.movie = lambda *arguments, **settings: iter(rows)
     monkeypatch.setitem(sys.modules, "napari_calvae.benchmark", measure)
     monkeypatch.setattr(napari_calvae, "benchmark", measure, raising=False)
-    result = calvae("benchmark", "movie", "a.tif", "b.tif", "c.npz")
+    write_arrays({f"spike_times_{roi}": np.array([0.5]) for roi in (1, 2)}, tmp_path / "spikes.npz")
+    result = calvae("benchmark", "movie", recording / "movie.tif", recording / "rois.tif", tmp_path / "spikes.npz")
     assert result.exit_code == 0, result.output
     assert "three" in result.stdout
     assert "median" in result.stdout
+
+
+def test_the_benchmark_of_a_movie_needs_the_spikes_of_every_roi(tmp_path, recording):
+    write_arrays({"spike_times_1": np.array([0.5])}, tmp_path / "wrong.npz")
+    said = refused("benchmark", "movie", recording / "movie.tif", recording / "rois.tif", tmp_path / "wrong.npz")
+    assert "wrong.npz: expected spike_times_<ROI id> (s) of every ROI in rois.tif, got none of ROI 2" in said
 
 
 def test_the_benchmark_of_speed_shows_and_writes(tmp_path):
@@ -309,6 +317,31 @@ def test_a_store_is_resumed_and_exported(tmp_path, recording, model):
     assert "found nothing there" in refused("export", tmp_path / "c.zarr", "-o", tmp_path / "c.npz")
 
 
+def test_what_is_no_store_of_results_is_not_called_damaged(tmp_path, recording, shared):
+    write_simulation(simulate(2, 20.0, 20.0, seed=1), tmp_path / "traces.npz")
+    write(read(tmp_path / "traces.npz"), tmp_path / "traces.zarr")
+    (tmp_path / "spikes.nwb").write_bytes(b"junk")
+    (tmp_path / "notes").mkdir()
+    for source, what in (
+        (recording / "traces.npz", "a file .npz of the format numpy"),
+        (shared / "formats" / "suite2p", "a folder of the format suite2p"),
+        (tmp_path / "spikes.nwb", "a file .nwb"),
+        (tmp_path / "notes", "a folder"),
+    ):
+        for command in (["export", source, "-o", tmp_path / "out.nwb"], ["repeat", source, recording / "traces.npz"]):
+            if source.suffix == ".npz" and command[0] == "repeat":
+                continue  # which takes it
+            said = refused(*command)
+            assert f"{source.name}: expected a Zarr store of results" in said
+            assert f", got {what}" in said
+            assert "(repeat takes an .npz, too.)" in said
+            assert "Copy it again" not in said
+    said = refused("export", tmp_path / "traces.zarr", "-o", tmp_path / "out.nwb")
+    assert "traces.zarr: expected a store of results, got one of traces" in said
+    assert "calvae infer … -o NAME.zarr" in said
+    assert not (tmp_path / "out.nwb").exists()
+
+
 def test_rois_without_signal_are_left_empty_and_named(tmp_path, model):
     values = np.random.default_rng(0).random((3, 90))
     values[1] = 1.0
@@ -368,7 +401,12 @@ def test_movies_of_a_folder_find_their_rois_beside_them(tmp_path, recording, mod
 
 def test_suite2p_gets_its_spikes_in_a_folder_of_their_own(tmp_path, shared, model):
     folder = shared / "formats" / "suite2p"
-    assert "13 ROIs" in calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model).stdout
+    done = calvae("infer", folder, "-o", tmp_path / "new" / "spks.npy", "--model", model)
+    n_accepted = np.count_nonzero(np.load(folder / "plane0" / "iscell.npy")[:, 0])
+    assert f"spks.npy: 13 ROIs ({n_accepted} accepted), 120.0 s at 30 Hz" in done.stdout
+    calvae("infer", folder, "-o", tmp_path / "less.zarr", "--model", model, "--neuropil", 0.25)
+    planes = read(tmp_path / "less.zarr").provenance["suite2p"]["planes"]
+    assert [plane["neuropil_coefficient"] for plane in planes] == [0.25]
     assert np.load(tmp_path / "new" / "spks.npy").shape == np.load(folder / "plane0" / "F.npy").shape
     assert not list(tmp_path.glob(".*"))
 

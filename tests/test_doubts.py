@@ -37,6 +37,7 @@ def spoiled(dff: np.ndarray) -> dict[str, tuple[np.ndarray, str]]:
     return {
         "time-axis": (raw.T, "raw"),
         "raw-as-dff": (raw, "dff"),
+        "percent": (100 * dff, "dff"),
         "dff-as-raw": (dff, "raw"),
         "smoothed": (gaussian_filter1d(dff, 3, axis=1), "dff"),
         "clipped": (np.minimum(dff, top), "dff"),
@@ -72,12 +73,19 @@ def test_each_doubt_is_about_what_it_says(dff, code):
     values, unit = spoiled(dff)[code]
     found = codes(values, unit)
     assert code in found
-    whole = {"time-axis", "common-frames", "first-frames"}
+    whole = {"time-axis", "percent", "common-frames", "first-frames"}
     if code not in whole:
         assert len(found[code]) >= 9
     # A recording that starts far off jumps there in all cells, too; turned around nothing makes sense.
     allowed = {"first-frames": {"common-frames"}, "time-axis": set(CHECKS)}.get(code, set())
     assert set(found) <= {code} | allowed
+
+
+def test_percent_is_told_by_its_transients_where_noise_was_taken_away(dff):
+    smooth = gaussian_filter1d(dff, 3, axis=1)
+    assert set(codes(100 * smooth)) == {"smoothed", "percent"}
+    assert "percent" not in codes(100 * smooth, "raw")
+    assert codes(np.concatenate([100 * dff[:3], dff[3:]])) == {}  # most are a fraction: it concerns a recording
 
 
 def test_only_the_rois_concerned_are_named(dff):
@@ -112,6 +120,7 @@ def test_published_recordings_are_not_doubted(shared):
     doubted = [s.dataset for s in sweeps if codes(s.dff[None]) and "spinal" not in s.dataset]
     assert len(sweeps) > 50
     assert doubted == []
+    assert np.mean(["percent" in codes(100 * s.dff[None]) for s in sweeps]) > 0.98
 
 
 def test_every_code_is_explained():

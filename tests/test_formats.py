@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -177,6 +178,52 @@ def test_results_come_back(tmp_path, suffix):
     np.testing.assert_allclose(stored["interval"], result.interval(0.9, 1.0), rtol=1e-6)
     np.testing.assert_array_equal(stored["interval_edges"], result.window_edges(1.0))
     assert provenance["inference"] == {"seed": 0, "array": [0, 1]}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5", ".mat"])
+@pytest.mark.parametrize("what", ["result", "traces"])
+def test_judgements_come_back(tmp_path, suffix, what):
+    path, result = tmp_path / f"a{suffix}", a_result()
+    judged = replace(result, traces=result.traces.replace(accepted=[True, False]))
+    write(judged if what == "result" else judged.traces, path)
+    assert read(path).accepted.tolist() == [True, False]
+    write(result if what == "result" else result.traces, path, overwrite=True)
+    assert read(path).accepted is None
+
+
+def test_judgements_that_are_none_are_refused(tmp_path):
+    for accepted in ([0, 2, 1], ["yes", "no", "no"], [1.0, np.nan, 0.0]):
+        np.savez(tmp_path / "a.npz", values=VALUES, frame_rate=10.0, accepted=accepted)
+        with pytest.raises(RecordingError, match=r"a\.npz: expected 0 or 1 for every ROI under the name accepted"):
+            read(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", values=VALUES, frame_rate=10.0, accepted=[0, 1])
+    with pytest.raises(RecordingError, match="accepted: expected one value per ROI, 3"):
+        read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.zarr"])
+def test_neuropil_is_not_subtracted_from_traces_that_have_none(tmp_path, name):
+    write(a_result().traces, tmp_path / name)
+    for opened in (read, formats.open_traces):
+        with pytest.raises(RecordingError, match=rf"neuropil: expected a movie or a suite2p folder .*, got {name}"):
+            opened(tmp_path / name, neuropil=0.0)
+
+
+def test_what_an_hdf5_file_has_instead_of_traces_is_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["traces"] = VALUES
+        file["more/time"] = np.arange(50.0)
+    with pytest.raises(RecordingError) as error:
+        read(tmp_path / "a.h5", 30.0)
+    assert "named values or dff or F, or CaImAn's estimates/C, got " in str(error.value)
+    assert "got more/time (50,), traces (3, 50). Rename" in str(error.value)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.update({f"d{i}": VALUES for i in range(9)})
+    with pytest.raises(RecordingError, match=r"d7 \(3, 50\) …\. Rename"):
+        read(tmp_path / "b.h5")
+    h5py.File(tmp_path / "c.h5", "w").close()
+    with pytest.raises(RecordingError, match=r"got none\. Rename"):
+        read(tmp_path / "c.h5")
 
 
 def test_results_as_text(tmp_path):
@@ -404,6 +451,10 @@ def test_the_table_of_rois_begins_with_their_ids(tmp_path):
         first, *rows = csv.reader(file)
     assert (first[0], [int(row[0]) for row in rows]) == ("roi", list(found.roi_ids))
     assert (tmp_path / "a.events.csv").read_text().startswith("roi,sample,frame,time_s,count\n")
+    assert "accepted" not in first
+    write(replace(found, traces=found.traces.replace(accepted=[True, False])), tmp_path / "b.csv")
+    with open(tmp_path / "b.rois.csv", newline="") as file:
+        assert [(row["roi"], row["accepted"]) for row in csv.DictReader(file)] == [("5", "1"), ("6", "0")]
 
 
 def test_what_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):

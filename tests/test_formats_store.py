@@ -221,7 +221,7 @@ def test_damaged_stores(tmp_path, how):
 
 def test_other_stores(tmp_path):
     calvae.write(result_of().traces, tmp_path / "t.zarr")
-    with pytest.raises(RecordingError, match=r"t\.zarr: expected a store of results, got another"):
+    with pytest.raises(RecordingError, match=r"t\.zarr: expected a store of results, got one of traces"):
         calvae.open_result(tmp_path / "t.zarr")
     calvae.write(result_of(), tmp_path / "a.zarr")
     about = json.loads((tmp_path / "a.zarr" / "zarr.json").read_text())

@@ -94,6 +94,20 @@ def test_a_real_folder_is_read_from_any_of_its_ends(shared):
         np.testing.assert_array_equal(found.reshape(96, 96), expected)
 
 
+def test_another_share_of_the_neuropil_may_be_asked_for(shared, tmp_path):
+    plane = shared / "formats" / "suite2p" / "plane0"
+    for share in (0.0, 0.3):
+        traces = read(plane, neuropil=share)
+        np.testing.assert_allclose(traces.values, corrected(plane, share), rtol=1e-5)
+        assert traces.provenance["suite2p"]["planes"][0]["neuropil_coefficient"] == share
+    with pytest.raises(RecordingError, match="neuropil: expected a coefficient between 0 and 2, got 7"):
+        open_traces(plane, neuropil=7)
+    shutil.copytree(plane, tmp_path / "plane0")
+    (tmp_path / "plane0" / "Fneu.npy").unlink()
+    with pytest.raises(RecordingError, match=r"neuropil: expected .*neuropil, found no Fneu\.npy in plane0"):
+        read(tmp_path, neuropil=0.3)
+
+
 def test_masks_of_a_real_folder_lie_on_the_cells_of_its_movie(shared):
     plane = shared / "formats" / "suite2p" / "plane0"
     traces = read(plane)

@@ -378,8 +378,11 @@ def test_results_as_parquet(tmp_path):
     np.testing.assert_array_equal(events.column("roi").to_numpy(), result.events["roi"] + 5)
     rois = pq.read_table(tmp_path / "a.rois.parquet")
     np.testing.assert_array_equal(rois.column("theta_amplitude").to_numpy(), result.theta["amplitude"])
+    assert "accepted" not in rois.column_names
     with pytest.raises(RecordingError, match="got a table of results"):
         read(tmp_path / "a.parquet")
+    write(replace(result, traces=result.traces.replace(accepted=[False, True])), tmp_path / "b.parquet")
+    assert pq.read_table(tmp_path / "b.rois.parquet").column("accepted").to_pylist() == [0, 1]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".mat"])

@@ -45,6 +45,11 @@ def test_some_of_the_rois_in_any_order_are_found_by_their_ids(traces):
     assert found.changed == ("the recording: values, ROIs, frame rate or unit",)
 
 
+def test_cells_may_be_judged_anew(traces, tmp_path):
+    calvae.write(calvae.infer(traces.replace(accepted=[True] * 5), n_samples=2), tmp_path / "judged.npz")
+    assert calvae.repeat(tmp_path / "judged.npz", traces.replace(accepted=[True] * 4 + [False])).same
+
+
 def test_rois_without_signal_are_the_same_too(traces, tmp_path):
     values = np.array(traces.values)
     values[1] = 0.25

@@ -15,7 +15,6 @@ from napari_calvae._napari.file_rois import FileFrames, over_baseline
 from napari_calvae._napari.session import explain
 from napari_calvae._napari.settings import Settings
 from napari_calvae._napari.stored import FromStore
-from napari_calvae.vae import shared_model
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +202,7 @@ def iter_ready(number: int = 0) -> Iterator[Message]:
     """Load what the first click would have to wait for, and tell what there is."""
     try:
         # Those for dendrites want to know which ROI is the shaft, those for live recordings see less than there is.
-        networks = {name: shared_model(name).recognition for name in calvae.models()}
+        networks = {name: calvae.load_model(name).recognition for name in calvae.models()}
         names = tuple(name for name, network in networks.items() if not (network.coupled or network.causal))
         if not names:
             raise calvae.RecordingError("Model: expected a trained model in the package, got none. Install it again.")
@@ -236,7 +235,7 @@ def iter_answers(request: Request) -> Iterator[Message]:
         traces = yield from iter_traces(request)
         if isinstance(request.movie, FileFrames):
             # Files hold ROIs without signal, and one of many must not stop the others.
-            rows = np.flatnonzero(shared_model(settings.model).preprocessing.usable(traces))
+            rows = np.flatnonzero(calvae.load_model(settings.model).preprocessing.usable(traces))
             traces = traces.select(rows) if len(rows) else traces
         yield Progress(number, 0.5, "inferring spikes")
         done = 0
@@ -261,7 +260,7 @@ def _in_store(request: Request) -> FromStore | None:
 
 def baseline_of(settings: Settings) -> tuple[float, float]:
     """Window (s) and percentile of the baseline that the user wants; what was left open is as the model was trained."""
-    assumed = shared_model(settings.model).preprocessing
+    assumed = calvae.load_model(settings.model).preprocessing
     window, percentile = settings.baseline_window, settings.baseline_percentile
     return (
         assumed.baseline_window if window is None else window,

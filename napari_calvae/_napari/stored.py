@@ -10,7 +10,6 @@ import numpy as np
 
 import napari_calvae as calvae
 from napari_calvae._napari.settings import Settings
-from napari_calvae.vae import shared_model
 
 #: Results of single ROIs that are kept in memory.
 _KEPT = 32
@@ -94,5 +93,5 @@ def agrees(store: calvae.StoredInference, settings: Settings) -> bool:
         not settings.own_baseline
         and store.frame_rate == settings.frame_rate
         and {name: found.get("settings", {}).get(name) for name in wanted} == wanted
-        and shared_model(settings.model).made(found)
+        and calvae.load_model(settings.model).made(found)
     )

@@ -63,7 +63,10 @@ Rois = Annotated[Path | None, typer.Option(help="Label image of the ROIs (.tif, 
 Append = Annotated[bool, typer.Option("--append", help="Add to the NWB file that is there")]
 FrameRate = Annotated[float | None, typer.Option(help="Frames per second (Hz), if the file does not say")]
 UnitOption = Annotated[Unit | None, typer.Option(help="What the numbers are; by default what the file says, else dff")]
-Neuropil = Annotated[float, typer.Option(help="Share of the ring's signal to subtract, for a movie; 0 is none")]
+Neuropil = Annotated[
+    float | None,
+    typer.Option(help="Share of the neuropil to subtract, 0 for none; by default 0.7 for a movie, for suite2p its own"),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of every random number")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
 
@@ -100,7 +103,7 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     device: Annotated[Device, typer.Option(help="Where to compute")] = Device.auto,
     seed: Seed = 0,
     unit: UnitOption = None,
-    neuropil: Neuropil = 0.7,
+    neuropil: Neuropil = None,
     amplitude: Annotated[float | None, typer.Option(help="ΔF/F that one spike makes, where it is known")] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Dask cluster: local[:N], tcp://HOST:PORT, slurm[:N], pbs, lsf or sge")
@@ -139,7 +142,7 @@ def check(
     rois: Rois = None,
     frame_rate: FrameRate = None,
     unit: UnitOption = None,
-    neuropil: Neuropil = 0.7,
+    neuropil: Neuropil = None,
 ) -> None:
     """Tell what looks wrong with traces although spikes can be inferred from them; exit code 1 if something does."""
     from napari_calvae import doubts
@@ -161,7 +164,7 @@ def repeat(
     rois: Rois = None,
     frame_rate: FrameRate = None,
     unit: UnitOption = None,
-    neuropil: Neuropil = 0.7,
+    neuropil: Neuropil = None,
     model: Annotated[Path | None, typer.Option(help="File of the model, unless it is one that ships")] = None,
 ) -> None:
     """Infer again what a result was inferred from, and prove that it is the same; exit code 1 if it is not."""
@@ -182,7 +185,7 @@ def extract(
     output: Annotated[Path, typer.Option("-o", "--output", help=f"Traces to write: {WRITTEN}")],
     rois: Rois = None,
     frame_rate: FrameRate = None,
-    neuropil: Neuropil = 0.7,
+    neuropil: Neuropil = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Read the traces of ROIs from a movie, which may be larger than memory."""
@@ -276,7 +279,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
     rois: Rois = None,
     frame_rate: FrameRate = None,
     unit: UnitOption = None,
-    neuropil: Neuropil = 0.7,
+    neuropil: Neuropil = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:

@@ -40,7 +40,7 @@ class Order:
 
     model: str
     settings: dict[str, Any]
-    reading: tuple[float | None, Unit | None, float]
+    reading: tuple[float | None, Unit | None, float | None]
     overwrite: bool
     append: bool
 
@@ -57,12 +57,15 @@ class Outcome:
     spikes_expected: float
     #: Codes of what looks wrong with the traces.
     doubts: str
+    #: How many of the ROIs are cells in the eyes of whoever made the file, if that is known.
+    accepted: int | None
 
     def __str__(self) -> str:
         silent = self.without_signal
         named = ", ".join(map(str, silent[:8])) + (" …" if len(silent) > 8 else "")
+        judged = "" if self.accepted is None else f" ({self.accepted} accepted)"
         return (
-            f"{self.output}: {self.rois} ROIs, {self.duration_s:.1f} s at {self.frame_rate_hz:g} Hz, "
+            f"{self.output}: {self.rois} ROIs{judged}, {self.duration_s:.1f} s at {self.frame_rate_hz:g} Hz, "
             f"{self.spikes_expected:.0f} spikes expected"
             + (f"; {len(silent)} ROIs without signal left empty ({named})" if silent else "")
         )
@@ -123,6 +126,7 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
                 duration,
                 float(rates[rates == rates].sum(dtype=float) * duration),
                 " ".join(doubt.code for doubt in doubts),
+                None if store.accepted is None else int(store.accepted.sum()),
             )
 
 

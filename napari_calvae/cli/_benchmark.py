@@ -85,7 +85,16 @@ def movie_accuracy(
 ) -> None:
     """Correlation with true spikes, per cell of a movie."""
     from napari_calvae import benchmark as measure
+    from napari_calvae.formats import read_labels, read_spikes
+    from napari_calvae.recording import RecordingError
 
+    known = read_spikes(spikes)
+    missing = [roi for roi in sorted(set(read_labels(rois).ravel().tolist()) - {0}) if roi not in known]
+    if missing:
+        raise RecordingError(
+            f"{spikes.name}: expected spike_times_<ROI id> (s) of every ROI in {rois.name}, got none of ROI "
+            f"{missing[0]}. Give the spikes of that movie, without spikes as an empty array."
+        )
     show(measure.movie(movie, rois, spikes, sigma=sigma), summary="median")
 
 

@@ -48,7 +48,7 @@ def fail(message: str) -> NoReturn:
 
 
 def traces_of(
-    source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any
+    source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float | None], report: Any
 ) -> Traces:
     """Traces of a movie with its label image, or those in a table."""
     from napari_calvae.formats import believed_rate, is_movie, read, read_labels, read_movie
@@ -59,7 +59,7 @@ def traces_of(
     if not is_movie(source, with_rois=rois is not None):
         if rois is not None:
             raise RecordingError(f"rois: expected a movie to go with them, got {source.name}. Leave out --rois.")
-        return read(source, frame_rate, unit.value if unit else None)
+        return read(source, frame_rate, unit.value if unit else None, neuropil)
     movie, stated = read_movie(source)
     if rois is None:
         raise RecordingError(
@@ -67,22 +67,23 @@ def traces_of(
         )
     labels = read_labels(rois)
     rate, contradicted = believed_rate(frame_rate, stated)
-    steps = iter_extract(movie, labels, rate, neuropil_coefficient=neuropil)  # type: ignore[arg-type]
+    share = {} if neuropil is None else {"neuropil_coefficient": neuropil}
+    steps = iter_extract(movie, labels, rate, **share)  # type: ignore[arg-type]
     traces = finish(steps, lambda fraction: report("Reading the movie", fraction))
     provenance = {**traces.provenance, "source": source.name, "rois": rois.name, **contradicted}
     return traces.replace(unit=unit.value if unit else "raw", provenance=provenance)
 
 
 def lazy_traces_of(
-    source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float], report: Any
+    source: Path, rois: Path | None, settings: tuple[float | None, Unit | None, float | None], report: Any
 ) -> Traces | TraceSource:
     """`traces_of`, but those of a file stay in it until they are asked for."""
     from napari_calvae.formats import is_movie, open_traces
 
     if rois is not None or is_movie(source):
         return traces_of(source, rois, settings, report)
-    frame_rate, unit, _ = settings
-    return open_traces(source, frame_rate, unit.value if unit else None)
+    frame_rate, unit, neuropil = settings
+    return open_traces(source, frame_rate, unit.value if unit else None, neuropil)
 
 
 def finish(steps: Generator[Any, None, Result], report: Any) -> Result:

@@ -26,7 +26,7 @@ from napari_calvae.formats import (
     store,
     suite2p,
 )
-from napari_calvae.formats._files import arrays_of, believed_rate, check_output, existing, whole_files
+from napari_calvae.formats._files import ZARR_MARKS, arrays_of, believed_rate, check_output, existing, whole_files
 from napari_calvae.formats.movies import is_movie, read_labels, read_movie, write_movie
 from napari_calvae.formats.numpy_table import write_arrays
 from napari_calvae.formats.pulses import read_stimulation
@@ -72,7 +72,9 @@ FORMATS: dict[str, ModuleType] = {
 }
 
 
-def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
+def read(
+    path: str | Path, frame_rate: float | None = None, unit: Unit | None = None, neuropil: float | None = None
+) -> Traces:
     """Traces from a file or folder of any supported format.
 
     Parameters
@@ -83,21 +85,42 @@ def read(path: str | Path, frame_rate: float | None = None, unit: Unit | None = 
         Frames per second (Hz); needed if the file does not say, and believed rather than the file if given.
     unit
         ``"raw"`` or ``"dff"`` (ΔF/F as a fraction); by default what the file says, else ``"dff"``.
+    neuropil
+        Share of the neuropil's signal to subtract, of a suite2p folder, which has both; by default suite2p's own.
+
+    Raises
+    ------
+    RecordingError
+        If the file cannot be read, or ``neuropil`` is given for one that has no signal of the neuropil.
     """
     file = existing(path)
     module = _reader_of(file)
     if hasattr(module, "open_source"):
-        return module.open_source(file, frame_rate, unit).load()
+        return open_traces(file, frame_rate, unit, neuropil).load()
+    _check_neuropil(module, file, neuropil)
     return module.read(file, frame_rate, unit)
 
 
-def open_traces(path: str | Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
+def open_traces(
+    path: str | Path, frame_rate: float | None = None, unit: Unit | None = None, neuropil: float | None = None
+) -> TraceSource:
     """Like ``read``, but the traces stay in the file until some are asked for, where the format allows it."""
     file = existing(path).absolute()  # workers elsewhere have another working directory
     module = _reader_of(file)
+    if module is suite2p:
+        return suite2p.open_source(file, frame_rate, unit, neuropil)
+    _check_neuropil(module, file, neuropil)
     if hasattr(module, "open_source"):
         return module.open_source(file, frame_rate, unit)
     return TraceSource.of(module.read(file, frame_rate, unit))
+
+
+def _check_neuropil(module: ModuleType, file: Path, neuropil: float | None) -> None:
+    if module is not suite2p and neuropil is not None:
+        raise RecordingError(
+            f"neuropil: expected a movie or a suite2p folder to subtract it from, got {file.name}, whose traces are "
+            "taken as they are. Leave it out (--neuropil)."
+        )
 
 
 def is_traces(path: str | Path) -> bool:
@@ -110,6 +133,8 @@ def _reader_of(file: Path) -> ModuleType:
     for module in FORMATS.values():
         if module.matches(file):
             return module
+    if file.suffix.lower() in hdf5.SUFFIXES and file.is_file():
+        return hdf5  # which says what is in it instead
     patterns = ", ".join(dict.fromkeys(p for module in FORMATS.values() for p in module.PATTERNS))
     raise RecordingError(
         f"{file.name}: expected traces in one of the formats {patterns}, got something else. "
@@ -119,7 +144,24 @@ def _reader_of(file: Path) -> ModuleType:
 
 def open_result(path: str | Path) -> StoredInference:
     """Results in a Zarr store, read ROI by ROI: ``select`` some, or ``load`` all."""
-    return StoredInference(existing(path).absolute())
+    file = existing(path).absolute()
+    if file.suffix.lower() != ".zarr" and not any((file / name).exists() for name in ZARR_MARKS):
+        raise RecordingError(
+            f"{file.name}: expected a Zarr store of results, as infer(…, out='NAME.zarr') and calvae infer … "
+            f"-o NAME.zarr write it, got {_described(file)}. Infer into a store: from there "
+            "results go into every format. (repeat takes an .npz, too.)"
+        )
+    return StoredInference(file)
+
+
+def _described(file: Path) -> str:
+    """What a file or folder that is not as expected is instead, in words."""
+    kind = "a folder" if file.is_dir() else f"a file {file.suffix or 'without an end to its name'}"
+    try:
+        name = next((name for name, module in FORMATS.items() if module.matches(file)), None)
+    except RecordingError:  # damaged
+        name = None
+    return f"{kind} of the format {name}" if name else kind
 
 
 def read_spikes(path: str | Path) -> dict[int, np.ndarray]:

@@ -25,6 +25,10 @@ from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference,
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
+#: What else files of named arrays may say of traces.
+TRACE_FACTS = ("frame_rate", "unit", "roi_ids", "t0", "accepted")
+#: One of them is in every folder that is a Zarr store.
+ZARR_MARKS = ("zarr.json", ".zgroup", ".zarray")
 
 
 #: What libraries raise for files that are cut short, damaged or of another kind (``SyntaxError``: bad XML).
@@ -76,7 +80,7 @@ def check_output(path: str | Path, overwrite: bool = False, folder: bool = False
         raise IsADirectoryError(f"{file}: expected the name of a file, got a folder.")
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file}: exists already. Choose another name or say overwrite (--overwrite).")
-    if file.exists() and folder and not any((file / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+    if file.exists() and folder and not any((file / name).exists() for name in ZARR_MARKS):
         raise FileExistsError(f"{file}: expected a Zarr store to replace, got something else. Choose another name.")
     return file
 
@@ -204,12 +208,24 @@ def traces_of(
         tuple(np.ravel(arrays["roi_ids"]).tolist()) if "roi_ids" in arrays else (),
         float(_single(arrays["t0"], "t0", file)) if "t0" in arrays else 0.0,
         provenance={"source": file.name} | contradicted,
+        accepted=_judgements(arrays["accepted"], file) if "accepted" in arrays else None,
     )
+
+
+def _judgements(value: np.ndarray, file: Path) -> np.ndarray:
+    """(roi,) which ROIs are cells, out of an array of zeros and ones."""
+    array = np.ravel(value)
+    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+        raise RecordingError(
+            f"{file.name}: expected 0 or 1 for every ROI under the name accepted, got something else. Rename it."
+        )
+    return array.astype(bool)
 
 
 def arrays_of(value: SpikeInference | Traces) -> dict[str, np.ndarray]:
     """Name the arrays of traces or of a result; ``traces_of`` reads the traces, for a result its ΔF/F, back from them.
 
+    ``accepted`` (roi,) is 1 for what is a cell in the eyes of whoever made the traces, else 0, if that is known.
     ``interval`` is the central 90 % credible interval (2, roi, window) of the spike counts in windows of one second
     that begin at the frames ``interval_edges``; it is left out for recordings or sample numbers too small for one.
     """
@@ -219,6 +235,8 @@ def arrays_of(value: SpikeInference | Traces) -> dict[str, np.ndarray]:
         "frame_rate": np.asarray(traces.frame_rate),
         "t0": np.asarray(traces.t0),
     }
+    if traces.accepted is not None:
+        arrays["accepted"] = traces.accepted.astype(np.uint8)
     if isinstance(value, Traces):
         return arrays | {"values": traces.values, "unit": np.asarray(traces.unit)}
     result = value

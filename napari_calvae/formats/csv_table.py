@@ -195,7 +195,7 @@ def event_columns(result: SpikeInference) -> dict[str, np.ndarray]:
 
 def roi_columns(result: SpikeInference, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Give what a result says of each ROI as columns of a table with a row per ROI."""
-    named = {name: array for name, array in arrays.items() if name.startswith(("theta_", "quality_"))}
+    named = {name: a for name, a in arrays.items() if name == "accepted" or name.startswith(("theta_", "quality_"))}
     return {"roi": np.asarray(result.roi_ids, np.int64)} | named
 
 

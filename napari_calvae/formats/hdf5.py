@@ -11,6 +11,7 @@ import numpy as np
 
 from napari_calvae.formats._files import (
     DAMAGE,
+    TRACE_FACTS,
     TRACE_NAMES,
     arrays_of,
     check_memory,
@@ -22,6 +23,9 @@ from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.h5", "*.hdf5")
 SUFFIXES = (".h5", ".hdf5")
+
+#: Datasets that an error names.
+_MOST_LISTED = 8
 
 
 def matches(path: Path) -> bool:
@@ -39,16 +43,35 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     """Read traces from the dataset ``values``, ``dff`` or ``F`` (roi, time); ``frame_rate`` may be an attribute."""
     try:
         with h5py.File(path) as file:
-            wanted = (*TRACE_NAMES, "frame_rate", "unit", "roi_ids", "t0")
+            wanted = (*TRACE_NAMES, *TRACE_FACTS)
             found = {name: file[name] for name in wanted if isinstance(file.get(name), h5py.Dataset)}
+            if not found.keys() & TRACE_NAMES.keys():
+                raise RecordingError(
+                    f"{path.name}: expected a dataset (roi, time) named {' or '.join(TRACE_NAMES)}, or CaImAn's "
+                    f"estimates/C, got {_listed(file)}. Rename the one with the traces, or save them under that name; "
+                    "a movie needs a label image with it (--rois)."
+                )
             check_memory(sum(dataset.nbytes for dataset in found.values()), path)
             arrays = {name: _content(dataset) for name, dataset in found.items()}
-            arrays = {name: file.attrs[name] for name in wanted[len(TRACE_NAMES) :] if name in file.attrs} | arrays
+            arrays = {name: file.attrs[name] for name in TRACE_FACTS if name in file.attrs} | arrays
     except RecordingError:
         raise
     except DAMAGE as error:
         raise RecordingError(f"{path.name}: expected an HDF5 file, got one that cannot be read ({error}).") from error
     return traces_of(arrays, path, frame_rate, unit)
+
+
+def _listed(file: h5py.File) -> str:
+    """Names and shapes of the first few datasets of a file."""
+    found: list[str] = []
+
+    def look(name: str, item: object) -> bool | None:
+        if isinstance(item, h5py.Dataset):
+            found.append(f"{name} {item.shape}")
+        return True if len(found) > _MOST_LISTED else None
+
+    file.visititems(look)
+    return ", ".join(found[:_MOST_LISTED]) + (" …" if len(found) > _MOST_LISTED else "") or "none"
 
 
 def _content(dataset: h5py.Dataset) -> np.ndarray:

@@ -12,9 +12,15 @@ from scipy.io import savemat
 from scipy.io.matlab import MatWriteError
 
 from napari_calvae.formats._files import (
+<<<<<<< HEAD
     TRACE_NAMES,
     arrays_of,
     believed_rate,
+=======
+    TRACE_FACTS,
+    TRACE_NAMES,
+    arrays_of,
+>>>>>>> 8186458e00895618e1a19d0eeb9c82da80795b5f
     existing,
     provenance_json,
     traces_of,
@@ -27,8 +33,6 @@ from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 PATTERNS = ("*.mat",)
 SUFFIXES = (".mat",)
 
-_BESIDE = ("frame_rate", "unit", "roi_ids", "t0")
-
 
 def matches(path: Path) -> bool:
     """Tell whether this is a MATLAB file."""
@@ -38,7 +42,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
     """Read traces (roi, time) from the variable ``values``, ``dff`` or ``F``, or from the only matrix in the file.
 
-    ``frame_rate``, ``roi_ids``, ``t0`` and ``unit`` may stand beside it.
+    ``frame_rate``, ``roi_ids``, ``t0``, ``unit`` and ``accepted`` may stand beside it.
 
     Ground truth, recognised by ``CAttached`` or by ``time_stamps`` and ``dff``, has one row per sweep of its one cell,
     with ids 1, 2, …; shorter sweeps end in missing frames. A single sweep keeps its clock; of several, each has a clock
@@ -54,7 +58,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
         found = shapes(path)
         if "CAttached" in found or {"time_stamps", "dff", "ap_times"} <= set(found):
             return _traces_of_sweeps(_sweeps(path), path, frame_rate, unit)
-        numbers = {name: shape for name, shape in found.items() if shape and name not in _BESIDE}
+        numbers = {name: shape for name, shape in found.items() if shape and name not in TRACE_FACTS}
         matrices = [name for name, shape in numbers.items() if len(shape) == 2 and min(shape) > 1]
         name = next((name for name in TRACE_NAMES if name in numbers), matrices[0] if len(matrices) == 1 else None)
         if name is None:
@@ -62,7 +66,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
                 f"{path.name}: expected a matrix (roi, time) named {' or '.join(TRACE_NAMES)}, or only one of any "
                 f"name, got {', '.join(sorted(found)) or 'nothing'}."
             )
-        arrays = {key: np.asarray(value) for key, value in variables(path, (name, *_BESIDE)).items()}
+        arrays = {key: np.asarray(value) for key, value in variables(path, (name, *TRACE_FACTS)).items()}
         # Axes of length one are gone; a single frame of several ROIs is a column again.
         if len(numbers[name]) == 2 and numbers[name][1] == 1 and "roi_ids" in arrays:
             arrays[name] = arrays[name].reshape(numbers[name])

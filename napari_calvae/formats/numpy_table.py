@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from napari_calvae.formats._files import (
+    TRACE_FACTS,
+    TRACE_NAMES,
     arrays_of,
     check_memory,
     check_output,
@@ -34,12 +36,11 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     with readable(path, "a NumPy file of plain numbers", hint), open(path, "rb") as opened:
         if path.suffix.lower() == ".npz":
             with np.load(opened, allow_pickle=False) as file:
-                wanted = ("values", "dff", "F", "frame_rate", "unit", "roi_ids", "t0")
-                found = [name for name in wanted if name in file.files]
+                found = [name for name in (*TRACE_NAMES, *TRACE_FACTS) if name in file.files]
                 sizes = {each.filename.removesuffix(".npy"): each.file_size for each in file.zip.infolist()}
                 check_memory(sum(sizes[name] for name in found), path)
                 arrays = {name: file[name] for name in found}
-                if not any(name in arrays for name in wanted[:3]):
+                if not any(name in arrays for name in TRACE_NAMES):
                     arrays |= dict.fromkeys(file.files, np.empty(0))  # for the message, which lists what is there
         else:
             arrays = {"values": np.load(opened, allow_pickle=False)}

@@ -97,7 +97,10 @@ class StoredInference:
             self._group = open_node(self.path)
             found = self._group.attrs.get("calvae")
         if not isinstance(found, dict) or found.get("kind") != "result":
-            raise RecordingError(f"{self.path.name}: expected a store of results, got another. Read it with read().")
+            raise RecordingError(
+                f"{self.path.name}: expected a store of results, got one of traces or of another program. "
+                "Infer from it first: infer(…, out=…), or calvae infer … -o NAME.zarr; read() gives its traces."
+            )
         _check_schema(found, self.path)
         with _readable(self.path):
             self.about: dict[str, Any] = found

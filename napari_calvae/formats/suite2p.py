@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ def matches(path: Path) -> bool:
     return path.name == "F.npy" and (path.parent / "stat.npy").is_file()
 
 
-def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
+def open_source(
+    path: Path, frame_rate: float | None = None, unit: Unit | None = None, neuropil: float | None = None
+) -> TraceSource:
     """Open the traces of one plane, or of all planes one after the other, without loading them.
 
     Values are F − c · (N − median N), where N is the neuropil signal of the ROI and c suite2p's ``neucoeff`` or
-    ``neuropil_coefficient``, 0.7 if it is not stated; the baseline thus stays what it was (see ``iter_extract``).
-    Without ``Fneu.npy`` they are F.
+    ``neuropil_coefficient``, 0.7 if it is not stated, or ``neuropil`` if that is given; the baseline thus stays what it
+    was (see ``iter_extract``). Without ``Fneu.npy`` they are F.
 
     ROIs are numbered 1, 2, … as in the rows of ``F.npy``, over all planes in their order. They have suite2p's weights,
     and the pixels that suite2p read: without those that belong to several ROIs unless ``allow_overlap`` was set. ROIs
@@ -56,10 +58,13 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
     Raises
     ------
     RecordingError
-        If a file is missing or damaged, files contradict each other, or planes have different frame rates.
+        If a file is missing or damaged, files contradict each other, or planes have different frame rates; if
+        ``neuropil`` is given, but is not between 0 and 2, or there is no ``Fneu.npy``.
     """
     folder = path if path.is_dir() else path.parent
     planes = [_open_plane(each) for each in ([folder] if _is_plane(folder) else _plane_folders(folder))]
+    if neuropil is not None:
+        planes = [_with_coefficient(plane, neuropil) for plane in planes]
     rates = {plane.frame_rate for plane in planes}
     if frame_rate is None and len(rates) > 1:
         raise RecordingError(
@@ -234,6 +239,18 @@ def _open_plane(folder: Path) -> _Plane:
         bool(nested.get("allow_overlap", settings.get("allow_overlap", False))),
         None if (version := settings.get("version", settings.get("suite2p_version"))) is None else str(version),
     )
+
+
+def _with_coefficient(plane: _Plane, coefficient: float) -> _Plane:
+    """The same with another share of the neuropil to subtract."""
+    if not plane.neuropil:
+        raise RecordingError(
+            f"neuropil: expected suite2p's signal of the neuropil, found no Fneu.npy in {plane.folder.name}. "
+            "Leave it out (--neuropil), or let suite2p extract traces again."
+        )
+    if not 0 <= coefficient <= 2:
+        raise RecordingError(f"neuropil: expected a coefficient between 0 and 2, got {coefficient}.")
+    return replace(plane, coefficient=float(coefficient))
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def infer(
     out
         Zarr store (``.zarr``) to write, for more ROIs than memory holds: what is returned is read from it ROI by ROI.
         Work that was stopped goes on when it is asked for again. See ``iter_batch``, whose arguments ``scheduler`` (to
-        use a cluster), ``block_rois`` and ``overwrite`` may be given, too.
+        use a cluster; ``"local:N"`` in a script only below ``if __name__ == "__main__":``), ``block_rois`` and
+        ``overwrite`` may be given, too.
     **settings
         Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``. How many spikes there are is
         uncertain mostly since nobody knows how much fluorescence one makes; who does gives ``amplitude`` (ΔF/F), known

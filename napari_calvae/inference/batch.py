@@ -23,7 +23,7 @@ from napari_calvae.formats import open_traces
 from napari_calvae.formats._files import check_apart, check_output, plain
 from napari_calvae.formats.store import Layout, StoredInference, create_store, rois_per_block
 from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
-from napari_calvae.inference.cluster import connected
+from napari_calvae.inference.cluster import check_main_script, connected
 from napari_calvae.preprocess import with_signal
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
 from napari_calvae.trace_source import TraceSource
@@ -83,7 +83,8 @@ def iter_batch(
     model
         Name of a shipped model, a file, or a ``SpikeVAE``.
     scheduler
-        Where to compute: by default in this process; ``"local"`` or ``"local:N"``, N processes of this machine;
+        Where to compute: by default in this process; ``"local"`` or ``"local:N"``, N processes of this machine
+        (in a script only below ``if __name__ == "__main__":``, since each reads the script anew);
         ``"tcp://HOST:PORT"``, a Dask scheduler that runs there, whose workers see ``traces`` and ``out`` under the same
         names; ``"slurm"``, ``"pbs"``, ``"lsf"``, ``"sge"`` or ``"slurm:N"``, N jobs of a queue, which are laid out in
         the configuration of dask-jobqueue.
@@ -114,8 +115,13 @@ def iter_batch(
     """
     if block_rois is not None and block_rois < 1:
         raise RecordingError(f"block_rois: expected 1 or more ROIs, got {block_rois}.")
+<<<<<<< HEAD
     if isinstance(traces, str | Path):
         check_apart(Path(traces), Path(out))
+=======
+    if scheduler is not None:
+        check_main_script()
+>>>>>>> 8186458e00895618e1a19d0eeb9c82da80795b5f
     source = _source(traces)
     config = InferConfig(**settings)
     vae = shared_model(model, coupled=False)

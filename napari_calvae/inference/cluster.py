@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,16 @@ SETTINGS = {
 }
 #: How long a scheduler may take to answer.
 _TIMEOUT = "20s"
+
+
+def check_main_script() -> None:
+    """Say what a script lacks if this is a worker that has only come here because it reads the script anew."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # what multiprocessing itself goes by
+        raise RecordingError(
+            "scheduler: expected a script in which the inference stands below `if __name__ == '__main__':`, got one "
+            "that starts it again in every worker. Put it there, or use the command line: calvae infer … --scheduler "
+            "local:N."
+        )
 
 
 @contextmanager
@@ -78,7 +89,15 @@ def _cluster(scheduler: str, n_tasks: int) -> Iterator[Any]:
         from distributed import LocalCluster
 
         n_workers = min(int(number) if number else CPU_COUNT, max(n_tasks, 1))
-        with LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+        try:
+            local = LocalCluster(n_workers=n_workers, threads_per_worker=1, processes=True, dashboard_address=":0")
+        except (OSError, RuntimeError) as error:
+            raise RecordingError(
+                f"scheduler: expected worker processes that start ({n_workers}), got '{error}'. In a script the "
+                "inference has to stand below `if __name__ == '__main__':`, since every worker reads the script anew. "
+                "If it does, ask for fewer (local:N), or leave scheduler out."
+            ) from None  # eighty lines of dask, in which the sentence would be lost
+        with local as cluster:
             yield cluster
         return
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.formats import arrays_of, open_traces
+from napari_calvae.formats import arrays_of, open_result, open_traces
 from napari_calvae.formats._files import existing, readable
 from napari_calvae.formats.store import Layout, StoredInference
 from napari_calvae.inference.batch import infer_rows
@@ -106,7 +106,8 @@ def repeat(
     wrong: dict[str, int] = {}
     for ids, before in known.parts():
         again = arrays_of(infer_rows(_rows(source, ids), vae, config, known.columns))
-        for name in before.keys() & again.keys():
+        # Which cells are accepted was judged, not inferred, and may be judged anew.
+        for name in before.keys() & again.keys() - {"accepted"}:
             wrong[name] = wrong.get(name, 0) + _n_differing(before[name], again[name])
     differing = tuple(f"{name} ({n} values)" for name, n in sorted(wrong.items()) if n)
     return Repetition(len(known.roi_ids), differing, tuple(changed))
@@ -128,7 +129,7 @@ class _Known:
             return cls(result.provenance, result.roi_ids, Layout.of(result), lambda: iter(whole))
         if isinstance(result, str | Path) and Path(result).suffix.lower() == ".npz":
             return _read_npz(Path(result))
-        store = result if isinstance(result, StoredInference) else StoredInference(result)
+        store = result if isinstance(result, StoredInference) else open_result(result)
 
         def parts() -> Iterator[tuple[Sequence[int], Mapping[str, np.ndarray]]]:
             for start in range(0, store.n_rois, _ROWS):
