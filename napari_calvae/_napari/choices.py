@@ -65,7 +65,8 @@ class Choices:
         """Return the chosen movie, or raise the sentence that asks for one."""
         if self.movie is None:
             raise calvae.RecordingError(
-                "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
+                "Movie: expected an Image layer (time, y, x), or (time, z, y, x), with one channel, got none. "
+                "Open a movie, split one of several channels, or take one from File ▸ Open Sample."
             )
         return self.movie
 

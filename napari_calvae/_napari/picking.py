@@ -106,8 +106,16 @@ def _width(mask: np.ndarray) -> float:
 
 
 def movies(viewer: ViewerModel) -> list[Image]:
-    """Image layers that may be movies, the one on top first."""
-    return [layer for layer in reversed(viewer.layers) if isinstance(layer, Image) and OWN not in layer.metadata]
+    """Image layers that may be movies, the one of most frames first, of equals the one on top.
+
+    Projections, label images, colours and channels are none; what has a single frame may still grow.
+    """
+    found = [
+        layer
+        for layer in reversed(viewer.layers)
+        if isinstance(layer, Image) and OWN not in layer.metadata and layer.ndim in (3, 4) and not layer.rgb
+    ]
+    return sorted(found, key=lambda layer: -layer.data.shape[0])
 
 
 def roi_layers(viewer: ViewerModel) -> list[Layer]:
