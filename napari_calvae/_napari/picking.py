@@ -138,11 +138,14 @@ def add_disc(
     new = layer is None
     if layer is None:
         shape = movie.data.shape[-2:] if n_planes == 1 else movie.data.shape[-3:]
+        axes = range(movie.ndim - len(shape), movie.ndim)
         layer = Labels(
             np.zeros(shape, np.int32),
             name=session.ROI_LAYER,
-            scale=movie.scale[-len(shape) :],
-            translate=movie.translate[-len(shape) :],
+            scale=movie.scale[axes],
+            translate=movie.translate[axes],
+            rotate=movie.rotate[np.ix_(axes, axes)],
+            affine=movie.affine.set_slice(axes),
         )
     elif not hasattr(layer.data, "__setitem__") or isinstance(layer.data, da.Array):
         raise calvae.RecordingError(
