@@ -132,7 +132,7 @@ def add_disc(
 ) -> Labels:
     """Add a disc ROI around a (y, x) position (pixels) to ``layer``, or to a new one; it becomes the selected label.
 
-    Its id is new to all planes.
+    Its id is new to all planes: one more than the largest, or a free one where the layer's integers end before that.
     """
     n_planes = movie.data.shape[1] if movie.ndim == 4 else 1
     new = layer is None
@@ -157,12 +157,28 @@ def add_disc(
     lead = [0] * (layer.data.ndim - 2)
     if lead and layer.data.shape[-3] == n_planes:
         lead[-1] = plane
-    roi = int(np.max(layer.data)) + 1
+    roi = _new_id(layer.data)
     if new:
         viewer.add_layer(layer)
     layer.data_setitem((*(np.full(len(pixels[0]), k) for k in lead), *pixels), roi)
     layer.selected_label = roi
     return layer
+
+
+def _new_id(data: Any) -> int:
+    """Id that no pixel of a label image has."""
+    most, largest = int(np.iinfo(data.dtype).max), int(np.max(data))
+    if largest < most:
+        return largest + 1
+    used = np.unique(data)
+    used = used[used > 0]
+    gaps = np.flatnonzero(used != np.arange(1, len(used) + 1, dtype=used.dtype))
+    if not len(gaps):
+        raise calvae.RecordingError(
+            f"ROIs: expected labels with a free id, got all {most} that {data.dtype} can hold in use. "
+            "Right-click the layer, “Convert data type”, “Convert to int32”, or add another one."
+        )
+    return int(gaps[0]) + 1
 
 
 def add_point(viewer: ViewerModel, layer: Points, movie: Image, place: Sequence[float]) -> int:

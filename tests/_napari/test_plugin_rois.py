@@ -97,6 +97,28 @@ def test_a_first_disc_lies_where_the_movie_lies_however_that_is_turned(n_planes)
     assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((20, 30))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint64])
+def test_a_disc_takes_a_free_id_where_the_largest_is_in_use(dtype):
+    most, movie = np.iinfo(dtype).max, Image(np.zeros((5, *SIZE)))
+    rois = np.zeros(SIZE, dtype)
+    rois[0, :4] = 1, 2, 4, most
+    layer = picking.add_disc(ViewerModel(), Labels(rois), movie, (20, 30), 6)
+    assert layer.selected_label == 3
+    np.testing.assert_array_equal(np.unique(layer.data), np.array([0, 1, 2, 3, 4, most], dtype))
+    layer = picking.add_disc(ViewerModel(), layer, movie, (30, 30), 6)
+    assert layer.selected_label == 5
+    assert layer.data[30, 30] == 5
+
+
+def test_labels_without_a_free_id_get_a_sentence():
+    rois = np.zeros(SIZE, np.uint8)
+    rois.ravel()[:255] = np.arange(1, 256)
+    layer = Labels(rois.copy())
+    with pytest.raises(calvae.RecordingError, match=r"all 255 that uint8 can hold in use.*Convert to int32"):
+        picking.add_disc(ViewerModel(), layer, Image(np.zeros((5, *SIZE))), (20, 30), 6)
+    np.testing.assert_array_equal(layer.data, rois)
+
+
 @pytest.mark.parametrize("kind", ["labels", "shapes", "points"])
 def test_reading_after_any_edit_equals_reading_afresh(kind):
     rng = np.random.default_rng(5)
