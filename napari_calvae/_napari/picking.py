@@ -193,19 +193,21 @@ class FrameRates:
     """Frame rates of movies: as typed by the user, else as found in metadata, file or time axis."""
 
     def __init__(self) -> None:
-        self._rates: WeakKeyDictionary[Image, session.FrameRate] = WeakKeyDictionary()
+        self._typed: WeakKeyDictionary[Image, float] = WeakKeyDictionary()
+        self._in_file: WeakKeyDictionary[Image, float | None] = WeakKeyDictionary()
 
     def type(self, movie: Image, hz: float) -> None:
         """Believe the user from now on."""
-        self._rates[movie] = session.FrameRate(hz, "typed")
+        self._typed[movie] = hz
 
     def of(self, movie: Image) -> session.FrameRate:
-        """Frame rate of a layer; read once."""
-        if movie not in self._rates:
-            unit = str(movie.units[0]) if movie.units else ""
-            in_file = None if "frame_rate" in movie.metadata else _frame_rate_in_file(movie)
-            self._rates[movie] = session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, in_file)
-        return self._rates[movie]
+        """Frame rate of a layer as it is now; its file is read once."""
+        if movie in self._typed:
+            return session.FrameRate(self._typed[movie], "typed")
+        if movie not in self._in_file and "frame_rate" not in movie.metadata:
+            self._in_file[movie] = _frame_rate_in_file(movie)
+        unit = str(movie.units[0]) if movie.units else ""
+        return session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, self._in_file.get(movie))
 
 
 def _frame_rate_in_file(movie: Image) -> float | None:
