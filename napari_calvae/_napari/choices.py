@@ -26,6 +26,7 @@ class Choices:
         self._stages: WeakKeyDictionary[Layer, Image] = WeakKeyDictionary()
         self._data: tuple[object, object] = (None, None)
         self._version = 0
+        self._watched: Image | None = None
         self._reader = roi_reader.RoiReader()
 
     @property
@@ -65,7 +66,8 @@ class Choices:
         """Return the chosen movie, or raise the sentence that asks for one."""
         if self.movie is None:
             raise calvae.RecordingError(
-                "Movie: expected an Image layer (time, y, x), got none. Open a movie, or File ▸ Open Sample."
+                "Movie: expected an Image layer (time, y, x), or (time, z, y, x), with one channel, got none. "
+                "Open a movie, split one of several channels, or take one from File ▸ Open Sample."
             )
         return self.movie
 
@@ -156,11 +158,24 @@ class Choices:
             raise session.NoRois(
                 "ROIs: expected a Labels, Shapes or Points layer, got none. Add one, or tick “click adds a disc”."
             )
+        self._watch(movie)
         if movie.data is not self._data[0] or given is not self._data[1]:
             self._data, self._version = (movie.data, given), self._version + 1
         neuropil = settings.neuropil_coefficient > 0 and given is None
         marks, labels, masks = self._reader.read(layer, view, neuropil)
         return answers.Key(marks, view.plane, self._version, settings), labels, masks
+
+    def _watch(self, movie: Image) -> None:
+        """Listen to the movie: the same array may be assigned anew after its pixels were changed in place."""
+        if movie is self._watched:
+            return
+        if self._watched is not None:
+            self._watched.events.data.disconnect(self._on_data)
+        movie.events.data.connect(self._on_data)
+        self._watched = movie
+
+    def _on_data(self, *_: object) -> None:
+        self._data = (None, None)
 
     def planes(self) -> list[tuple[answers.Key, calvae.RoiMasks]]:
         """Key and masks of every plane that has ROIs, the shown one last."""

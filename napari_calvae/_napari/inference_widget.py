@@ -301,6 +301,8 @@ class InferenceWidget(QWidget):
 
     def _on_edited(self) -> None:
         """ROIs, movie or plane are not what they were: what was picked is inferred again if that concerns it."""
+        if not self.controls.frame_rate.isModified():  # else somebody is typing one
+            self.controls.show_frame_rate(self.choices.frame_rate())
         try:
             key = self.choices.rois()[0]
         except session.NoRois as error:

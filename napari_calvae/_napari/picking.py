@@ -106,8 +106,16 @@ def _width(mask: np.ndarray) -> float:
 
 
 def movies(viewer: ViewerModel) -> list[Image]:
-    """Image layers that may be movies, the one on top first."""
-    return [layer for layer in reversed(viewer.layers) if isinstance(layer, Image) and OWN not in layer.metadata]
+    """Image layers that may be movies, the one of most frames first, of equals the one on top.
+
+    Projections, label images, colours and channels are none; what has a single frame may still grow.
+    """
+    found = [
+        layer
+        for layer in reversed(viewer.layers)
+        if isinstance(layer, Image) and OWN not in layer.metadata and layer.ndim in (3, 4) and not layer.rgb
+    ]
+    return sorted(found, key=lambda layer: -layer.data.shape[0])
 
 
 def roi_layers(viewer: ViewerModel) -> list[Layer]:
@@ -124,17 +132,20 @@ def add_disc(
 ) -> Labels:
     """Add a disc ROI around a (y, x) position (pixels) to ``layer``, or to a new one; it becomes the selected label.
 
-    Its id is new to all planes.
+    Its id is new to all planes: one more than the largest, or a free one where the layer's integers end before that.
     """
     n_planes = movie.data.shape[1] if movie.ndim == 4 else 1
     new = layer is None
     if layer is None:
         shape = movie.data.shape[-2:] if n_planes == 1 else movie.data.shape[-3:]
+        axes = range(movie.ndim - len(shape), movie.ndim)
         layer = Labels(
             np.zeros(shape, np.int32),
             name=session.ROI_LAYER,
-            scale=movie.scale[-len(shape) :],
-            translate=movie.translate[-len(shape) :],
+            scale=movie.scale[axes],
+            translate=movie.translate[axes],
+            rotate=movie.rotate[np.ix_(axes, axes)],
+            affine=movie.affine.set_slice(axes),
         )
     elif not hasattr(layer.data, "__setitem__") or isinstance(layer.data, da.Array):
         raise calvae.RecordingError(
@@ -146,12 +157,28 @@ def add_disc(
     lead = [0] * (layer.data.ndim - 2)
     if lead and layer.data.shape[-3] == n_planes:
         lead[-1] = plane
-    roi = int(np.max(layer.data)) + 1
+    roi = _new_id(layer.data)
     if new:
         viewer.add_layer(layer)
     layer.data_setitem((*(np.full(len(pixels[0]), k) for k in lead), *pixels), roi)
     layer.selected_label = roi
     return layer
+
+
+def _new_id(data: Any) -> int:
+    """Id that no pixel of a label image has."""
+    most, largest = int(np.iinfo(data.dtype).max), int(np.max(data))
+    if largest < most:
+        return largest + 1
+    used = np.unique(data)
+    used = used[used > 0]
+    gaps = np.flatnonzero(used != np.arange(1, len(used) + 1, dtype=used.dtype))
+    if not len(gaps):
+        raise calvae.RecordingError(
+            f"ROIs: expected labels with a free id, got all {most} that {data.dtype} can hold in use. "
+            "Right-click the layer, “Convert data type”, “Convert to int32”, or add another one."
+        )
+    return int(gaps[0]) + 1
 
 
 def add_point(viewer: ViewerModel, layer: Points, movie: Image, place: Sequence[float]) -> int:
@@ -166,19 +193,21 @@ class FrameRates:
     """Frame rates of movies: as typed by the user, else as found in metadata, file or time axis."""
 
     def __init__(self) -> None:
-        self._rates: WeakKeyDictionary[Image, session.FrameRate] = WeakKeyDictionary()
+        self._typed: WeakKeyDictionary[Image, float] = WeakKeyDictionary()
+        self._in_file: WeakKeyDictionary[Image, float | None] = WeakKeyDictionary()
 
     def type(self, movie: Image, hz: float) -> None:
         """Believe the user from now on."""
-        self._rates[movie] = session.FrameRate(hz, "typed")
+        self._typed[movie] = hz
 
     def of(self, movie: Image) -> session.FrameRate:
-        """Frame rate of a layer; read once."""
-        if movie not in self._rates:
-            unit = str(movie.units[0]) if movie.units else ""
-            in_file = None if "frame_rate" in movie.metadata else _frame_rate_in_file(movie)
-            self._rates[movie] = session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, in_file)
-        return self._rates[movie]
+        """Frame rate of a layer as it is now; its file is read once."""
+        if movie in self._typed:
+            return session.FrameRate(self._typed[movie], "typed")
+        if movie not in self._in_file and "frame_rate" not in movie.metadata:
+            self._in_file[movie] = _frame_rate_in_file(movie)
+        unit = str(movie.units[0]) if movie.units else ""
+        return session.find_frame_rate(movie.metadata, float(movie.scale[0]), unit, self._in_file.get(movie))
 
 
 def _frame_rate_in_file(movie: Image) -> float | None:

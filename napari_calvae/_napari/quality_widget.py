@@ -331,7 +331,11 @@ class QualityWidget(QWidget):
         """Refine the chosen cells, one after the other, and add what that gains to the table."""
         if self._inference is None:
             return
-        key = self._inference.choices.rois()[0]
+        try:
+            key = self._inference.choices.rois()[0]
+        except (calvae.RecordingError, ValueError) as error:
+            self.form.say(session.explain(error), error=True)
+            return
         known = self._inference.results.known(key)
         wanted = [roi for roi in self._chosen() if roi in known]
         if not wanted:

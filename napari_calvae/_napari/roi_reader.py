@@ -11,6 +11,9 @@ from napari.layers import Image, Labels, Layer, Points, Shapes
 import napari_calvae as calvae
 from napari_calvae._napari import session, shapes
 
+#: Pixels that labels may be away from the movie: each still lies over its own pixel.
+_SAME_PLACE = 0.5
+
 
 @dataclass(frozen=True)
 class View:
@@ -37,6 +40,26 @@ class View:
         world = np.asarray(points, float)[:, -n:] * layer.scale[-n:] + layer.translate[-n:]
         return (world - self.movie.translate[-n:]) / self.movie.scale[-n:]
 
+    def label_plane(self, layer: Labels) -> np.ndarray:
+        """(y, x) label image of the plane, or the sentence that asks to put the layer where the movie is.
+
+        Labels and movie share their pixels; elsewhere another ROI than the one on the screen would be picked.
+        """
+        data = layer.data[0] if layer.multiscale else layer.data
+        image = session.plane_of(data, self.size, self.n_planes, self.plane)
+        corners = [(0, 0), (0, self.size[1] - 1), (self.size[0] - 1, 0)]
+        # On one plane of the movie: its place along time and z does not matter.
+        there = [layer.data_to_world([0] * (layer.ndim - 2) + list(corner))[-2:] for corner in corners]
+        start = self.movie.data_to_world([0] * self.movie.ndim)
+        found = [self.movie.world_to_data([*start[:-2], *place])[-2:] for place in there]
+        if np.abs(np.subtract(found, corners)).max() > _SAME_PLACE:
+            raise calvae.RecordingError(
+                f"ROIs: expected the labels “{layer.name}” where the movie “{self.movie.name}” is, got another "
+                "position, scale or transform in y and x. In the layer list, right-click the movie and “Copy all to "
+                "clipboard”, then the labels and “Apply scale/transforms from Clipboard”."
+            )
+        return image
+
     def shown(self, pixels: np.ndarray) -> bool:
         """Whether some positions (…, y, x), taken together, are on this plane; those without z are on all planes."""
         return self.n_planes == 1 or pixels.shape[1] < 3 or round(float(pixels[:, -3].mean())) == self.plane
@@ -54,8 +77,7 @@ class RoiReader:
     def labels(self, layer: Layer, view: View) -> np.ndarray:
         """(y, x) label image of the plane; shapes and points are numbered from 1 in their order in the layer."""
         if isinstance(layer, Labels):
-            data = layer.data[0] if layer.multiscale else layer.data
-            return session.plane_of(data, view.size, view.n_planes, view.plane)
+            return view.label_plane(layer)
         if isinstance(layer, Points):
             every = view.pixels(layer, layer.data)
             here = {k + 1: point[-2:] for k, point in enumerate(every) if view.shown(point[None])}
@@ -112,8 +134,7 @@ class RoiReader:
     @staticmethod
     def _parts(layer: Layer, view: View) -> list[Any]:
         if isinstance(layer, Labels):
-            data = layer.data[0] if layer.multiscale else layer.data
-            return [session.plane_of(data, view.size, view.n_planes, view.plane)]
+            return [view.label_plane(layer)]
         placed = [layer.scale.tolist(), layer.translate.tolist(), view.plane]
         movie = view.movie
         placed += [movie.scale.tolist(), movie.translate.tolist()]

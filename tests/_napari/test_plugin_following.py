@@ -194,6 +194,53 @@ def test_other_data_in_the_movie_are_inferred_again(qtbot, show_movie, open_widg
     np.testing.assert_array_equal(widget.plots.picture.traces.values[0], expected(other, labels, 3))
 
 
+def test_data_that_changed_in_place_count_when_they_are_assigned_anew(
+    qtbot, show_movie, open_widget, canvas, network, viewer, movie, labels
+):
+    layer = show_movie(movie.copy())
+    widget = open_widget()
+    for roi in (3, 2):
+        canvas.click(*CENTRES[roi])
+        shows(qtbot, widget, roi)
+    layer.data[:] = movie[::-1]
+    layer.data = layer.data
+    canvas.click(*CENTRES[3])  # at once, before edits are looked at
+    shows(qtbot, widget, 3)
+    np.testing.assert_array_equal(widget.plots.picture.traces.values[0], expected(movie[::-1], labels, 3))
+    settled(qtbot, widget)
+    assert network.calls == [(3,), (2,), (3,)]
+    layer.data[:] = movie
+    layer.data = layer.data
+    settled(qtbot, widget)  # the one on view by itself
+    np.testing.assert_array_equal(widget.plots.picture.traces.values[0], expected(movie, labels, 3))
+
+
+def test_a_frame_rate_of_the_time_axis_is_that_of_its_present_scale(qtbot, show_movie, open_widget, canvas, viewer):
+    units = ("second", "pixel", "pixel")
+    layer = show_movie(metadata={}, units=units)
+    viewer.layers["ROIs"].units = units[1:]
+    widget = open_widget()
+    canvas.click(*CENTRES[3])
+    shows(qtbot, widget, 3)
+    controls = widget.controls
+    assert (controls.frame_rate.text(), controls.rate_source.text()) == ("20", "Hz (time axis)")
+    layer.scale = (1 / 10, 1, 1)
+    settled(qtbot, widget)
+    assert (controls.frame_rate.text(), controls.rate_source.text()) == ("10", "Hz (time axis)")
+    assert widget.plots.picture.frame_rate == 10
+    qtbot.keyClicks(controls.frame_rate, "5")  # being typed behind the 10
+    layer.scale = (1 / 8, 1, 1)
+    settled(qtbot, widget)
+    assert controls.frame_rate.text() == "105"
+    controls.frame_rate.setText("12")
+    controls.frame_rate.setModified(True)
+    qtbot.keyClick(controls.frame_rate, Qt.Key.Key_Return)
+    layer.scale = (1 / 20, 1, 1)
+    settled(qtbot, widget)
+    assert (controls.frame_rate.text(), controls.rate_source.text()) == ("12", "Hz (typed)")
+    assert widget.plots.picture.frame_rate == 12
+
+
 def test_a_shape_that_is_dragged_takes_its_trace_along(qtbot, show_movie, open_widget, canvas, network, viewer, movie):
     show_movie(rois=None)
     corners = np.array([(6, 6), (6, 14), (14, 14), (14, 6)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from plugin_helpers import CENTRES, FRAME_RATE
 from qtpy.QtCore import Qt
 
 import napari_calvae as calvae
-from napari_calvae._napari import following, overlays, session
+from napari_calvae._napari import answers, following, overlays, session
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -124,6 +126,43 @@ def test_a_first_disc_lies_on_its_plane(qtbot, show_movie, open_widget, canvas, 
     np.testing.assert_allclose(layer.scale, SCALE[1:])
     assert (layer.data[2] == 1).any()
     assert not layer.data[:2].any()
+
+
+@pytest.mark.parametrize("change", ["plane", "ROIs", "movie"])
+def test_a_snapped_disc_lies_where_it_was_clicked_or_nowhere(
+    qtbot, show_movie, open_widget, canvas, viewer, stack, labels, monkeypatch, change
+):
+    search, gate = answers.iter_peak, threading.Event()
+
+    def held(*asked):
+        gate.wait(20)
+        yield from search(*asked)
+
+    monkeypatch.setattr(answers, "iter_peak", held)
+    show_movie(stack, rois=np.zeros(stack.shape[1:], np.int32), scale=SCALE)
+    first = viewer.layers["ROIs"]
+    first.scale = SCALE[1:]
+    other = viewer.add_labels(np.zeros_like(first.data), scale=SCALE[1:], name="other")
+    copy = viewer.add_image(stack[:300], scale=SCALE, metadata={"frame_rate": FRAME_RATE}, name="copy")
+    widget = open_widget()
+    widget.controls.choose_rois(first)
+    viewer.dims.set_current_step(1, 0)
+    widget.controls.place.click()
+    canvas.click(*CENTRES[3])
+    qtbot.waitUntil(lambda: widget._placing._worker.busy)
+    if change == "plane":
+        viewer.dims.set_current_step(1, 2)
+    elif change == "ROIs":
+        widget.controls.choose_rois(other)
+    else:
+        widget.controls.choose_movie(copy)
+    gate.set()
+    qtbot.waitUntil(lambda: "no disc was added. Click again" in widget.controls.status.text(), timeout=10_000)
+    qtbot.waitUntil(lambda: not widget._placing._worker.busy)
+    assert not first.data.any()
+    assert not other.data.any()
+    canvas.click(*CENTRES[3])  # nothing changes any more
+    shows(qtbot, widget, 1)
 
 
 def test_shapes_and_points_belong_to_their_plane(qtbot, show_movie, open_widget, canvas, viewer, stack):

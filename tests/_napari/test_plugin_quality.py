@@ -667,6 +667,14 @@ def test_the_amortization_gap_of_chosen_cells_on_request(qtbot, show_movie, open
     qtbot.waitUntil(lambda: "amortization_gap" not in widget.model.names, timeout=10_000)
 
 
+def test_refining_without_a_frame_rate_gets_a_sentence(qtbot, show_movie, open_table):
+    show_movie(metadata={}, scale=(1, 1, 1))
+    _, widget = open_table()
+    widget.form.say("")
+    qtbot.mouseClick(widget.form.gap, BUTTON)
+    assert "Frame rate: expected" in widget.form.status.text()
+
+
 def test_all_distributions_in_a_window_of_their_own(qtbot, show_movie, open_table):
     show_movie()
     _, widget = open_table()

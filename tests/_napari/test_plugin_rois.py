@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from napari.components import ViewerModel
 from napari.layers import Image, Labels, Points, Shapes
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, script, session
+from napari_calvae._napari import answers, picking, script, session
 from napari_calvae._napari.roi_reader import RoiReader, View
 from napari_calvae._napari.shapes import pixels_inside
 
@@ -60,6 +61,62 @@ def test_layers_in_other_coordinates_land_on_the_same_pixels():
     points = Points([(0.3, 10 + 2 * 9, 20 + 2 * 11)])
     image = RoiReader().labels(points, View(movie, diameter=5))
     assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((9, 11))
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [{"translate": (10, 17)}, {"scale": (2, 2.1)}, {"scale": (1, 1), "translate": (0, 0)}, {"affine": np.eye(3) + 0.1}],
+)
+def test_labels_that_lie_elsewhere_than_the_movie_get_a_sentence(moved):
+    movie = Image(np.zeros((5, *SIZE)), scale=(0.1, 2, 2), translate=(0, 10, 20), name="film")
+    rois, view, reader = np.pad(np.ones((4, 4), int), ((2, 34), (2, 44))), View(movie), RoiReader()
+    layer = Labels(rois, scale=(2, 2), translate=(10, 20), name="cells")
+    np.testing.assert_array_equal(reader.read(layer, view, True)[1], rois)
+    layer.translate = (10.9, 20)  # each label still over its own pixel
+    np.testing.assert_array_equal(reader.read(layer, view, True)[1], rois)
+    layer.translate = (10, 20)
+    for name, value in moved.items():
+        setattr(layer, name, value)
+    words = "labels “cells” where the movie “film” is, got another position, .* “Copy all to clipboard”"
+    with pytest.raises(calvae.RecordingError, match=words):
+        reader.read(layer, view, True)
+    fixed = Labels(rois[None], scale=(9, 2, 2), translate=(3, 10, 20))  # along other axes it may lie anywhere
+    np.testing.assert_array_equal(reader.read(fixed, view, True)[1], rois)
+
+
+@pytest.mark.parametrize("n_planes", [1, 3])
+def test_a_first_disc_lies_where_the_movie_lies_however_that_is_turned(n_planes):
+    shape = (5, *SIZE) if n_planes == 1 else (5, n_planes, *SIZE)
+    turn, affine = np.eye(len(shape)), np.eye(len(shape) + 1)
+    turn[-2:, -2:] = [(np.cos(0.3), -np.sin(0.3)), (np.sin(0.3), np.cos(0.3))]
+    affine[-3:-1, -1] = 7, 8
+    movie = Image(np.zeros(shape), scale=(0.1, *(2,) * (len(shape) - 1)), rotate=turn, affine=affine)
+    view = View(movie, plane=n_planes - 1)
+    layer = picking.add_disc(ViewerModel(), None, movie, (20, 30), 6, view.plane)
+    image = RoiReader().labels(layer, view)
+    assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((20, 30))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint64])
+def test_a_disc_takes_a_free_id_where_the_largest_is_in_use(dtype):
+    most, movie = np.iinfo(dtype).max, Image(np.zeros((5, *SIZE)))
+    rois = np.zeros(SIZE, dtype)
+    rois[0, :4] = 1, 2, 4, most
+    layer = picking.add_disc(ViewerModel(), Labels(rois), movie, (20, 30), 6)
+    assert layer.selected_label == 3
+    np.testing.assert_array_equal(np.unique(layer.data), np.array([0, 1, 2, 3, 4, most], dtype))
+    layer = picking.add_disc(ViewerModel(), layer, movie, (30, 30), 6)
+    assert layer.selected_label == 5
+    assert layer.data[30, 30] == 5
+
+
+def test_labels_without_a_free_id_get_a_sentence():
+    rois = np.zeros(SIZE, np.uint8)
+    rois.ravel()[:255] = np.arange(1, 256)
+    layer = Labels(rois.copy())
+    with pytest.raises(calvae.RecordingError, match=r"all 255 that uint8 can hold in use.*Convert to int32"):
+        picking.add_disc(ViewerModel(), layer, Image(np.zeros((5, *SIZE))), (20, 30), 6)
+    np.testing.assert_array_equal(layer.data, rois)
 
 
 @pytest.mark.parametrize("kind", ["labels", "shapes", "points"])

@@ -205,8 +205,7 @@ def test_a_click_on_a_shape_infers_its_mask(qtbot, show_movie, open_widget, canv
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((40, 40), "three dimensions"),
-        ((2, 3, 30, 40, 40), "four (time, z, y, x)"),
+        ((1, 40, 40), "at least two frames"),
         ((3, 30, 40, 40), "second"),
         ((10, 40, 40), "second"),
     ],
@@ -226,6 +225,29 @@ def test_a_bad_movie_gets_a_sentence_and_the_picture_stays(
     assert words in widget.controls.status.text()
     assert "expected" in widget.controls.status.text()
     assert widget.plots.picture is before
+
+
+def test_only_what_can_be_a_movie_is_offered_and_the_longest_is_chosen(
+    qtbot, show_movie, open_widget, canvas, viewer, movie, labels
+):
+    film = show_movie()
+    plane = {"metadata": {"frame_rate": FRAME_RATE}}
+    anatomy = viewer.add_image(np.ones((30, 40, 40)), name="anatomy", **plane)
+    viewer.add_image(movie.mean(axis=0), name="mean", **plane)
+    viewer.add_image(labels, name="labels as an image")
+    viewer.add_image(np.ones((500, 40, 40, 3), np.uint8), name="colours", rgb=True, **plane)
+    viewer.add_image(np.ones((2, 3, 30, 40, 40)), name="channels", **plane)
+    widget = open_widget()
+    box = widget.controls.movie
+    assert [box.itemData(k) for k in range(box.count())] == [film, anatomy]
+    widget.pick(np.array([0] * (viewer.dims.ndim - 2) + list(CENTRES[2]), float))
+    wait_for(qtbot, widget, 2)
+    for layer in (film, anatomy):
+        viewer.layers.remove(layer)
+    assert widget.choices.movie is None
+    with qtbot.waitSignal(widget.failed):
+        widget.pick(np.zeros(viewer.dims.ndim))
+    assert "with one channel, got none" in widget.controls.status.text()
 
 
 def test_rois_of_another_size_get_a_sentence(qtbot, show_movie, open_widget, canvas):
