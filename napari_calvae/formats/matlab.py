@@ -12,15 +12,10 @@ from scipy.io import savemat
 from scipy.io.matlab import MatWriteError
 
 from napari_calvae.formats._files import (
-<<<<<<< HEAD
-    TRACE_NAMES,
-    arrays_of,
-    believed_rate,
-=======
     TRACE_FACTS,
     TRACE_NAMES,
     arrays_of,
->>>>>>> 8186458e00895618e1a19d0eeb9c82da80795b5f
+    believed_rate,
     existing,
     provenance_json,
     traces_of,

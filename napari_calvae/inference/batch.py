@@ -115,13 +115,10 @@ def iter_batch(
     """
     if block_rois is not None and block_rois < 1:
         raise RecordingError(f"block_rois: expected 1 or more ROIs, got {block_rois}.")
-<<<<<<< HEAD
     if isinstance(traces, str | Path):
         check_apart(Path(traces), Path(out))
-=======
     if scheduler is not None:
         check_main_script()
->>>>>>> 8186458e00895618e1a19d0eeb9c82da80795b5f
     source = _source(traces)
     config = InferConfig(**settings)
     vae = shared_model(model, coupled=False)
