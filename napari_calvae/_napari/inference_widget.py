@@ -175,6 +175,7 @@ class InferenceWidget(QWidget):
             self._mark(roi, labels)
             self._show(known)
             return
+        self.plots.set_outdated()
         self.controls.say(f"ROI {roi}: reading and inferring …")
         request = answers.Request(number, self.choices.frames, masks, (roi,), key.settings)
         self._clicked.start(answers.iter_answers(request))
@@ -243,6 +244,7 @@ class InferenceWidget(QWidget):
             if known is not None:
                 self._show(known)
         elif isinstance(message, answers.Failure):
+            self._show_nothing()
             self._fail(message.sentence)
 
     def _on_found(self, targets: Sequence[tuple[answers.Key, set[int]]], message: answers.Found) -> None:
@@ -297,6 +299,7 @@ class InferenceWidget(QWidget):
         except session.NoRois as error:
             self._let_go(str(error))
         except (calvae.RecordingError, ValueError) as error:
+            self._show_nothing()
             self._fail(session.explain(error))
 
     def _on_edited(self) -> None:
@@ -323,15 +326,21 @@ class InferenceWidget(QWidget):
 
     def _let_go(self, sentence: str) -> None:
         """The picked ROI is no longer there: show nothing, and say why."""
-        self._requests.new()
-        self._clicked.stop()
-        self.picked_roi = self._asked = None
+        self.picked_roi = None
+        self._show_nothing()
         self._outline_timer.stop()
-        self._doubt_timer.stop()
         self._outline.remove()
+        self.controls.say(sentence, error=True)
+
+    def _show_nothing(self) -> None:
+        """Neither what is shown nor what is on its way is the posterior of what is picked now."""
+        self._requests.new()
+        if self._asked is not None:  # or it is still warming up, for whatever will be asked first
+            self._clicked.stop()
+        self._asked = None
+        self._doubt_timer.stop()
         self.plots.clear()
         self.overlays.on_shown()
-        self.controls.say(sentence, error=True)
 
     def _on_resized(self) -> None:
         if isinstance(self.choices.roi_layer, Points):

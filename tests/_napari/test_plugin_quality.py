@@ -381,6 +381,29 @@ def test_the_figure_is_saved(qtbot, show_movie, open_table, monkeypatch, tmp_pat
     assert "cell.svg" in widget.form.status.text()
 
 
+def test_a_figure_is_that_of_the_picked_roi_and_named_after_it(
+    qtbot, show_movie, open_table, canvas, network, monkeypatch, tmp_path
+):
+    show_movie()
+    inference, widget = open_table()
+    named = []
+    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *asked: (named.append(asked[2]), ("", ""))[1])
+    click_row(widget, 1)
+    qtbot.waitUntil(widget.form.figure.isEnabled)
+    network.broken.add(2)
+    with qtbot.waitSignal(inference.failed, timeout=20_000):
+        click_row(widget, 2)
+        assert not widget.form.figure.isEnabled()
+    assert not widget.form.figure.isEnabled()
+    with pytest.raises(calvae.RecordingError, match="expected a picked ROI"):
+        widget.save_figure(tmp_path / "roi_2.svg")
+    canvas.click(*CENTRES[3])
+    qtbot.waitUntil(widget.form.figure.isEnabled, timeout=20_000)
+    widget.current = 2  # whatever row is chosen
+    qtbot.mouseClick(widget.form.figure, Qt.MouseButton.LeftButton)
+    assert named == ["roi_3.svg"]
+
+
 def test_the_script_goes_to_the_clipboard(qtbot, show_movie, open_table, viewer):
     show_movie()
     inference, widget = open_table()
