@@ -112,6 +112,8 @@ class InferenceWidget(QWidget):
         controls.infer_all.clicked.connect(self.infer_all)
         controls.cancel.clicked.connect(self.cancel)
         self.plots.picked.connect(self._on_moment_picked)
+        for signal in (self.results_changed, controls.changed, controls.frame_rate_typed):
+            signal.connect(self.overlays.on_results_changed)
         self.overlays.failed.connect(lambda sentence: self.controls.say(sentence, error=True))
         self._clicked.message.connect(self._on_message)
         self._batch.answered.connect(self._on_many)
@@ -279,7 +281,6 @@ class InferenceWidget(QWidget):
     def _on_kept(self) -> None:
         if self.choices.roi_layer is not None:
             self.choices.roi_layer.metadata[writing.KEY] = writing.Results(self, self.choices.roi_layer)
-        self.overlays.on_results_changed()
         self.results_changed.emit()
 
     def _still_holds(self, key: answers.Key) -> bool:
@@ -320,7 +321,6 @@ class InferenceWidget(QWidget):
             self.results_changed.emit()
             return
         self.results.known(key)
-        self.overlays.on_results_changed()
         self.results_changed.emit()
         roi = self.picked_roi
         if roi is not None and roi not in key.marks:
