@@ -45,9 +45,16 @@ class Results:
                 f"Save: expected {name} as the ROIs of the spike inference widget, got others. Choose it there."
             )
         rows: dict[int, tuple[calvae.SpikeInference | FromStore, int]] = {}
+        plane_of: dict[int, int] = {}
         for key, _masks in widget.choices.planes():
-            widget.results.known(key)
-            rows |= widget.results.rows
+            for roi in sorted(widget.results.known(key)):
+                if roi in plane_of:
+                    raise calvae.RecordingError(
+                        f"Save: expected each ROI on one plane, got results of ROI {roi} on planes "
+                        f"{min(plane_of[roi], key.plane)} and {max(plane_of[roi], key.plane)}. Draw the cells of every "
+                        "plane with labels of their own, in a layer (z, y, x), and infer these."
+                    )
+                plane_of[roi], rows[roi] = key.plane, widget.results.rows[roi]
         if not rows:
             raise calvae.RecordingError(_NONE)
         return joined(rows)
