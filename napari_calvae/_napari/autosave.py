@@ -155,7 +155,7 @@ def drawn_rois(layer: Layer, movie: Layer | None) -> recovery.DrawnRois | None:
             return None
     given = layer.metadata.get(KEY)
     path = None if movie is None else script.path_of(movie)
-    found = roi_layer.read_judgements(layer) if isinstance(layer, Labels) else {}
+    found = roi_layer.read_judgements(layer)
     return recovery.DrawnRois(
         kind=type(layer).__name__.lower(),
         name=layer.name,
@@ -182,7 +182,7 @@ def restore(viewer: Viewer, drawn: recovery.DrawnRois) -> Layer:
     else:
         layer = _new(drawn)
         viewer.add_layer(layer)
-    if isinstance(layer, Labels) and drawn.judgements:
+    if drawn.judgements:
         judged = {roi: judging.Judgement(*words) for roi, words in drawn.judgements.items()}
         roi_layer.write_judgements(layer, [*judged], judging.Judgements(judged))
     return layer

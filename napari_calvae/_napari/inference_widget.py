@@ -7,7 +7,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from napari.layers import Labels, Points
+from napari.layers import Image, Labels, Layer, Points
 from napari.qt import get_qapp
 from napari.utils.notifications import show_error
 from napari.utils.theme import get_theme
@@ -16,7 +16,7 @@ from qtpy.QtCore import QTimer, Signal
 from qtpy.QtWidgets import QHBoxLayout, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, picking, remembering, running, session, writing
+from napari_calvae._napari import answers, picking, readout, remembering, running, session, writing
 from napari_calvae._napari.autosave import Autosave, RecoveryBar, recover
 from napari_calvae._napari.batch import Batch
 from napari_calvae._napari.choices import Choices
@@ -65,6 +65,7 @@ class InferenceWidget(QWidget):
         self._requests = answers.Requests()
         self.results = answers.Results()
         self._asked: answers.Key | None = None
+        self._chosen: tuple[Layer | None, ...] = (None, None)
         self._plane, self._follows_movie = 0, True
         self.picked_roi: int | None = None
         self.controls, self.plots = Controls(), PosteriorPlots()
@@ -86,6 +87,7 @@ class InferenceWidget(QWidget):
         self.choices = Choices(self.controls, napari_viewer)
         self._placing = Placing(self, napari_viewer, self.controls, self.choices)
         self._outline = picking.Outline(napari_viewer)
+        self._outlined: tuple[np.ndarray, Image] | None = None
         self._outline_timer = QTimer(self)
         self._outline_timer.setSingleShot(True)
         self._outline_timer.timeout.connect(self._draw_outline)
@@ -110,6 +112,8 @@ class InferenceWidget(QWidget):
         controls.infer_all.clicked.connect(self.infer_all)
         controls.cancel.clicked.connect(self.cancel)
         self.plots.picked.connect(self._on_moment_picked)
+        for signal in (self.results_changed, controls.changed, controls.frame_rate_typed):
+            signal.connect(self.overlays.on_results_changed)
         self.overlays.failed.connect(lambda sentence: self.controls.say(sentence, error=True))
         self._clicked.message.connect(self._on_message)
         self._batch.answered.connect(self._on_many)
@@ -175,6 +179,7 @@ class InferenceWidget(QWidget):
             self._mark(roi, labels)
             self._show(known)
             return
+        self.plots.set_outdated()
         self.controls.say(f"ROI {roi}: reading and inferring …")
         request = answers.Request(number, self.choices.frames, masks, (roi,), key.settings)
         self._clicked.start(answers.iter_answers(request))
@@ -243,6 +248,7 @@ class InferenceWidget(QWidget):
             if known is not None:
                 self._show(known)
         elif isinstance(message, answers.Failure):
+            self._show_nothing()
             self._fail(message.sentence)
 
     def _on_found(self, targets: Sequence[tuple[answers.Key, set[int]]], message: answers.Found) -> None:
@@ -275,7 +281,6 @@ class InferenceWidget(QWidget):
     def _on_kept(self) -> None:
         if self.choices.roi_layer is not None:
             self.choices.roi_layer.metadata[writing.KEY] = writing.Results(self, self.choices.roi_layer)
-        self.overlays.on_results_changed()
         self.results_changed.emit()
 
     def _still_holds(self, key: answers.Key) -> bool:
@@ -297,6 +302,7 @@ class InferenceWidget(QWidget):
         except session.NoRois as error:
             self._let_go(str(error))
         except (calvae.RecordingError, ValueError) as error:
+            self._show_nothing()
             self._fail(session.explain(error))
 
     def _on_edited(self) -> None:
@@ -312,10 +318,11 @@ class InferenceWidget(QWidget):
             return
         except (calvae.RecordingError, ValueError) as error:
             if self.picked_roi is not None:
+                self._show_nothing()
                 self.controls.say(session.explain(error), error=True)
+            self.results_changed.emit()
             return
         self.results.known(key)
-        self.overlays.on_results_changed()
         self.results_changed.emit()
         roi = self.picked_roi
         if roi is not None and roi not in key.marks:
@@ -325,15 +332,21 @@ class InferenceWidget(QWidget):
 
     def _let_go(self, sentence: str) -> None:
         """The picked ROI is no longer there: show nothing, and say why."""
-        self._requests.new()
-        self._clicked.stop()
-        self.picked_roi = self._asked = None
+        self.picked_roi = None
+        self._show_nothing()
         self._outline_timer.stop()
-        self._doubt_timer.stop()
         self._outline.remove()
+        self.controls.say(sentence, error=True)
+
+    def _show_nothing(self) -> None:
+        """Neither what is shown nor what is on its way is the posterior of what is picked now."""
+        self._requests.new()
+        if self._asked is not None:  # or it is still warming up, for whatever will be asked first
+            self._clicked.stop()
+        self._asked = None
+        self._doubt_timer.stop()
         self.plots.clear()
         self.overlays.on_shown()
-        self.controls.say(sentence, error=True)
 
     def _on_resized(self) -> None:
         if isinstance(self.choices.roi_layer, Points):
@@ -349,12 +362,15 @@ class InferenceWidget(QWidget):
         self._outline_timer.start(OUTLINE_AFTER)
 
     def _draw_outline(self) -> None:
-        self._outline.show(*self._outlined)
+        if self._outlined is None:
+            self._outline.remove()
+        else:
+            self._outline.show(*self._outlined)
 
     def _tell_doubts(self) -> None:
         """Say what looks wrong with the trace that is shown, once it has been painted and if nothing else was said."""
         picture = self.plots.picture
-        if picture is None or self.controls.status.text() != _shown(picture):
+        if picture is None or self.controls.status.text() != readout.shown(picture):
             return
         if found := calvae.check(picture.traces):
             self.controls.say(f"ROI {picture.roi_ids[0]}: " + " ".join(f"{d.found} {d.advice}" for d in found))
@@ -365,7 +381,7 @@ class InferenceWidget(QWidget):
         self.plots.set_picture(picture, f"<b>ROI {roi}</b> &nbsp; {np.nanmean(picture.rate):.2f} spikes/s on average")
         self.overlays.on_shown()
         self._on_slider()
-        self.controls.say(_shown(picture))
+        self.controls.say(readout.shown(picture))
         self.shown.emit(roi)
         self._doubt_timer.start(OUTLINE_AFTER)
         if self._outline_timer.isActive():
@@ -382,12 +398,17 @@ class InferenceWidget(QWidget):
     def _on_layers_chosen(self) -> None:
         self._follow()
         rate, given = self.choices.frame_rate(), self.choices.traces
+        before, self._chosen = self._chosen, (self.choices.movie, self.choices.roi_layer)
+        if any(now is not then for now, then in zip(self._chosen, before, strict=True)):
+            self._placing.give_up()
+            self._show_nothing()  # the same number is another cell there
+            self._outlined = None
+            self._outline_timer.start(0)  # not now: napari is adding or removing layers
         self.controls.show_frame_rate(rate)
         self.controls.show_need(movie=given is None, neuropil=self.choices.real_movie is not None or given is None)
         if self.choices.movie is not None and rate.hz is None:
             self.controls.say("The file does not state the frame rate: type it in Hz to go on.", error=True)
-        elif self.choices.movie is not None and self.choices.roi_layer is not None:
-            self._follower.touch()  # a picked ROI may be another one; many are read before the first click
+        self._follower.touch()  # a picked ROI may be another one; many are read before the first click
 
     def _on_frame_rate_typed(self, text: str) -> None:
         try:
@@ -479,10 +500,3 @@ class InferenceWidget(QWidget):
         self._outline.remove()
         self.plots.dispose()
         self.deleteLater()
-
-
-def _shown(picture: calvae.SpikeInference) -> str:
-    """What is said of a ROI that is shown."""
-    return (
-        f"ROI {picture.roi_ids[0]}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
-    )

@@ -61,19 +61,21 @@ class Overlays(QObject):
             return
         self._worker.start(answers.iter_rival(number, picture.traces))
 
-    def on_results_changed(self) -> None:
+    def on_results_changed(self, *_: object) -> None:
         """Renew the pinned cells, and paint all again, soon."""
         self._renew_pinned()
         if self._plots.activity_button.isChecked() and not self._later.isActive():
             self._later.start()
 
     def _renew_pinned(self) -> None:
+        if not self._plots.pinned.cells:
+            return
         try:
             key = self._choices.rois()[0]
         except (calvae.RecordingError, ValueError):
-            return
+            key = None  # nothing holds of what was chosen before
         for roi, cell in self._plots.pinned.cells.items():
-            known = self._results.get(key, roi)
+            known = None if key is None else self._results.get(key, roi)
             if known is None:
                 cell.set_outdated()
             elif known.rate is not cell.picture.rate:
@@ -102,8 +104,12 @@ class Overlays(QObject):
         if on:
             self._paint()
         elif self._layer is not None:
-            # Emptied, not removed: napari holds on to layers that are gone, and one a click would fill the memory.
             self._layer.visible = False
+            self._blank()
+
+    def _blank(self) -> None:
+        """Let nothing glow; the layer stays: napari holds on to those that are gone, one a click would fill memory."""
+        if self._layer is not None:
             self._layer.data = np.zeros_like(self._layer.data[:1])
 
     def _on_visible(self) -> None:
@@ -112,12 +118,16 @@ class Overlays(QObject):
             self._plots.activity_button.setChecked(self._layer.visible)
 
     def _paint(self) -> None:
+        if not self._plots.activity_button.isChecked():
+            return
         try:
             key, labels, _ = self._choices.rois()
         except (calvae.RecordingError, ValueError):
+            self._blank()
             return
         rows = {roi: self._results.rows[roi] for roi in self._results.known(key)}
-        if not rows or not self._plots.activity_button.isChecked():
+        if not rows:
+            self._blank()
             return
         movie = self._choices.chosen_movie()
         try:

@@ -12,7 +12,7 @@ from napari.components import ViewerModel
 from napari.layers import Image, Labels, Layer, Points, Shapes
 
 import napari_calvae as calvae
-from napari_calvae._napari import drawing, session
+from napari_calvae._napari import drawing, roi_layer, session
 
 #: Marks the layers that the plugin draws itself, in their metadata.
 OWN = "napari-calvae"
@@ -160,6 +160,7 @@ def add_disc(
     roi = _new_id(layer.data)
     if new:
         viewer.add_layer(layer)
+    roi_layer.forget_judgement(layer, roi)  # that of a cell that was erased
     layer.data_setitem((*(np.full(len(pixels[0]), k) for k in lead), *pixels), roi)
     layer.selected_label = roi
     return layer

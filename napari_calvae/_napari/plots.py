@@ -26,15 +26,18 @@ class PosteriorPlots(QWidget):
 
     While the pointer is over the plots the line above them tells the numbers of the moment under it.
 
-    ``picked`` is emitted with the clicked time (s), ``painted`` after every redrawing of the curves.
+    ``picked`` is emitted with the clicked time (s), ``painted`` after every redrawing of the curves, ``offered`` when
+    ``current`` may be another picture or none.
     """
 
     picked = Signal(float)
     painted = Signal()
+    offered = Signal()
 
     def __init__(self, parent: QWidget | None = None):
         super().__init__(parent)
         self.picture: calvae.SpikeInference | None = None
+        self._outdated = False
         self.band: drawing.Band | None = None
         self.columns: drawing.Columns | None = None
         self.log_likelihood = float("nan")
@@ -147,6 +150,21 @@ class PosteriorPlots(QWidget):
         if before is None or self._ends(before) != ends:
             self.trace_row.view.setXRange(*ends, padding=0)
         self.redraw()
+        self._offer(outdated=False)
+
+    @property
+    def current(self) -> calvae.SpikeInference | None:
+        """The picture, if it is what was asked for last: only that may be pinned or drawn for a paper."""
+        return None if self._outdated else self.picture
+
+    def set_outdated(self) -> None:
+        """Something else was asked for: what is shown stays in view until it is there, and is offered for nothing."""
+        self._offer(outdated=True)
+
+    def _offer(self, outdated: bool) -> None:
+        self._outdated = outdated
+        self.pin_button.setEnabled(self.current is not None)
+        self.offered.emit()
 
     def clear(self) -> None:
         """Show nothing."""
@@ -162,6 +180,7 @@ class PosteriorPlots(QWidget):
         for row in self.rows:
             row.cursor.hide()
         self._write_legends()
+        self._offer(outdated=False)
 
     def set_truth(self, times: np.ndarray | None) -> None:
         """Mark true spikes (s) above the samples, or none."""
@@ -289,8 +308,8 @@ class PosteriorPlots(QWidget):
             row.words.setHtml(text)
 
     def _on_pin(self) -> None:
-        if self.picture is not None:
-            self.pinned.pin(self.picture)
+        if self.current is not None:
+            self.pinned.pin(self.current)
 
     def _set_heading(self, words: str) -> None:
         self._heading = words

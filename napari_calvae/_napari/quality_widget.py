@@ -87,9 +87,7 @@ class QualityWidget(QWidget):
             form.csv: lambda: self._save_as("Table of cells", "cells.csv", "Table (*.csv)", self.save_table),
             form.python: self.copy_script,
             form.keys: lambda: QToolTip.showText(QCursor.pos(), form.keys.toolTip(), form.keys),
-            form.figure: lambda: self._save_as(
-                "Figure", f"roi_{self.current}.svg", "Figure (*.svg *.png)", self.save_figure
-            ),
+            form.figure: self.ask_figure,
         }.items():
             button.clicked.connect(_alone(action))
         self._worker.message.connect(self._on_gap)
@@ -147,7 +145,7 @@ class QualityWidget(QWidget):
         form.infer_all.setEnabled(table.inferred < len(table.rois) or self._inference is None)
         form.undo.setEnabled(bool(self.judged.done))
         form.redo.setEnabled(bool(self.judged.undone))
-        form.figure.setEnabled(self._picture() is not None)
+        self._on_offered()
 
     # The row and the ROI
 
@@ -361,6 +359,13 @@ class QualityWidget(QWidget):
         script.write_whole(path, judging.csv_text(self.table, self.model.order, self.judged))
         self.form.say(f"{len(self.model.order)} of {len(self.table.rois)} ROIs written to {Path(path).name}.")
 
+    def ask_figure(self) -> None:
+        """Ask for a file, named after the ROI in the picture, and save that there."""
+        picture = self._picture()
+        if picture is not None:
+            name = f"roi_{picture.roi_ids[0]}.svg"
+            self._save_as("Figure", name, "Figure (*.svg *.png)", self.save_figure)
+
     def save_figure(self, path: str | Path) -> None:
         """Write the picture of the picked ROI over the time in view, PNG or SVG."""
         picture = self._picture()
@@ -399,7 +404,10 @@ class QualityWidget(QWidget):
             self.form.say(session.explain(error), error=True)
 
     def _picture(self) -> calvae.SpikeInference | None:
-        return self._inference.plots.picture if self._inference is not None else None
+        return self._inference.plots.current if self._inference is not None else None
+
+    def _on_offered(self) -> None:
+        self.form.figure.setEnabled(self._picture() is not None)
 
     # Coming and going
 
@@ -425,6 +433,7 @@ class QualityWidget(QWidget):
         return [
             *((signal, self._later_refresh) for signal in gathered),
             (inference.shown, self._on_shown),
+            (inference.plots.offered, self._on_offered),
             (inference.ran, self.runs.show),
             (inference.destroyed, self._on_inference_gone),
         ]

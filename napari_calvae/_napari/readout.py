@@ -93,5 +93,12 @@ def log_likelihood(picture: calvae.SpikeInference, columns: Columns) -> float:
     return float(np.mean(-0.5 * z**2 - np.log(sd[measured]) - 0.5 * np.log(2 * np.pi)))
 
 
+def shown(picture: calvae.SpikeInference) -> str:
+    """What is said of a ROI that is shown."""
+    return (
+        f"ROI {picture.roi_ids[0]}: {picture.n_samples} samples of its spikes. A click in the plots moves the slider."
+    )
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

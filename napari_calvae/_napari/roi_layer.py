@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 from napari.layers import Labels, Layer
+from napari.layers.base import ActionType
 from napari.utils.colormaps import DirectLabelColormap, ensure_colormap
 
 from napari_calvae._napari import judging
@@ -40,26 +41,17 @@ def colours_of(table: judging.Table, judged: judging.Judgements, name: str) -> d
     return dict(zip(table.rois, colours.round(4).tolist(), strict=True))
 
 
-def verdicts(features: Any) -> dict[int, str]:
-    """Verdicts in a layer's features by ROI id; empty where there are none."""
-    if features is None or "verdict" not in features:
-        return {}
-    ids = features.get("index", pd.Series(range(len(features))))
-    return {
-        int(roi): text for roi, text in zip(ids, features["verdict"], strict=True) if isinstance(text, str) and text
-    }
-
-
 def judged_features(rois: Sequence[int], accepted: Sequence[bool]) -> pd.DataFrame:
     """Features of a layer whose ROIs a file tells to be accepted or not."""
     told = [judging.ACCEPTED if yes else judging.REJECTED for yes in accepted]
     return pd.DataFrame({"index": list(rois), "verdict": told, "note": ""})
 
 
-def read_judgements(layer: Labels) -> dict[int, judging.Judgement]:
-    """Judgements in the layer's features."""
+def read_judgements(layer: Layer) -> dict[int, judging.Judgement]:
+    """Judgements in the features of a Labels, Points or Shapes layer, by ROI id."""
     features = layer.features
-    ids = features.get("index", features.index)
+    # Points and shapes are numbered from 1 in their order in the layer; napari moves their rows with them.
+    ids = features.get("index", features.index) if isinstance(layer, Labels) else range(1, 1 + len(features))
     found = {}
     for place, roi in enumerate(ids):
         verdict, note = (_text(features, name, place) for name in ("verdict", "note"))
@@ -74,18 +66,44 @@ def _text(features: pd.DataFrame, name: str, place: int) -> str:
     return value if isinstance(value, str) else ""
 
 
-def write_judgements(layer: Labels, rois: Sequence[int], judged: judging.Judgements) -> None:
-    """Put the judgements of ``rois`` into the layer's features, by label; what else is there stays."""
+def write_judgements(layer: Layer, rois: Sequence[int], judged: judging.Judgements) -> None:
+    """Put judgements into the layer's features, of ``rois`` by label, or of all points or shapes; what else stays."""
+    if not isinstance(layer, Labels):
+        mine = [judged.of(1 + place) for place in range(len(layer.features))]
+        layer.features = layer.features.assign(
+            verdict=[judgement.verdict for judgement in mine], note=[judgement.note for judgement in mine]
+        )
+        layer.feature_defaults = layer.feature_defaults.assign(verdict=judging.UNJUDGED, note="")
+        layer.events.data.connect(_on_elements)
+        return
     features = layer.features
     if "index" not in features:
         features = features.assign(index=np.arange(len(features)))  # so napari reads features without an index
     features = features.drop_duplicates("index").set_index("index")
     features = features.reindex(features.index.union(pd.Index(rois, dtype=int)))
-    mine = {roi: judged.of(int(roi)) for roi in features.index}
+    of = {roi: judged.of(int(roi)) for roi in features.index}
     features = features.assign(
-        verdict=[judgement.verdict for judgement in mine.values()], note=[judgement.note for judgement in mine.values()]
+        verdict=[judgement.verdict for judgement in of.values()], note=[judgement.note for judgement in of.values()]
     )
     layer.features = features.rename_axis("index").reset_index()
+
+
+def forget_judgement(layer: Labels, roi: int) -> None:
+    """Take back what was said of an id: another cell gets it."""
+    judged = read_judgements(layer)
+    if judged.pop(roi, None) is not None:
+        write_judgements(layer, [roi], judging.Judgements(judged))
+
+
+def _on_elements(event: Any) -> None:
+    """Points and shapes that are added begin unjudged; napari gives them what the selected ones have."""
+    layer = event.source
+    if event.action != ActionType.ADDED or "verdict" not in layer.features:
+        return
+    features = layer.features.copy()
+    for name, value in (("verdict", judging.UNJUDGED), ("note", "")):
+        features.iloc[list(event.data_indices), features.columns.get_loc(name)] = value
+    layer.features = features
 
 
 class Listening:
@@ -93,9 +111,9 @@ class Listening:
 
     def __init__(self, layer: Layer, on_rois: Callable[..., None], on_features: Callable[..., None]):
         events = layer.events
-        self._pairs: list[tuple[Any, Callable[..., None]]] = [(events.data, on_rois)]
+        self._pairs: list[tuple[Any, Callable[..., None]]] = [(events.data, on_rois), (events.features, on_features)]
         if isinstance(layer, Labels):
-            self._pairs += [(events.paint, on_rois), (events.labels_update, on_rois), (events.features, on_features)]
+            self._pairs += [(events.paint, on_rois), (events.labels_update, on_rois)]
         for event, slot in self._pairs:
             event.connect(slot)
 
@@ -108,7 +126,7 @@ class Listening:
 class JudgedRois:
     """Judgements of the ROIs of one layer at a time, and the colours that they get.
 
-    Those of a Labels layer live in its features; those of other layers are remembered as long as the layer exists.
+    They live in the layer's features; of a Labels layer what was done and undone is remembered as long as it exists.
 
     Parameters
     ----------
@@ -122,6 +140,7 @@ class JudgedRois:
         self._layer: Layer | None = None
         self._listening: Listening | None = None
         self._writing = False
+        self._rows = 0
         self._remembered: WeakKeyDictionary[Layer, judging.Judgements] = WeakKeyDictionary()
         self._colours = Colours()
 
@@ -130,10 +149,11 @@ class JudgedRois:
         if layer is self._layer and self._listening is not None:
             return
         self.let_go()
-        if self._layer is not None:
+        if isinstance(self._layer, Labels):
             self._remembered[self._layer] = self.judged
         self._layer, self.judged = layer, judging.Judgements()
         if layer is not None:
+            self._rows = len(layer.features)
             self.judged = self._remembered.get(layer, self.judged)
             self._listening = Listening(layer, self._on_change, self._on_features)
             self._on_features()
@@ -148,7 +168,7 @@ class JudgedRois:
     def keep(self, judged: judging.Judgements, rois: Sequence[int]) -> None:
         """These judgements hold from now on."""
         self.judged = judged
-        if isinstance(self._layer, Labels):
+        if self._layer is not None:
             self._writing = True
             write_judgements(self._layer, rois, judged)
             self._writing = False
@@ -161,10 +181,13 @@ class JudgedRois:
             self._colours.restore()
 
     def _on_features(self, *_: object) -> None:
-        if self._writing or not isinstance(self._layer, Labels):
+        if self._writing or self._layer is None:
             return
         found = read_judgements(self._layer)
-        if found != self.judged.by_roi:
+        before, self._rows = self._rows, len(self._layer.features)
+        # Where points or shapes are added or deleted, others have their numbers, of which undo would speak.
+        renumbered = self._rows != before and not isinstance(self._layer, Labels)
+        if renumbered or found != self.judged.by_roi:
             self.judged = judging.Judgements(found)
             self._on_change()
 

@@ -37,7 +37,7 @@ class Results:
         return _gone, ()  # a process of its own has no such widget
 
     def collect(self) -> calvae.SpikeInference:
-        """All that holds of these ROIs now, those of all planes."""
+        """All that holds of these ROIs now, those of all planes, and which of them are accepted."""
         widget, layer = self._widget(), self._layer()
         if widget is None or layer is None or widget.choices.roi_layer is not layer:
             name = "this layer" if layer is None else f"“{layer.name}”"
@@ -45,12 +45,19 @@ class Results:
                 f"Save: expected {name} as the ROIs of the spike inference widget, got others. Choose it there."
             )
         rows: dict[int, tuple[calvae.SpikeInference | FromStore, int]] = {}
+        plane_of: dict[int, int] = {}
         for key, _masks in widget.choices.planes():
-            widget.results.known(key)
-            rows |= widget.results.rows
+            for roi in sorted(widget.results.known(key)):
+                if roi in plane_of:
+                    raise calvae.RecordingError(
+                        f"Save: expected each ROI on one plane, got results of ROI {roi} on planes "
+                        f"{min(plane_of[roi], key.plane)} and {max(plane_of[roi], key.plane)}. Draw the cells of every "
+                        "plane with labels of their own, in a layer (z, y, x), and infer these."
+                    )
+                plane_of[roi], rows[roi] = key.plane, widget.results.rows[roi]
         if not rows:
             raise calvae.RecordingError(_NONE)
-        return joined(rows)
+        return judged(joined(rows), roi_layer.read_judgements(layer))
 
 
 def _gone() -> None:
@@ -73,15 +80,15 @@ def joined(rows: Mapping[int, tuple[calvae.SpikeInference | FromStore, int]]) ->
     return calvae.SpikeInference.concatenate([answers.one_roi(*places[roi]) for roi in ids])
 
 
-def judged(result: calvae.SpikeInference, features: Any) -> calvae.SpikeInference:
-    """The same result; which cells are accepted is as the verdicts in a layer's features have it."""
-    verdicts = roi_layer.verdicts(features)
+def judged(result: calvae.SpikeInference, judgements: Mapping[int, judging.Judgement]) -> calvae.SpikeInference:
+    """The same result; which cells are accepted is as the judgements by ROI id have it, where they have a verdict."""
+    verdicts = {roi: judgement.verdict for roi, judgement in judgements.items() if judgement.verdict}
     if not verdicts:
         return result
     before = result.traces.accepted
     accepted = np.ones(len(result.roi_ids), bool) if before is None else np.array(before, bool)
     for row, roi in enumerate(result.roi_ids):
-        if verdicts.get(roi) in (judging.ACCEPTED, judging.REJECTED):
+        if roi in verdicts:
             accepted[row] = verdicts[roi] == judging.ACCEPTED
     return replace(result, traces=result.traces.replace(accepted=accepted))
 
@@ -96,7 +103,7 @@ def write(path: str, _data: Any, meta: Mapping[str, Any]) -> list[str]:
     try:
         if not isinstance(handle, Results):
             raise calvae.RecordingError(_NONE)
-        calvae.write(judged(handle.collect(), meta.get("features")), path)
+        calvae.write(handle.collect(), path)
     except calvae.RecordingError as error:
         raise WritingError(str(error)) from error
     return [str(Path(path))]

@@ -40,11 +40,12 @@ def posterior_of(traces: calvae.Traces, n_samples: int) -> calvae.SpikeInference
 
 @dataclass
 class Network:
-    """Stand-in for inference that a test can hold up: ``gate`` per ROI, ``calls`` in their order."""
+    """Stand-in for inference that a test can hold up: ``gate`` per ROI, ``calls`` in order; ``broken`` ROIs fail."""
 
     calls: list[tuple[int, ...]] = field(default_factory=list)
     asked: list[dict] = field(default_factory=list)
     gates: dict[int, threading.Event] = field(default_factory=dict)
+    broken: set[int] = field(default_factory=set)
 
     def hold(self, roi: int) -> threading.Event:
         """Let inference of this ROI wait until the event is set."""
@@ -57,6 +58,8 @@ class Network:
         for row, roi in enumerate(traces.roi_ids):
             if roi in self.gates:
                 self.gates[roi].wait(20)
+            if roi in self.broken:
+                raise calvae.RecordingError(f"traces: expected a signal, got none of ROI {roi}. Pick another one.")
             yield posterior_of(traces.select([row]), n_samples)
 
     def infer(self, traces, **settings):

@@ -241,6 +241,55 @@ def test_a_frame_rate_of_the_time_axis_is_that_of_its_present_scale(qtbot, show_
     assert widget.plots.picture.frame_rate == 12
 
 
+@pytest.mark.parametrize("gone", ["movie", "ROIs", "all"])
+def test_nothing_is_shown_of_a_movie_or_rois_that_were_removed(qtbot, show_movie, open_widget, canvas, viewer, gone):
+    show_movie()
+    widget = open_widget()
+    canvas.click(*CENTRES[3])
+    shows(qtbot, widget, 3)
+    qtbot.waitUntil(lambda: "picked ROI" in viewer.layers)
+    if gone == "all":
+        viewer.layers.clear()
+    else:
+        viewer.layers.remove(gone)
+    settled(qtbot, widget)
+    assert widget.plots.picture is None
+    assert "picked ROI" not in viewer.layers
+    assert "got none" in widget.controls.status.text()
+
+
+def test_a_late_answer_is_not_shown_under_another_movie(
+    qtbot, show_movie, open_widget, canvas, network, viewer, movie, labels
+):
+    show_movie()
+    widget = open_widget()
+    gate = network.hold(3)
+    canvas.click(*CENTRES[3])
+    qtbot.waitUntil(lambda: network.calls == [(3,)])
+    other = viewer.add_image(movie[::-1].copy(), name="other")  # whose frame rate nobody knows
+    widget.controls.choose_movie(other)
+    gate.set()
+    settled(qtbot, widget)
+    assert widget.plots.picture is None
+    assert not widget.results.rows
+    widget._on_frame_rate_typed(str(FRAME_RATE))
+    shows(qtbot, widget, 3)
+    np.testing.assert_array_equal(widget.plots.picture.traces.values[0], expected(movie[::-1], labels, 3))
+
+
+def test_rois_of_another_layer_are_inferred_anew(qtbot, show_movie, open_widget, canvas, viewer, movie, labels):
+    show_movie()
+    widget = open_widget()
+    canvas.click(*CENTRES[3])
+    shows(qtbot, widget, 3)
+    turned = np.where(labels > 0, 4 - labels, 0)
+    viewer.add_labels(turned, name="turned")
+    widget.controls.choose_rois(viewer.layers["turned"])
+    assert widget.plots.picture is None
+    shows(qtbot, widget, 3)
+    np.testing.assert_array_equal(widget.plots.picture.traces.values[0], expected(movie, labels, 1))
+
+
 def test_a_shape_that_is_dragged_takes_its_trace_along(qtbot, show_movie, open_widget, canvas, network, viewer, movie):
     show_movie(rois=None)
     corners = np.array([(6, 6), (6, 14), (14, 14), (14, 6)])

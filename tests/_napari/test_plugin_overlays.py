@@ -71,6 +71,29 @@ def test_cells_light_up_once_inferred_and_go_dark_again(qtbot, show_movie, open_
     assert np.asarray(viewer.layers[overlays.LAYER].data[frame])[CENTRES[1]] > 0
 
 
+@pytest.mark.parametrize("change", ["settings", "rois", "movie"])
+def test_nothing_glows_that_no_longer_holds(qtbot, show_movie, open_widget, viewer, network, change):
+    show_movie()
+    widget = open_widget()
+    widget.infer_all()
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 3 and not widget._batch.busy, timeout=20_000)
+    qtbot.mouseClick(widget.plots.activity_button, Qt.MouseButton.LeftButton)
+    layer = viewer.layers[overlays.LAYER]
+    assert np.asarray(layer.data).any()
+    if change == "settings":
+        widget.controls.neuropil.setValue(0.3)  # no ROI is picked: nothing is inferred again by itself
+    elif change == "rois":
+        viewer.layers["ROIs"].data = np.zeros_like(viewer.layers["ROIs"].data)
+    else:
+        viewer.layers.remove("movie")
+    qtbot.waitUntil(lambda: not np.asarray(layer.data).any(), timeout=5_000)
+    assert layer.visible
+    assert len(network.calls) == 1
+    if change == "settings":
+        widget.infer_all()
+        qtbot.waitUntil(lambda: np.asarray(layer.data).any(), timeout=20_000)
+
+
 @pytest.mark.usefixtures("network")
 def test_true_spikes_are_marked_where_the_layer_knows_them(qtbot, show_movie, open_widget, canvas, viewer):
     show_movie()

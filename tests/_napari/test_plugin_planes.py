@@ -11,7 +11,7 @@ from plugin_helpers import CENTRES, FRAME_RATE
 from qtpy.QtCore import Qt
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, following, overlays, session
+from napari_calvae._napari import answers, following, overlays, session, writing
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -190,6 +190,36 @@ def test_shapes_and_points_belong_to_their_plane(qtbot, show_movie, open_widget,
     canvas.click(*CENTRES[3])
     shows(qtbot, widget, 3)
     assert points.data[2] == pytest.approx((2, *CENTRES[3]), abs=1.5)
+
+
+def test_results_of_one_id_on_several_planes_are_not_merged(
+    qtbot, show_movie, open_widget, viewer, stack, labels, tmp_path
+):
+    show_movie(stack, scale=SCALE, rois=None)
+    third = labels == 3
+    layer = viewer.add_labels(np.stack([labels, 3 * third, 4 * third]), name="ROIs", scale=SCALE[1:])
+    widget = open_widget()
+    widget.controls.choose_rois(layer)
+
+    def infer(plane):
+        viewer.dims.set_current_step(1, plane)
+        widget.infer_all()
+        qtbot.waitUntil(lambda: bool(widget.results.rows) and not widget._batch.busy, timeout=20_000)
+
+    def save():
+        return layer.save(str(tmp_path / "out.npz"), plugin="napari-calvae")
+
+    for plane in (0, 1, 2):
+        infer(plane)
+    with pytest.raises(writing.WritingError, match="got results of ROI 3 on planes 0 and 1"):
+        save()
+    assert not list(tmp_path.iterdir())
+    layer.data[1][layer.data[1] > 0] = 5
+    layer.refresh()
+    infer(1)
+    save()
+    with np.load(tmp_path / "out.npz") as out:
+        assert out["roi_ids"].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_cells_light_up_on_their_plane(qtbot, show_movie, open_widget, canvas, viewer, stack):

@@ -322,6 +322,52 @@ def test_shapes_are_judged_in_the_widget(qtbot, show_movie, open_table, viewer):
     assert not viewer.layers["other"].features.size
 
 
+@pytest.mark.parametrize("kind", ["points", "shapes"])
+def test_a_verdict_stays_with_its_point_or_shape(qtbot, show_movie, open_table, viewer, kind, tmp_path):
+    show_movie(rois=None)
+    if kind == "points":
+        layer = viewer.add_points([CENTRES[1], CENTRES[2], CENTRES[3]], features={"index": [7, 8, 9]})
+    else:
+        square = np.array([(-4, -4), (-4, 4), (4, 4), (4, -4)])
+        layer = viewer.add_shapes([square + CENTRES[roi] for roi in CENTRES], shape_type="polygon")
+    inference, widget = open_table()
+    click_row(widget, 2)
+    qtbot.mouseClick(widget.form.reject, Qt.MouseButton.LeftButton)
+    assert widget.form.undo.isEnabled()
+    layer.selected_data = {0}
+    layer.remove_selected()
+    qtbot.waitUntil(lambda: cells(widget, "verdict") == ["✗", ""])
+    assert not widget.form.undo.isEnabled()  # it would speak of another cell
+    layer.selected_data = {0}  # what is added would get the verdict of what is selected
+    layer.add(np.array([CENTRES[1]]) if kind == "points" else square + CENTRES[1])
+    qtbot.waitUntil(lambda: cells(widget, "verdict") == ["✗", "", ""])
+    widget.close_down()
+    inference.infer_all()
+    qtbot.waitUntil(lambda: len(inference.results.rows) == 3 and not inference._batch.busy, timeout=20_000)
+    layer.save(str(tmp_path / "spikes.zarr"), plugin="napari-calvae")
+    assert calvae.open_result(tmp_path / "spikes.zarr").accepted.tolist() == [False, True, True]
+    _, again = open_table()
+    assert cells(again, "verdict") == ["✗", "", ""]
+
+
+def test_a_disc_does_not_begin_with_the_verdict_of_an_erased_cell(qtbot, show_movie, open_table, viewer, canvas):
+    show_movie()
+    inference, widget = open_table()
+    layer = viewer.layers["ROIs"]
+    click_row(widget, 3)
+    qtbot.mouseClick(widget.form.reject, Qt.MouseButton.LeftButton)
+    layer.fill(CENTRES[3], 0)
+    qtbot.waitUntil(lambda: cells(widget, "roi") == ["1", "2"])
+    layer.undo()
+    qtbot.waitUntil(lambda: cells(widget, "verdict") == ["", "", "✗"])
+    layer.fill(CENTRES[3], 0)
+    inference.controls.place.setChecked(True)
+    inference.pick(np.array((0, 30, 30), float))
+    qtbot.waitUntil(lambda: inference.picked_roi == 3, timeout=20_000)
+    qtbot.waitUntil(lambda: cells(widget, "verdict") == ["", "", ""])
+    assert layer.features.set_index("index").loc[3, "verdict"] == ""
+
+
 def choose_layer(box, layer):
     box.setCurrentIndex(next(i for i in range(box.count()) if box.itemData(i) is layer))
 
@@ -379,6 +425,29 @@ def test_the_figure_is_saved(qtbot, show_movie, open_table, monkeypatch, tmp_pat
     qtbot.mouseClick(widget.form.figure, Qt.MouseButton.LeftButton)
     assert ">ROI 2<" in target.read_text()
     assert "cell.svg" in widget.form.status.text()
+
+
+def test_a_figure_is_that_of_the_picked_roi_and_named_after_it(
+    qtbot, show_movie, open_table, canvas, network, monkeypatch, tmp_path
+):
+    show_movie()
+    inference, widget = open_table()
+    named = []
+    monkeypatch.setattr(QFileDialog, "getSaveFileName", lambda *asked: (named.append(asked[2]), ("", ""))[1])
+    click_row(widget, 1)
+    qtbot.waitUntil(widget.form.figure.isEnabled)
+    network.broken.add(2)
+    with qtbot.waitSignal(inference.failed, timeout=20_000):
+        click_row(widget, 2)
+        assert not widget.form.figure.isEnabled()
+    assert not widget.form.figure.isEnabled()
+    with pytest.raises(calvae.RecordingError, match="expected a picked ROI"):
+        widget.save_figure(tmp_path / "roi_2.svg")
+    canvas.click(*CENTRES[3])
+    qtbot.waitUntil(widget.form.figure.isEnabled, timeout=20_000)
+    widget.current = 2  # whatever row is chosen
+    qtbot.mouseClick(widget.form.figure, Qt.MouseButton.LeftButton)
+    assert named == ["roi_3.svg"]
 
 
 def test_the_script_goes_to_the_clipboard(qtbot, show_movie, open_table, viewer):

@@ -99,12 +99,13 @@ def test_rois_come_back_as_they_were(viewer, tmp_path, labels, kind):
     options = {"name": "of mine", "scale": (2.0, 3.0), "translate": (4.0, 5.0)}
     if kind == "labels":
         layer = viewer.add_labels(labels.copy(), **options)
-        roi_layer.write_judgements(layer, (1, 2), judging.Judgements({2: judging.Judgement("rejected", "blurred, 𝛼")}))
     elif kind == "points":
         layer = viewer.add_points([[1.0, 2.5], [3.0, 4.0]], **options)
     else:
         layer = viewer.add_shapes([[[1, 1], [1, 9], [9, 9]]], shape_type="polygon", **options)
         layer.add_ellipses([[[1, 1], [1, 9], [9, 9], [9, 1]]])
+    judged = {2: judging.Judgement("rejected", "blurred, 𝛼")}
+    roi_layer.write_judgements(layer, (1, 2), judging.Judgements(judged))
     autosave.drawn_rois(layer, None).save(tmp_path / "a.npz")
     viewer.layers.clear()
     again = autosave.restore(viewer, recovery.DrawnRois.load(tmp_path / "a.npz"))
@@ -114,8 +115,7 @@ def test_rois_come_back_as_they_were(viewer, tmp_path, labels, kind):
     assert len(again.data) == len(layer.data)
     for now, before in zip(again.data, layer.data, strict=True):
         np.testing.assert_array_equal(now, before)
-    if kind == "labels":
-        assert roi_layer.read_judgements(again) == {2: judging.Judgement("rejected", "blurred, 𝛼")}
+    assert roi_layer.read_judgements(again) == judged
     if kind == "shapes":
         assert list(again.shape_type) == ["polygon", "ellipse"]
 

@@ -83,6 +83,44 @@ def test_the_newest_click_wins(qtbot, show_movie, open_widget, canvas, network):
     assert network.calls == [(1,), (3,)]
 
 
+def test_what_fails_leaves_no_other_picture(qtbot, show_movie, open_widget, canvas, network):
+    show_movie()
+    widget = open_widget()
+    assert not widget.plots.pin_button.isEnabled()
+    canvas.click(*CENTRES[1])
+    wait_for(qtbot, widget, 1)
+    assert widget.plots.pin_button.isEnabled()
+    network.broken.add(2)
+    gate = network.hold(2)
+    canvas.click(*CENTRES[2])
+    assert widget.plots.picture.roi_ids == (1,)  # in view until the other one is there, but not to be taken for it
+    assert widget.plots.current is None
+    assert not widget.plots.pin_button.isEnabled()
+    with qtbot.waitSignal(widget.failed, timeout=20_000):
+        gate.set()
+    assert "got none of ROI 2" in widget.controls.status.text()
+    assert widget.plots.picture is None
+    assert widget.plots.trace.getData()[0] is None or not len(widget.plots.trace.getData()[0])
+    network.broken.clear()
+    widget.controls.samples.setValue(12)  # the picked ROI is still ROI 2
+    wait_for(qtbot, widget, 2)
+    assert widget.plots.pin_button.isEnabled()
+
+
+def test_settings_that_fail_leave_no_picture_of_older_ones(qtbot, show_movie, open_widget, canvas, network):
+    show_movie()
+    widget = open_widget()
+    canvas.click(*CENTRES[1])
+    wait_for(qtbot, widget, 1)
+    network.broken.add(1)
+    with qtbot.waitSignal(widget.failed, timeout=20_000):
+        widget.controls.samples.setValue(12)
+    assert widget.plots.picture is None
+    network.broken.clear()
+    widget.controls.samples.setValue(50)
+    wait_for(qtbot, widget, 1)
+
+
 def test_slider_and_cursor_move_together(qtbot, show_movie, open_widget, canvas, viewer):
     show_movie()
     widget = open_widget()
@@ -210,21 +248,20 @@ def test_a_click_on_a_shape_infers_its_mask(qtbot, show_movie, open_widget, canv
         ((10, 40, 40), "second"),
     ],
 )
-def test_a_bad_movie_gets_a_sentence_and_the_picture_stays(
+def test_a_bad_movie_gets_a_sentence_and_no_picture_of_the_one_before(
     qtbot, show_movie, open_widget, canvas, viewer, shape, words
 ):
     show_movie()
     widget = open_widget()
     canvas.click(*CENTRES[1])
     wait_for(qtbot, widget, 1)
-    before = widget.plots.picture
     bad = viewer.add_image(np.ones(shape), name="bad", metadata={"frame_rate": FRAME_RATE})
     widget.controls.movie.setCurrentIndex(next(i for i in range(2) if widget.controls.movie.itemData(i) is bad))
     with qtbot.waitSignal(widget.failed, timeout=20_000):
         widget.pick(np.zeros(len(shape)) + 10)
     assert words in widget.controls.status.text()
     assert "expected" in widget.controls.status.text()
-    assert widget.plots.picture is before
+    assert widget.plots.picture is None
 
 
 def test_only_what_can_be_a_movie_is_offered_and_the_longest_is_chosen(
