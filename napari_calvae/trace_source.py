@@ -95,7 +95,7 @@ class TraceSource:
         """Neighbouring rows as a source of their own, which is small to send elsewhere unless it is in memory."""
         first, last, step = rows.indices(self.n_rois)
         if step != 1:
-            raise RecordingError(f"rows: expected neighbouring ones, got every {step}th. Take them by select.")
+            raise RecordingError(f"traces: expected neighbouring rows, got every {step}th. Take them by select.")
         if isinstance(getattr(self.fetch, "__self__", None), np.ndarray):
             return TraceSource.of(self.select(rows))
         index = range(first, last)

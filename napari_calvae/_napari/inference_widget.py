@@ -244,8 +244,7 @@ class InferenceWidget(QWidget):
             self._show(answers.one_roi(message.inference, 0))
         elif isinstance(message, answers.Found) and self._asked is not None:
             self._on_found([(self._asked, set(self._asked.marks))], message)
-            known = None if self.picked_roi is None else self.results.get(self._asked, self.picked_roi)
-            if known is not None:
+            if self.picked_roi is not None and (known := self.results.get(self._asked, self.picked_roi)) is not None:
                 self._show(known)
         elif isinstance(message, answers.Failure):
             self._show_nothing()

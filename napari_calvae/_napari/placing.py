@@ -32,13 +32,13 @@ class Placing(QObject):
         self._viewer, self._controls, self._choices = viewer, controls, choices
         self._requests = answers.Requests()
         self._click = (0.0, 0.0)
-        self._clicked_on: tuple[object, ...] = ()
+        self._plane = 0
         self._worker = Worker(self)
         self._worker.message.connect(self._on_message)
 
     def place(self, click: tuple[float, float]) -> None:
         """Add a disc at (y, x), in pixels of the movie; with snapping as soon as the cell next to it was found."""
-        self._click, self._clicked_on, number = click, self._where(), self._requests.new()
+        self._click, self._plane, number = click, self._choices.plane, self._requests.new()
         if self._controls.snap.isChecked():
             diameter = self._controls.diameter.value()
             self._worker.start(answers.iter_peak(number, self._choices.frames, click, diameter))
@@ -60,10 +60,9 @@ class Placing(QObject):
             return
         if isinstance(message, answers.Failure):
             self.failed.emit(message.sentence)
-        elif isinstance(message, answers.Peak) and self._where() != self._clicked_on:
+        elif isinstance(message, answers.Peak) and self._choices.plane != self._plane:
             self._controls.say(
-                "Movie, ROIs or plane changed while the cell was looked for: no disc was added. Click again.",
-                error=True,
+                "The plane changed while the cell was looked for: no disc was added. Click again.", error=True
             )
         elif isinstance(message, answers.Peak):
             try:
@@ -71,10 +70,6 @@ class Placing(QObject):
                 self._add((peak[0], peak[1]))
             except (calvae.RecordingError, ValueError) as error:
                 self.failed.emit(session.explain(error))
-
-    def _where(self) -> tuple[object, ...]:
-        """What a click falls on: movie, ROIs and plane."""
-        return self._choices.movie, self._choices.roi_layer, self._choices.plane
 
     def _add(self, place: tuple[float, float]) -> None:
         movie, layer = self._choices.chosen_movie(), self._choices.roi_layer

@@ -361,10 +361,8 @@ class QualityWidget(QWidget):
 
     def ask_figure(self) -> None:
         """Ask for a file, named after the ROI in the picture, and save that there."""
-        picture = self._picture()
-        if picture is not None:
-            name = f"roi_{picture.roi_ids[0]}.svg"
-            self._save_as("Figure", name, "Figure (*.svg *.png)", self.save_figure)
+        if (picture := self._picture()) is not None:
+            self._save_as("Figure", f"roi_{picture.roi_ids[0]}.svg", "Figure (*.svg *.png)", self.save_figure)
 
     def save_figure(self, path: str | Path) -> None:
         """Write the picture of the picked ROI over the time in view, PNG or SVG."""

@@ -713,8 +713,8 @@ def test_the_amortization_gap_of_chosen_cells_on_request(qtbot, show_movie, open
 
     asked = []
 
-    def diagnose(traces, model):
-        asked.append((traces.roi_ids, traces.duration, model))
+    def diagnose(traces, model, amplitude):
+        asked.append((traces.roi_ids, traces.duration, model, amplitude))
         return SimpleNamespace(amortization_gap=np.array([0.5 + traces.roi_ids[0]]))
 
     monkeypatch.setitem(vars(calvae), "diagnose", diagnose)
@@ -727,7 +727,7 @@ def test_the_amortization_gap_of_chosen_cells_on_request(qtbot, show_movie, open
     click_row(widget, 2)
     qtbot.mouseClick(widget.form.gap, BUTTON)
     qtbot.waitUntil(lambda: "amortization_gap" in widget.model.names, timeout=10_000)
-    assert asked == [((2,), 20.0, "universal")]
+    assert asked == [((2,), 20.0, "universal", None)]
     shown = dict(zip(widget.model.order, cells(widget, "amortization_gap"), strict=True))
     assert float(shown[2]) == 2.5
     assert shown[1] == shown[3] == ""
