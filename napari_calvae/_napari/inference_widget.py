@@ -153,8 +153,7 @@ class InferenceWidget(QWidget):
                 return
             click = float(place[0]), float(place[1])
             labels = self.choices.labels()
-            roi = session.roi_at(labels, click)
-            if roi is not None:
+            if (roi := session.roi_at(labels, click)) is not None:
                 self.ask(roi)
             elif not self.controls.place.isChecked():
                 if not labels.any():
@@ -362,7 +361,7 @@ class InferenceWidget(QWidget):
 
     def _draw_outline(self) -> None:
         if self._outlined is None:
-            self._outline.remove()
+            self._outline.clear()
         else:
             self._outline.show(*self._outlined)
 

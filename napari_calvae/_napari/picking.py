@@ -93,6 +93,11 @@ class Outline:
         self._viewer.layers.selection = selection
         self._viewer.layers.selection.active = active
 
+    def clear(self) -> None:
+        """Draw nothing, in a layer that stays: napari holds on to those that are gone."""
+        if self._layer is not None and self._layer in self._viewer.layers:
+            self._layer.data = []
+
     def remove(self) -> None:
         """Take the outline away."""
         if self._layer is not None and self._layer in self._viewer.layers:

@@ -616,8 +616,8 @@ def test_random_actions(n_actions, qtbot, show_movie, open_table, canvas, viewer
 
     def hide_and_seek():
         viewer.layers.remove(layer)
-        QTest.qWait(150)
-        assert cells(widget, "roi") == [] or controls.rois.count()  # a click may have made a layer of its own
+        # A click may have made a layer of its own.
+        qtbot.waitUntil(lambda: cells(widget, "roi") == [] or controls.rois.count() > 0)
         viewer.add_layer(layer)
 
     def zoom():
