@@ -180,7 +180,7 @@ def infer_many(
 def _names(found: list[Path], folder: Path, output: Path, suffix: str) -> list[Path]:
     """Where the result of each recording goes: one name for each, from its path in the folder."""
     relative = [path.relative_to(folder) for path in found]
-    # Longer and longer until no two are the same; a name of a file cannot hold what parts are joined by in the last.
+    # Longer and longer until no two are the same; in the last what joins the parts can be in none of them.
     for joined in (
         ["_".join(path.with_suffix("").parts) for path in relative],
         ["_".join(path.parts) for path in relative],
