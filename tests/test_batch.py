@@ -323,6 +323,7 @@ def test_a_scheduler_that_does_not_answer(recording, tmp_path, model, monkeypatc
 
 
 @others_sockets
+@pytest.mark.slow
 def test_a_script_that_its_workers_would_run_again_is_told_so(recording, tmp_path, model):
     source, out = tmp_path / "traces.npz", tmp_path / "a.zarr"
     calvae.write(calvae.simulate(2, 10.0, 30.0, seed=0).traces, source)
