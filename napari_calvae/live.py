@@ -150,6 +150,7 @@ class _Cells:
         self.low, self.high = torch.full((n_rois,), torch.inf), torch.full((n_rois,), -torch.inf)
         self.lively = torch.zeros(n_rois)  # measured frames since the first change
         self.known = torch.zeros(n_rois, dtype=torch.bool)  # what it is measured in, from then on
+        self.all_known = False
         self.next, self.owed = 0, 0.0  # the ROI to be measured next, and how many should have been by now
 
     def rates(self, new: torch.Tensor) -> torch.Tensor:
@@ -157,21 +158,19 @@ class _Cells:
         at_first = self.n_frames == 0
         self._remember(new)
         known = min(self.n_frames, self.memory.shape[1])
-        begun = ~self.known & (self.high > self.low) & ((self.lively >= _WARM_FRAMES) | at_first)
-        if bool(begun.any()):
-            if not at_first:  # all of them are due then
-                self._measure(begun.nonzero()[:, 0])
-            self.known |= begun
+        if not self.all_known:
+            self._look_for_change(new, at_first)
         self.owed = min(self.owed + _REFRESH * new.shape[1] * self.n_rois / known, self.n_rois)
         n_due = int(self.owed)
         if n_due:
             self._measure((self.next + torch.arange(n_due)) % self.n_rois)
             self.next, self.owed = (self.next + n_due) % self.n_rois, self.owed - n_due
         # What cannot be measured yet is missing: of no use to the network, and no harm to what it remembers.
-        seen = new if bool(self.known.all()) else new.masked_fill(~self.known[:, None], torch.nan)
+        seen = new if self.all_known else new.masked_fill(~self.known[:, None], torch.nan)
         local = self.network.advance(self.state, trace_features(seen, None, self.scale))
         rate = self.network.given_gain(local, self.log_rate, *self.gain).mean * self.frame_rate
-        rate[~self.known] = torch.nan
+        if not self.all_known:
+            rate[~self.known] = torch.nan
         return rate
 
     def _remember(self, new: torch.Tensor) -> None:
@@ -180,10 +179,18 @@ class _Cells:
         columns = (self.n_frames + new.shape[1] - kept.shape[1] + torch.arange(kept.shape[1])) % length
         self.memory[:, columns] = kept
         self.n_frames += new.shape[1]
+
+    def _look_for_change(self, new: torch.Tensor, at_first: bool) -> None:
+        """Measure the ROIs that have changed by now for long enough; at first all of them are due anyway."""
         measured = torch.isfinite(new)
         self.low = torch.minimum(self.low, new.masked_fill(~measured, torch.inf).amin(1))
         self.high = torch.maximum(self.high, new.masked_fill(~measured, -torch.inf).amax(1))
         self.lively += torch.where(self.high > self.low, measured.sum(1), 0)
+        begun = ~self.known & (self.high > self.low) & ((self.lively >= _WARM_FRAMES) | at_first)
+        if not at_first and bool(begun.any()):
+            self._measure(begun.nonzero()[:, 0])
+        self.known |= begun
+        self.all_known = bool(self.known.all())
 
     def _measure(self, rows: torch.Tensor) -> None:
         """Baseline, noise, range and summary of some ROIs, from what is remembered of them; without it as before."""
