@@ -292,7 +292,7 @@ class SpikeInference:
 
     def events_of(self, row: int) -> np.ndarray:
         """Events of one ROI (row index, not id), sorted by sample, then frame."""
-        (row,) = rows_of(self.traces.n_rois, [row])
+        row = range(self.traces.n_rois)[row]  # negative ones count from the end
         start, stop = np.searchsorted(self.events["roi"], [row, row + 1])
         return self.events[start:stop]
 

@@ -77,6 +77,14 @@ def test_light_is_power_times_the_share_of_the_frame_with_the_laser_on():
         np.testing.assert_allclose(s.light(n, rate, t0).sum(1) / rate, [0.6, 0.65])
 
 
+def test_a_pulse_of_one_frame_lights_that_frame_alone():
+    """Where it ends the next one begins, up to rounding."""
+    begins = (np.arange(1, 300) - 0.5) / 30
+    lit = np.array([Stimulation([t], 1 / 30, [(0.0, 0.0)]).lit(301, 30.0) for t in begins])
+    np.testing.assert_array_equal(lit.argmax(1), np.arange(1, 300))
+    assert (lit.sum(1) == 1).all()
+
+
 def test_pulses_beyond_the_recording_are_cut_off():
     s = Stimulation([-1.0, 0.9, 7.0], 0.4, ((0, 0),) * 3)
     light = s.light(10, 10.0)

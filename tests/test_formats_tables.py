@@ -128,6 +128,8 @@ def test_cascade_with_several_sweeps_has_a_row_for_each(tmp_path, save):
     assert traces.valid.sum(axis=1).tolist() == [40, 30]
     assert (traces.t0, traces.roi_ids) == (0, (1, 2))
     assert traces.provenance["sweeps_begin_s"] == [1.0, 700.0]
+    assert "frame_rate_of_file" not in traces.provenance
+    assert read(tmp_path / "a.mat", 7.5).provenance["frame_rate_of_file"] == pytest.approx(traces.frame_rate)
     spikes = matlab.read_spikes(tmp_path / "a.mat")
     for row in (1, 2):
         counts = bin_spikes(spikes[row], traces.t0, traces.frame_rate, traces.n_frames)
@@ -255,6 +257,14 @@ def test_mat_files_have_a_limit(tmp_path, monkeypatch):
 
 
 # Tables
+
+
+@pytest.mark.parametrize("t0", [1e6, 1.7e9])
+def test_clocks_since_1970_keep_their_frames(tmp_path, t0):
+    write(Traces(VALUES, 30.0, t0=t0), tmp_path / "a.csv")
+    found = read(tmp_path / "a.csv")
+    assert found.frame_rate == pytest.approx(30.0, rel=1e-4)
+    assert found.t0 == pytest.approx(t0, abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

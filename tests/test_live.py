@@ -105,8 +105,9 @@ def test_missing_frames_are_bridged(causal, values):
 
 
 @pytest.mark.parametrize("nothing", [0.0, np.nan])
-def test_a_roi_that_is_not_there_at_first_is_told_soon_after_it_comes(causal, nothing):
-    """And one beside it as if nothing had been: neither zeros nor gaps stay in what the network remembers."""
+def test_a_roi_that_is_not_there_at_first_is_told_soon_after_it_comes(nothing):
+    """And one beside it as if nothing had been: neither zeros nor gaps stay in what the network remembers for long."""
+    causal = model(CausalNetwork, width=6, n_levels=7, max_count=3, lags=(0, 2), lag=0)
     values = 100 + np.random.default_rng(1).normal(size=(2, 800)).cumsum(1).astype(np.float32) / 5
     late = values.copy()
     late[1, :160] = nothing

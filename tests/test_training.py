@@ -134,6 +134,8 @@ def test_a_loss_that_is_not_finite_moves_nothing():
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="learning_rat"):
         TrainConfig(learning_rat=1)
+    with pytest.raises(ValueError, match="seed"):  # its multiples have to fit 64 bits
+        TrainConfig(seed=10**14)
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,7 @@ def iter_answers(request: Request) -> Iterator[Message]:
         if isinstance(request.movie, FileFrames):
             # Files hold ROIs without signal, and one of many must not stop the others.
             rows = np.flatnonzero(calvae.load_model(settings.model).preprocessing.usable(traces))
-            traces = traces.select(rows) if len(rows) else traces
+            traces = traces.select(rows) if 0 < len(rows) < traces.n_rois else traces
         yield Progress(number, 0.5, "inferring spikes")
         done = 0
         for part in calvae.iter_infer(traces, **settings.for_inference):

@@ -346,7 +346,7 @@ def summary_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         ours = np.array([s[OURS]["correlation"] for s in sets.values()])
         best = np.array([max(s[m]["at best shift"] for m in ("OASIS AR1", "OASIS AR2")) for s in sets.values()])
         row = {"condition": condition, "σ (ms)": 1000 * sigma, "data sets": len(ours), OURS: float(ours.mean())}
-        row |= {f"{m}": float(np.mean([s[m]["correlation"] for s in sets.values()])) for m in RIVALS}
+        row |= {m: float(np.mean([s[m]["correlation"] for s in sets.values()])) for m in RIVALS}
         every = np.array([max(s[m]["at best shift"] for m in RIVALS) for s in sets.values()])
         row["better OASIS at its best shift"] = float(best.mean())
         row |= {"lead": float((ours - best).mean()), "lead, suite2p counted too": float((ours - every).mean())}

@@ -419,7 +419,7 @@ def _accepted(table: h5py.Group, rows: np.ndarray) -> np.ndarray | None:
 
 
 def _judged(column: np.ndarray) -> np.ndarray | None:
-    """Judgements as a column has them: numbers, of which a probability is one from a half on, or words for them."""
+    """Judgements as a column has them: numbers, a probability being one above a half, or words for them."""
     if column.dtype.kind in "biuf":
         return column > 0.5  # NaN is no judgement in favour
     words = np.array([_text(value).strip().lower() for value in column])
