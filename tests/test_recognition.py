@@ -10,6 +10,7 @@ from napari_calvae.benchmark.paper.enumeration import all_trains
 from napari_calvae.recognition import NETWORKS
 from napari_calvae.recognition.base import trace_features, trace_scale
 from napari_calvae.recognition.factorized import REACH, GainCategorical
+from napari_calvae.recognition.layers import to_channels_last, upsample
 
 SMALL = {
     "convolutional": {"width": 6, "kernels": (5, 3), "max_count": 2},
@@ -79,6 +80,26 @@ def test_roi_order_is_irrelevant(network):
     a = network(f, rates).log_prob(counts)
     b = network(f[order], rates[order]).log_prob(counts[order])
     torch.testing.assert_close(a[order], b)
+
+
+def test_a_trace_is_inferred_alone_as_among_others(network):
+    if network.coupled:
+        pytest.skip("its rows belong together")
+    dff, counts = traces(3, 64), torch.randint(0, 3, (3, 64), generator=torch.Generator().manual_seed(4))
+    together = network(dff, 30.0).log_prob(counts)
+    alone = [network(dff[k : k + 1], 30.0).log_prob(counts[k : k + 1]) for k in range(3)]
+    torch.testing.assert_close(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_a_coarser_level_counts_twice_for_a_finer_one(add):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv1d(5, 3, 1)
+    coarse, fine = torch.randn(2, 5, 40), torch.randn(2, 3, 80)
+    twice = layer(coarse).repeat_interleave(2, -1)
+    wanted = twice + fine if add else torch.cat([twice, fine], 1)
+    found = upsample(layer, to_channels_last(coarse), to_channels_last(fine), add)
+    torch.testing.assert_close(found.squeeze(2), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_with_halo_equal_the_whole(network):

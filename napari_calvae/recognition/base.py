@@ -216,16 +216,19 @@ def trace_scale(fluorescence: Float[Tensor, "roi time"], valid: Bool[Tensor, "ro
     valid
         (roi, time) False where a frame is missing.
     """
-    nan = fluorescence.masked_fill(~_measured(fluorescence, valid), torch.nan)
-    centre = nan.nanmedian(-1, keepdim=True).values.nan_to_num()
+    measured = _measured(fluorescence, valid)
+    whole = bool(measured.all())  # the same numbers, sooner
+    median = Tensor.median if whole else Tensor.nanmedian
+    nan = fluorescence if whole else fluorescence.masked_fill(~measured, torch.nan)
+    centre = median(nan, -1, keepdim=True).values.nan_to_num()
     moved = nan - centre
     f = moved.nan_to_num()
     difference = (nan[:, 1:] - nan[:, :-1]).abs()
-    noise = difference.nanmedian(-1, keepdim=True).values.nan_to_num() / _MEDIAN_DIFFERENCE
-    n = moved.isfinite().sum(-1, keepdim=True)
-    if bool((n == f.shape[-1]).all()):
+    noise = median(difference, -1, keepdim=True).values.nan_to_num() / _MEDIAN_DIFFERENCE
+    if whole:
         peak = f.kthvalue(math.ceil(0.995 * f.shape[-1]), -1, keepdim=True).values
     else:  # missing frames come last when sorted
+        n = measured.sum(-1, keepdim=True)
         peak = moved.sort(-1).values.gather(-1, (torch.ceil(0.995 * n).long() - 1).clamp_min(0)).nan_to_num()
     # Quantised or very short traces can have a median difference of zero; a hundredth of the range stands in.
     noise = torch.maximum(noise, 0.01 * f.abs().amax(-1, keepdim=True)).clamp_min(torch.finfo(f.dtype).tiny)

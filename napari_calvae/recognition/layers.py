@@ -17,17 +17,35 @@ def to_channels_last(x: Float[Tensor, "roi channel time"]) -> Float[Tensor, "roi
     return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
-def convolve(layer: nn.Conv1d, x: Float[Tensor, "roi channel 1 time"]) -> Float[Tensor, "roi output 1 frame"]:
-    """What ``layer`` makes of a trace whose channels lie side by side."""
-    stride, padding = layer.stride[0], int(layer.padding[0])
-    return nn.functional.conv2d(x, layer.weight.unsqueeze(2), layer.bias, (1, stride), (0, padding))
+def convolve(
+    layer: nn.Conv1d,
+    x: Float[Tensor, "roi channel 1 time"],
+    film: tuple[Float[Tensor, "roi output"], Float[Tensor, "roi output"]] | None = None,
+) -> Float[Tensor, "roi output 1 frame"]:
+    """What ``layer`` makes of a trace whose channels lie side by side; times the first, plus the second of ``film``."""
+    weight, bias = layer.weight.unsqueeze(2), layer.bias
+    if film and len(x) == 1:  # scaled filters make what is scaled: one trace need not be gone through once more
+        scale, shift = film[0][0], film[1][0]
+        weight, bias = weight * scale[:, None, None, None], shift if bias is None else torch.addcmul(shift, bias, scale)
+    out = nn.functional.conv2d(x, weight, bias, (1, layer.stride[0]), (0, int(layer.padding[0])))
+    if not film or len(x) == 1:
+        return out
+    scale, shift = (t[..., None, None] for t in film)
+    return torch.addcmul(shift, out, scale)
 
 
-def upsample(x: Float[Tensor, "roi channel 1 time"]) -> Float[Tensor, "roi channel 1 frame"]:
-    """Every frame twice."""
-    columns = x.squeeze(2).mT  # (roi, time, channel), contiguous
-    twice = columns.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1, 2)
-    return twice.mT.unsqueeze(2)
+def upsample(
+    layer: nn.Conv1d, coarse: Float[Tensor, "roi channel 1 frame"], fine: Float[Tensor, "roi output 1 time"], add: bool
+) -> Float[Tensor, "roi joint 1 time"]:
+    """What ``layer``, of one frame, makes of a trace at half the rate, each frame twice, added to another or beside it.
+
+    With one core torch works such a layer out more slowly than the product that it is.
+    """
+    product = nn.functional.linear(coarse.squeeze(2).mT, layer.weight.squeeze(-1), layer.bias)
+    pairs = fine.squeeze(2).mT.unflatten(1, (-1, 2))  # (roi, frame, half, channel)
+    twice = product.unsqueeze(2)
+    joint = pairs + twice if add else torch.cat([twice.expand_as(pairs), pairs], -1)
+    return joint.flatten(1, 2).mT.unsqueeze(2)
 
 
 def to_frames(layer: nn.Conv1d, x: Float[Tensor, "roi channel 1 time"]) -> Float[Tensor, "roi output time"]:
@@ -54,7 +72,7 @@ class FilmBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(roi, output, 1, time) of a trace whose channels lie side by side, and its (roi, condition)."""
-        scale, shift = self.film(condition)[..., None, None].chunk(2, 1)
-        h = torch.addcmul(shift, convolve(self.first, x), 1 + scale)
+        scale, shift = self.film(condition).chunk(2, 1)
+        h = convolve(self.first, x, (1 + scale, shift))
         kept = convolve(self.skip, x) if isinstance(self.skip, nn.Conv1d) else x
         return convolve(self.second, torch.relu_(h)).add_(kept)
