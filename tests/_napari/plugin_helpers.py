@@ -66,6 +66,16 @@ class Network:
         return calvae.SpikeInference.concatenate([posterior_of(traces, settings.get("n_samples", 50))])
 
 
+def hide_as_if_closed(window, *widgets):
+    """Hide napari's window after these widgets heard that it is asked to close."""
+    from qtpy.QtGui import QCloseEvent
+
+    for widget in widgets:
+        widget._manners.eventFilter(window, QCloseEvent())
+        assert widget._attached  # it may still be decided to keep it open
+    window.hide()
+
+
 class Mouse:
     """Real mouse events at positions of the movie."""
 

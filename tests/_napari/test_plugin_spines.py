@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from plugin_helpers import hide_as_if_closed
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QApplication, QFileDialog
 from recording_helpers import dendrite as simulated_dendrite
@@ -257,14 +258,13 @@ def test_closing_in_the_middle_leaves_nothing(qtbot, open_spines, quick, viewer,
     assert len(viewer.dims.events.point.callbacks) < listeners[1]
 
 
-def test_a_window_that_stays_open_after_all_can_separate_again(qtbot, open_spines, quick, viewer):
-    from qtpy.QtGui import QCloseEvent
-
+def test_a_window_that_is_shown_again_can_separate_again(qtbot, open_spines, quick, viewer):
     _, widget = open_spines()
     qtbot.waitUntil(lambda: widget._manners._seen is not None)
-    widget._manners.eventFilter(viewer.window._qt_window, QCloseEvent())  # asked to close, but it does not
+    hide_as_if_closed(viewer.window._qt_window, widget)
     assert not widget._attached
-    qtbot.waitUntil(lambda: widget._attached)
+    viewer.window._qt_window.show()
+    assert widget._attached
     with qtbot.waitSignal(widget.finished, timeout=30_000):
         press(qtbot, widget.bar.start)
 
