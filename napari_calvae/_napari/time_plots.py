@@ -46,6 +46,7 @@ class TimePlots(QWidget):
         self._hint, self._outdated = hint, False
         self.title = QLabel(hint)
         self.title.setTextFormat(Qt.TextFormat.RichText)
+        self.title.setWordWrap(True)
         self.title.setMinimumWidth(120)  # or the longest sentence would widen the window
         self.graphics = pg.GraphicsLayoutWidget(self)
         self.graphics.setMinimumSize(QSize(240, 150))

@@ -76,6 +76,15 @@ def hide_as_if_closed(window, *widgets):
     window.hide()
 
 
+def is_all_seen(label):
+    """Whether a label has room for its (plain) words."""
+    from qtpy.QtCore import QRect, Qt
+
+    wrap = Qt.TextFlag.TextWordWrap.value if label.wordWrap() else 0
+    needed = label.fontMetrics().boundingRect(QRect(0, 0, label.width(), 10_000), wrap, label.text())
+    return needed.width() <= label.width() and needed.height() <= label.height()
+
+
 class Mouse:
     """Real mouse events at positions of the movie."""
 

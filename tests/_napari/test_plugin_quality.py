@@ -294,6 +294,8 @@ def test_rois_are_coloured_by_any_column(qtbot, show_movie, open_table, viewer):
     assert (drawn.edges[0], drawn.edges[-1]) == (2, 10)
     assert drawn.mark.value() == pytest.approx(9)
     assert "noise level" in drawn.toolTip()
+    assert drawn.axis.labelText == "noise level"
+    assert drawn.axis.label.isVisible()
     choose(widget.form.colour, "verdict")
     qtbot.mouseClick(widget.form.reject, Qt.MouseButton.LeftButton)
     assert not np.allclose(layer.get_color(3), layer.get_color(1))

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from plugin_helpers import hide_as_if_closed
+from plugin_helpers import hide_as_if_closed, is_all_seen
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QApplication, QFileDialog
 from recording_helpers import FRAME_RATE, show
@@ -267,6 +267,8 @@ def test_it_fits_a_small_window_and_follows_the_theme(qtbot, open_spines, quick,
     viewer.window.resize(1280, 800)
     QApplication.processEvents()
     assert widget.minimumSizeHint().width() <= 600
+    viewer.window.resize(1000, 800)
+    qtbot.waitUntil(lambda: is_all_seen(widget.plots.title))
     dock, other = (viewer.window._wrapped_dock_widgets[name] for name in ("spines", "spike inference"))
     qtbot.waitUntil(lambda: other in viewer.window._qt_window.tabifiedDockWidgets(dock))
     for control in (widget.shaft, widget.use_picked, widget.spines, widget.neuropil, widget.table, widget.csv):
