@@ -113,6 +113,15 @@ class ValueAxis(pg.AxisItem):
             place -= 1  # one number at least
         return [(steps[place], 0.0)]
 
+    def tickValues(self, minVal: float, maxVal: float, size: float) -> list[tuple[float, np.ndarray]]:  # noqa: N802
+        """Distance and places of ticks (pyqtgraph); none at the top end, where the row above has its lowest one."""
+        top = max(minVal, maxVal) - abs(maxVal - minVal) * min(0.6 * _LINE / max(size, 1), 1.0)
+        found = []
+        for step, places in super().tickValues(minVal, maxVal, size):
+            below = np.asarray(places)[np.asarray(places) <= top]
+            found.append((step, below if len(below) > 1 else np.asarray(places)))  # one alone is no scale
+        return found
+
 
 class Row:
     """One of the plots: its axis, its view and its legend at the right."""

@@ -88,6 +88,14 @@ def test_numbers_of_a_small_axis_do_not_touch(qtbot, size, low, high):
     assert axis.tickSpacing(low, low, size) == []
 
 
+def test_the_highest_number_of_an_axis_leaves_room_for_the_row_above(qtbot):
+    axis = ValueAxis(pg.ViewBox())
+    ((_, places),) = axis.tickValues(0.0, 1.01, 60)
+    assert np.allclose(places, [0, 0.5])
+    ((_, places),) = axis.tickValues(0.0, 1.01, 28)  # but a scale has two numbers
+    assert np.allclose(places, [0, 1])
+
+
 def test_the_pointer_tells_the_moment_under_it_and_the_heading_comes_back(qtbot, show_movie, open_widget, canvas):
     show_movie()
     widget = open_widget()
