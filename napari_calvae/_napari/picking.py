@@ -70,7 +70,7 @@ class Outline:
                 self._layer.data = []
                 look = {"edge_color": OUTLINE_COLOUR, "face_color": "transparent", "edge_width": _width(mask)}
                 self._layer.add(loops, shape_type="polygon", **look)
-            for name, wanted in _placed(movie, (-2, -1)).items():
+            for name, wanted in placed(movie, (-2, -1)).items():
                 # Each makes napari draw again, even where it changes nothing.
                 if not np.array_equal(np.asarray(getattr(self._layer, name)), np.asarray(wanted)):
                     setattr(self._layer, name, wanted)
@@ -85,7 +85,7 @@ class Outline:
             face_color="transparent",
             name=OUTLINE,
             metadata={OWN: True},
-            **_placed(movie, (-2, -1)),
+            **placed(movie, (-2, -1)),
         )
         self._viewer.add_layer(self._layer)
         self._layer.editable = False
@@ -104,7 +104,7 @@ class Outline:
         self._layer = None
 
 
-def _placed(movie: Image, axes: Sequence[int]) -> dict[str, Any]:
+def placed(movie: Image, axes: Sequence[int]) -> dict[str, Any]:
     """Where these axes of a movie lie, as arguments of a layer that is to lie on it."""
     axes = [axis % movie.ndim for axis in axes]
     return {
@@ -157,7 +157,7 @@ def add_disc(
         layer = Labels(
             np.zeros(shape, np.int32),
             name=session.ROI_LAYER,
-            **_placed(movie, axes),
+            **placed(movie, axes),
         )
     elif not hasattr(layer.data, "__setitem__") or isinstance(layer.data, da.Array):
         raise calvae.RecordingError(
