@@ -46,6 +46,8 @@ def test_files_that_are_written_are_offered_to_napari():
     able = {suffix for module in FORMATS.values() for suffix in getattr(module, "SUFFIXES", ())}
     assert [writer.layer_types for writer in manifest.contributions.writers] == [["labels"], ["shapes"], ["points"]]
     for writer in manifest.contributions.writers:
+        # In napari's dialog it stands below the writer of napari itself, which saves the masks alone.
+        assert writer.display_name.startswith("results")
         # suite2p's output is more than a name that ends in .npy.
         assert set(writer.filename_extensions) == able - {"spks.npy"}
 

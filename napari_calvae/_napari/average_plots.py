@@ -24,6 +24,7 @@ class AveragePlots(Pictures):
         super().__init__(("ΔF/F", "light", "rest", "spikes/s"), "time since the beginning of a pulse (s)", parent)
         self.average: Average | None = None
         self.title = QLabel(_HINT)
+        self.title.setWordWrap(True)
         self.title.setTextFormat(Qt.TextFormat.RichText)
         self.title.setMinimumWidth(120)
         self.stack.insertWidget(0, self.title)

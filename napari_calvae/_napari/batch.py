@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from napari.utils import progress
@@ -44,6 +45,7 @@ class Batch(QObject):
         self._requests = answers.Requests()
         self._targets: list[tuple[answers.Key, set[int]]] = []
         self._began = 0.0
+        self._out: Path | None = None
         self._bar: progress | None = None
         self.worker = Worker(self)
         self.worker.message.connect(self._on_message)
@@ -61,13 +63,21 @@ class Batch(QObject):
         return time.monotonic() - self._began
 
     def start(self, key: answers.Key, movie: Any, masks: calvae.RoiMasks, wanted: tuple[int, ...]) -> None:
-        """Infer the ROIs ``wanted`` of a movie."""
+        """Infer the ROIs ``wanted`` of a movie; raises while others are inferred into a store, which is not ended."""
+        if self._out is not None:
+            raise calvae.RecordingError(
+                f"Infer all: expected that nothing else is being inferred, got the run into {self._out.name}. "
+                "Cancel that first, or wait for its end."
+            )
         self._begin([(key, set(wanted))], f"Spikes of {len(wanted)} ROIs")
         request = answers.Request(self._requests.new(), movie, masks, wanted, key.settings)
         self.worker.start(answers.iter_answers(request))
 
     def run(self, targets: list[tuple[answers.Key, set[int]]], order: running.Order) -> None:
         """Infer ROIs into a store; ``targets`` are those of each plane whose results these are, the shown one last."""
+        if self.busy:
+            raise calvae.RecordingError("ROIs are being inferred. Cancel that first, or wait for its end.")
+        self._out = order.out
         self._begin(targets, f"Spikes into {order.out.name}")
         numbered = replace(order, request=replace(order.request, number=self._requests.new()))
         self.worker.start(running.iter_run(numbered))
@@ -108,6 +118,7 @@ class Batch(QObject):
             self.answered.emit(self._targets[-1][0], message.inference)
 
     def _on_idle(self) -> None:
+        self._out = None
         self.ran.emit(None)
         self._controls.set_running(False)
         self._end_bar()

@@ -41,9 +41,9 @@ class Dashboard(QDialog):
             if column.name not in self.distributions:
                 self._add(column, place)
             values = table.numbers(column.name)
-            ends = judging.colour_range(values) or (0.0, 1.0)
             distribution = self.distributions[column.name]
-            distribution.show_values(values, ends, f"{column.help}. The line is the picked ROI.", None)
+            words = f"{column.help}. The line is the picked ROI."
+            distribution.show_values(values, judging.colour_range(values), words, None, column.words)
             known = current in table.rois
             distribution.set_mark(float(values[table.rois.index(current)]) if known and current is not None else np.nan)
 

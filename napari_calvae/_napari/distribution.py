@@ -9,21 +9,30 @@ from qtpy.QtWidgets import QVBoxLayout, QWidget
 
 from napari_calvae._napari.plot_items import Palette, shade
 
-HEIGHT = 68
+#: Height (pixels) of a histogram, and of the name below its axis.
+HEIGHT, NAME_HEIGHT = 68, 14
 
 
 class Distribution(QWidget):
-    """A small histogram."""
+    """A small histogram.
 
-    def __init__(self, parent: QWidget | None = None):
+    Parameters
+    ----------
+    named
+        Whether its axis says what the number is; else something beside it does.
+    """
+
+    def __init__(self, parent: QWidget | None = None, *, named: bool = False):
         super().__init__(parent)
+        self._named = named
+        room = NAME_HEIGHT if named else 0
         self.graphics = pg.GraphicsLayoutWidget(self)
         self.graphics.setMinimumSize(QSize(120, HEIGHT))
         self.view = pg.ViewBox(enableMenu=False, enableMouse=False)
         self.axis = pg.AxisItem("bottom", linkView=self.view, maxTickLength=-3)
         self.axis.enableAutoSIPrefix(False)
         self.axis.setStyle(maxTickLevel=0)
-        self.axis.setHeight(20)
+        self.axis.setHeight(20 + room)
         grid = self.graphics.ci
         grid.setContentsMargins(4, 2, 8, 0)
         grid.layout.setVerticalSpacing(0)
@@ -37,10 +46,10 @@ class Distribution(QWidget):
         layout = QVBoxLayout(self)
         layout.setContentsMargins(0, 0, 0, 0)
         layout.addWidget(self.graphics)
-        self.setFixedHeight(HEIGHT)
+        self.setFixedHeight(HEIGHT + room)
         self.counts = np.empty(0, int)
         self.edges = np.empty(0)
-        self.show_values(np.empty(0), (0, 1), "", None)
+        self.show_values(np.empty(0), None, "", None, "")
 
     def set_palette(self, palette: Palette) -> None:
         """Draw on this background."""
@@ -50,19 +59,22 @@ class Distribution(QWidget):
         self.mark.setPen(pg.mkPen(palette.reconstruction, width=2))
 
     def show_values(
-        self, values: np.ndarray, ends: tuple[float, float], words: str, colours: np.ndarray | None
+        self, values: np.ndarray, ends: tuple[float, float] | None, words: str, colours: np.ndarray | None, name: str
     ) -> None:
         """Histogram of finite ``values`` between ``ends``; what lies beyond goes into the outermost bars.
 
         Parameters
         ----------
         values, ends
-            What to show, and the range of the axis.
+            What to show, and the range of the axis; None, 0 to 1, where there is nothing.
         words
             What the number is, with its unit: the tooltip.
         colours
             (bar, RGBA) colours of the bars, 0 to 1, as many bars as there are; None is grey.
+        name
+            What the number is, in few words, for the axis.
         """
+        ends = ends or (0.0, 1.0)
         finite = np.clip(values[np.isfinite(values)], *ends)
         n_bars = 24 if colours is None else len(colours)
         self.counts, self.edges = np.histogram(finite, n_bars, ends)
@@ -71,6 +83,8 @@ class Distribution(QWidget):
             brushes = [pg.mkBrush(*(round(255 * c) for c in colour[:3])) for colour in colours]
         self.bars.setOpts(x0=self.edges[:-1], x1=self.edges[1:], height=self.counts, brushes=brushes, pen=None)
         self.setToolTip(words)
+        if self._named:
+            self.axis.setLabel(name)
         self.view.setRange(xRange=ends, yRange=(0, max(int(self.counts.max()), 1)), padding=0.02)
         self.bars.setVisible(bool(len(finite)))
 

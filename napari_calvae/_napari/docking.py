@@ -19,7 +19,7 @@ class DockManners(QObject):
     height
         Height (pixels) that it asks for at the bottom; None for a widget that stays at its side of the window.
     leave, stay
-        Called when the window is asked to close, and when it was decided to keep it open.
+        Called when the window closes, and when it is shown again after all.
     gone
         Called when the dock was closed, which takes the widget out of it.
     """
@@ -37,6 +37,7 @@ class DockManners(QObject):
         self._widget, self._height = widget, height
         self._leave, self._stay, self._gone = leave, stay, gone
         self._seen: weakref.ref[QMainWindow] | None = None  # weak: the window must not live on for our sake
+        self._asked = False
         widget.installEventFilter(self)
 
     def eventFilter(self, watched: QObject | None, event: QEvent | None) -> bool:  # noqa: N802 - Qt's name
@@ -47,9 +48,8 @@ class DockManners(QObject):
                 QTimer.singleShot(0, self._on_moved)
             elif kind == QEvent.Type.Close:
                 self._gone()
-        elif kind == QEvent.Type.Close:
-            self._leave()
-            QTimer.singleShot(0, self._on_window_asked)
+        else:
+            self._on_window(kind, event is not None and event.spontaneous())
         return False
 
     def _on_moved(self) -> None:
@@ -79,7 +79,15 @@ class DockManners(QObject):
         if self._height is not None:
             window.resizeDocks([dock], [self._height], Qt.Orientation.Vertical)
 
-    def _on_window_asked(self) -> None:
-        window = self._seen() if self._seen is not None else None
-        if window is not None and window.isVisible():
+    def _on_window(self, kind: QEvent.Type, spontaneous: bool) -> None:
+        """Leave a window that closes: one that is seen when it is asked to may still be kept open, until it hides."""
+        if kind == QEvent.Type.Close:
+            self._asked = True
+            window = self._seen() if self._seen is not None else None
+            if window is None or not window.isVisible():
+                self._leave()
+        elif kind == QEvent.Type.Hide and self._asked and not spontaneous:  # spontaneous: minimised
+            self._leave()
+        elif kind == QEvent.Type.Show and self._asked and not spontaneous:
+            self._asked = False
             self._stay()

@@ -11,7 +11,7 @@ from qtpy.QtCore import QObject, QTimer, Signal
 #: Time (ms) without an edit after which it counts as finished.
 PAUSE = 300
 #: Events of a layer after which it is not what it was; ``set_data`` comes also from undo, which tells nothing else.
-_PLACED = ("data", "scale", "translate", "units")
+_PLACED = ("data", "scale", "translate", "rotate", "shear", "affine", "units")
 _DRAWN = (*_PLACED, "paint", "labels_update", "set_data")
 
 

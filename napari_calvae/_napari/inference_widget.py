@@ -212,8 +212,6 @@ class InferenceWidget(QWidget):
         Returns whether that was begun.
         """
         try:
-            if self._batch.busy:
-                raise calvae.RecordingError("ROIs are being inferred. Cancel that first, or wait for its end.")
             key, _, masks = self.choices.rois()
             given = self.choices.traces
             planes = [(key, masks)] if given is None else self.choices.planes()

@@ -75,7 +75,7 @@ class LivePlots(TimePlots):
     def show_window(self, window: live.Window, heading: str) -> None:
         """Show what has come last."""
         self.window_shown, self.traces = window, window.traces
-        self.graphics.ci.setOpacity(1)
+        self.set_outdated(self._outdated)
         self.title.setText(heading)
         ids = window.traces.roi_ids
         for place, cell in enumerate(self.cells):

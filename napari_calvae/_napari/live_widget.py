@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from qtpy.QtWidgets import (
 
 import napari_calvae as calvae
 from napari_calvae._napari import live, picking, reading, session
+from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import beside, choose_layer, layer_box
-from napari_calvae._napari.inference_widget import InferenceWidget
 from napari_calvae._napari.live_plots import LivePlots
 from napari_calvae._napari.recording_widget import RecordingWidget
 from napari_calvae._napari.run_bar import RunBar
@@ -46,7 +46,6 @@ class LiveWidget(RecordingWidget):
         self.recent: live.Recent | None = None
         self._source: calvae.GrowingMovie | None = None
         self._layer: Image | None = None
-        self._marks: Any = None
         #: ROIs that the plots show, and up to which frame of what.
         self._drawn: tuple = ()
         #: What the movie's layer held when it was looked at last, and how many frames of it.
@@ -90,6 +89,7 @@ class LiveWidget(RecordingWidget):
         self.lag.setToolTip(
             "Frames that come between a frame and its rate: four are as good as eight, none or one miss more"
         )
+        self.lag.currentIndexChanged.connect(self._check_shown)
         self.follow = QCheckBox("follow")
         self.follow.setChecked(True)
         self.follow.setToolTip("The time slider goes to the newest frame; a click in the plots goes back and ends that")
@@ -116,9 +116,6 @@ class LiveWidget(RecordingWidget):
         )
 
     # Movie, ROIs and frame rate: those of the inference widget
-
-    def _links(self, inference: InferenceWidget) -> list[tuple[Any, Callable[..., None]]]:
-        return [*super()._links(inference), (inference.results_changed, self._on_edited)]
 
     def _let_go(self) -> None:
         self._watch_movie(True)
@@ -148,7 +145,7 @@ class LiveWidget(RecordingWidget):
         self.frame_rate.setText("" if rate.hz is None else f"{rate.hz:.6g}")
         self.frame_rate.setModified(False)
         self.rate_source.setText("Hz, type it" if rate.hz is None else f"Hz ({rate.source})")
-        self._on_edited()
+        self._check_shown()
 
     def _on_frame_rate(self) -> None:
         if self.frame_rate.isModified():
@@ -186,18 +183,6 @@ class LiveWidget(RecordingWidget):
         self.inference.controls.choose_movie(layer)
         self._on_layers()
 
-    def _on_edited(self, *_: object) -> None:
-        """Say so where ROIs are not what they were when they began to be followed."""
-        if self.running is None:
-            return
-        try:
-            choices = None if self._inference is None else self._inference.choices
-            same = choices is None or (choices.rois()[0].marks, choices.real_movie) == (self._marks, self._layer)
-        except (calvae.RecordingError, ValueError):
-            same = False
-        if not same:
-            self.bar.say("ROIs or movie have changed: that counts from the next start.")
-
     # Work
 
     def start(self) -> None:
@@ -207,6 +192,16 @@ class LiveWidget(RecordingWidget):
             if box.currentData() is not None:
                 choose(box.currentData())
         super().start()
+        if self.running is not None:
+            self._shows_what_was_asked()
+
+    def _conditions(self, choices: Choices) -> tuple:
+        key = choices.rois()[0]  # but not its number of the movie, which changes as that grows
+        settings = key.settings
+        return key.marks, choices.real_movie, settings.frame_rate, settings.neuropil_coefficient, self.lag.currentData()
+
+    def _told_outdated(self) -> str:
+        return "Movie, ROIs or settings have changed: that counts from the next start."
 
     def _order(self, number: int) -> Iterator[Any]:
         choices = self.inference.choices
@@ -217,7 +212,7 @@ class LiveWidget(RecordingWidget):
         lag, neuropil = self.lag.currentData(), settings.neuropil_coefficient
         order = live.Order(number, movie, masks, settings.frame_rate, lag, neuropil, live.MODEL)
         self.recent, self.news = live.Recent(masks.ids, order.frame_rate, order.lag), None
-        self.running, self._source, self._layer, self._marks = order, movie, choices.real_movie, key.marks
+        self.running, self._source, self._layer = order, movie, choices.real_movie
         self._held = (self._layer.data, self._layer.data.shape[0])
         self.numbers.setText("")
         self.bar.say(f"Following {self._layer.name}: {len(masks)} ROIs.")

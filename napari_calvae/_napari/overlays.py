@@ -136,14 +136,16 @@ class Overlays(QObject):
             self._plots.activity_button.setChecked(False)
             self.failed.emit(str(error))
             return
-        translate = np.array(movie.translate, float)
+        place = picking.placed(movie, range(movie.ndim))
         if movie.ndim == 4:  # lies on the plane of its cells, and is not seen on others
-            data, translate[1] = data[:, None], translate[1] + key.plane * movie.scale[1]
+            data = data[:, None]
+            place["translate"] = place["translate"] + np.array([0, key.plane * movie.scale[1], 0, 0])
         if self._layer is not None and self._layer in self._viewer.layers and self._layer.ndim != movie.ndim:
             self._remove()
         if self._layer is not None and self._layer in self._viewer.layers:
             self._layer.data = data
-            self._layer.translate = translate
+            for name, wanted in place.items():
+                setattr(self._layer, name, wanted)
             self._layer.contrast_limits = (0.0, top)
             self._layer.visible = True
             return
@@ -152,8 +154,7 @@ class Overlays(QObject):
             data,
             name=LAYER,
             metadata={picking.OWN: True},
-            scale=movie.scale,
-            translate=translate,
+            **place,
             units=movie.units,
             axis_labels=movie.axis_labels,
             blending="additive",

@@ -70,9 +70,9 @@ class Outline:
                 self._layer.data = []
                 look = {"edge_color": OUTLINE_COLOUR, "face_color": "transparent", "edge_width": _width(mask)}
                 self._layer.add(loops, shape_type="polygon", **look)
-            for name in ("scale", "translate"):  # each makes napari draw again, even where it changes nothing
-                wanted = getattr(movie, name)[-2:]
-                if not np.array_equal(getattr(self._layer, name), wanted):
+            for name, wanted in placed(movie, (-2, -1)).items():
+                # Each makes napari draw again, even where it changes nothing.
+                if not np.array_equal(np.asarray(getattr(self._layer, name)), np.asarray(wanted)):
                     setattr(self._layer, name, wanted)
             return
         selection = set(self._viewer.layers.selection)
@@ -85,8 +85,7 @@ class Outline:
             face_color="transparent",
             name=OUTLINE,
             metadata={OWN: True},
-            scale=movie.scale[-2:],
-            translate=movie.translate[-2:],
+            **placed(movie, (-2, -1)),
         )
         self._viewer.add_layer(self._layer)
         self._layer.editable = False
@@ -103,6 +102,17 @@ class Outline:
         if self._layer is not None and self._layer in self._viewer.layers:
             self._viewer.layers.remove(self._layer)
         self._layer = None
+
+
+def placed(movie: Image, axes: Sequence[int]) -> dict[str, Any]:
+    """Where these axes of a movie lie, as arguments of a layer that is to lie on it."""
+    axes = [axis % movie.ndim for axis in axes]
+    return {
+        "scale": movie.scale[axes],
+        "translate": movie.translate[axes],
+        "rotate": movie.rotate[np.ix_(axes, axes)],
+        "affine": movie.affine.set_slice(axes),
+    }
 
 
 def _width(mask: np.ndarray) -> float:
@@ -147,10 +157,7 @@ def add_disc(
         layer = Labels(
             np.zeros(shape, np.int32),
             name=session.ROI_LAYER,
-            scale=movie.scale[axes],
-            translate=movie.translate[axes],
-            rotate=movie.rotate[np.ix_(axes, axes)],
-            affine=movie.affine.set_slice(axes),
+            **placed(movie, axes),
         )
     elif not hasattr(layer.data, "__setitem__") or isinstance(layer.data, da.Array):
         raise calvae.RecordingError(
@@ -190,7 +197,8 @@ def _new_id(data: Any) -> int:
 def add_point(viewer: ViewerModel, layer: Points, movie: Image, place: Sequence[float]) -> int:
     """Add a point at a (y, x) position (pixels) of the shown plane; returns its id as a ROI."""
     world = np.array(viewer.dims.point, float)
-    world[-2:] = np.asarray(place) * movie.scale[-2:] + movie.translate[-2:]
+    here = movie.world_to_data(world[-movie.ndim :])
+    world[-2:] = movie.data_to_world([*here[:-2], *place])[-2:]
     layer.add(layer.world_to_data(world[-layer.ndim :]))
     return len(layer.data)
 

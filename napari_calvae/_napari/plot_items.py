@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from qtpy.QtGui import QColor, QPainter, QPainterPath
 from qtpy.QtWidgets import QGraphicsTextItem
 
 AXIS_WIDTH, LEGEND_WIDTH = 50, 106
+#: Pixels between two numbers of an axis at the left, at least: the height of a line.
+_LINE = 14
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,37 @@ class BandItem(pg.GraphicsObject):
         painter.fillPath(self._path, self._brush)
 
 
+class ValueAxis(pg.AxisItem):
+    """Axis at the left of a plot, however small that is: pyqtgraph asks for two numbers, whether or not they fit."""
+
+    def __init__(self, view: pg.ViewBox):
+        super().__init__("left", linkView=view, maxTickLength=-4)
+        self.enableAutoSIPrefix(False)
+        self.setStyle(maxTickLevel=0)
+
+    def tickSpacing(self, minVal: float, maxVal: float, size: float) -> list[tuple[float, float]]:  # noqa: N802
+        """Distance of ticks, and where they are counted from (pyqtgraph)."""
+        span = abs(maxVal - minVal)
+        if not span > 0 or not size > 0:
+            return []
+        least = span * min(_LINE / size, 1.0)
+        unit = 10.0 ** math.floor(math.log10(least))
+        steps = [n * unit for n in (0.5, 1, 2, 5, 10)]
+        place = next(k for k, step in enumerate(steps) if step >= least * (1 - 1e-9))
+        while place and math.floor(max(minVal, maxVal) / steps[place]) * steps[place] < min(minVal, maxVal):
+            place -= 1  # one number at least
+        return [(steps[place], 0.0)]
+
+    def tickValues(self, minVal: float, maxVal: float, size: float) -> list[tuple[float, np.ndarray]]:  # noqa: N802
+        """Distance and places of ticks (pyqtgraph); none at the top end, where the row above has its lowest one."""
+        top = max(minVal, maxVal) - abs(maxVal - minVal) * min(0.6 * _LINE / max(size, 1), 1.0)
+        found = []
+        for step, places in super().tickValues(minVal, maxVal, size):
+            below = np.asarray(places)[np.asarray(places) <= top]
+            found.append((step, below if len(below) > 1 else np.asarray(places)))  # one alone is no scale
+        return found
+
+
 class Row:
     """One of the plots: its axis, its view and its legend at the right."""
 
@@ -96,11 +130,9 @@ class Row:
         self.view = pg.ViewBox(enableMenu=False)
         self.view.setMouseEnabled(x=True, y=False)
         self.view.disableAutoRange()
-        self.axis = pg.AxisItem("left", linkView=self.view, maxTickLength=-4)
+        self.axis = ValueAxis(self.view)
         self.axis.setLabel(label)
-        self.axis.enableAutoSIPrefix(False)
         self.axis.setWidth(AXIS_WIDTH)
-        self.axis.setStyle(maxTickLevel=0)
         self.missing = BandItem()
         self.missing.setZValue(-10)
         self.view.addItem(self.missing)

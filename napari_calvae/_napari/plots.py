@@ -20,6 +20,11 @@ LEGIBLE = 236
 
 HINT = "Click a ROI in the movie: its fluorescence and the spikes behind it appear here."
 
+_LOG_LIKELIHOOD = (
+    "log-lik.: mean log-likelihood of the frames in view under the reconstruction and its spread (nats per frame). "
+    "The greater, the better they are explained; to be compared for the same frames only, not between cells"
+)
+
 
 class PosteriorPlots(QWidget):
     """The posterior of one ROI; the mouse wheel zooms in time, dragging moves, a click picks a moment.
@@ -107,6 +112,7 @@ class PosteriorPlots(QWidget):
         self.rate = pg.PlotCurveItem()
         self.true_spikes, self.rival_rate = pg.PlotCurveItem(), pg.PlotCurveItem()
         self.raster = pg.ImageItem(axisOrder="row-major")
+        self.trace_row.words.setToolTip(_LOG_LIKELIHOOD)
         for row, items in (
             (self.trace_row, (self.spread, self.trace, self.reconstruction)),
             (self.raster_row, (self.raster, self.true_spikes)),
@@ -313,6 +319,8 @@ class PosteriorPlots(QWidget):
 
     def _set_heading(self, words: str) -> None:
         self._heading = words
+        # What the pointer tells stays on one line: it must not push the plots up and down.
+        self.title.setWordWrap(words == HINT)
         self.title.setText(words)
 
     def _on_pointer(self, place: QPointF) -> None:

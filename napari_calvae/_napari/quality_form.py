@@ -114,7 +114,7 @@ class QualityForm(QWidget):
         self.worst = _button("Worst", "Go to the worst cell by the sorted column, unjudged ones first (W)")
         self.next = _button("Next unjudged", "Go to the next cell without a verdict (N)")
         self.colour = _box(["none"], "Colour the ROIs of the Labels layer by verdict or by a number")
-        self.distribution = Distribution()
+        self.distribution = Distribution(named=True)
         self.every = _button("▥", "Distributions of all numbers, in a window of their own", tool=True)
         self.infer_all = _button("Infer all", "Infer every ROI that has no numbers yet")
         self.run_on, self.run_line = RunOn(), RunLine()

@@ -295,12 +295,12 @@ class QualityWidget(QWidget):
         self.rois.paint(roi_layer.colours_of(self.table, self.judged, name))
         self._shown = judging.shown_column(self.table, name, self.view.sort)
         if self._shown is None:
-            self.form.distribution.show_values(np.empty(0), (0.0, 1.0), "", None)
+            self.form.distribution.show_values(np.empty(0), None, "", None, "")
         else:
             values = self.table.numbers(self._shown.name)
             bars = roi_layer.scale_colours((np.arange(BARS) + 0.5) / BARS) if self._shown.name == name else None
             words = f"{self._shown.words} of all ROIs: {self._shown.help}. The line is the picked ROI."
-            self.form.distribution.show_values(values, judging.colour_range(values) or (0.0, 1.0), words, bars)
+            self.form.distribution.show_values(values, judging.colour_range(values), words, bars, self._shown.words)
         self._mark()
 
     def show_dashboard(self) -> None:

@@ -17,6 +17,7 @@ from qtpy.QtWidgets import QFileDialog, QFormLayout, QHBoxLayout, QSizePolicy, Q
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, session
+from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.docking import DockManners
 from napari_calvae._napari.inference_widget import InferenceWidget
 from napari_calvae._napari.plot_items import Palette
@@ -28,9 +29,9 @@ from napari_calvae._napari.work import Worker
 class RecordingWidget(QWidget):
     """Has a bar to start work with and plots over time; what is worked out is up to its kinds.
 
-    A kind says which work the start button asks for (``_order``), how a message of it is shown (``_show_message``),
-    what it has to offer for these ROIs (``_offer``), what is shown of a picked one (``_on_picked``), and what is to be
-    undone when work ends without a result (``_on_stopped``).
+    A kind says which work the start button asks for (``_order``) and what that depends on (``_conditions``), how a
+    message of it is shown (``_show_message``), what it has to offer for these ROIs (``_offer``), what is shown of a
+    picked one (``_on_picked``), and what is to be undone when work ends without a result (``_on_stopped``).
 
     ``finished`` is emitted when a result is shown, ``failed`` with the sentence that tells why there is none.
     """
@@ -44,9 +45,10 @@ class RecordingWidget(QWidget):
         self._closed = self._attached = False
         self._requests = answers.Requests()
         self._inference: InferenceWidget | None = None
-        #: Movie and ROIs that were asked about, and those that the result shown was made of.
+        #: Movie, ROIs and settings that were asked about, and those that the result shown was made of.
         self._asked_of: tuple | None = None
         self._made_of: tuple | None = None
+        self._outdated = False
         self.setMinimumHeight(height)
         # napari puts a stretch beside what does not want all of a dock.
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Expanding)
@@ -63,6 +65,10 @@ class RecordingWidget(QWidget):
     @abstractmethod
     def _order(self, number: int) -> Iterator[Any]:
         """Work that the start button asks for, or the sentence that says what is missing (raised)."""
+
+    @abstractmethod
+    def _conditions(self, choices: Choices) -> tuple:
+        """All that a result depends on, as it is now; raises where there are no ROIs or no frame rate."""
 
     @abstractmethod
     def _show_message(self, message: Any) -> None:
@@ -86,8 +92,8 @@ class RecordingWidget(QWidget):
         """Do the work."""
         number = self._requests.new()
         try:
-            self._asked_of = self.inference.choices.rois()[0][:3]
             work = self._order(number)
+            self._asked_of = self._conditions(self.inference.choices)
         except (calvae.RecordingError, OSError, ValueError) as error:
             self._fail(session.explain(error))
             return
@@ -108,10 +114,34 @@ class RecordingWidget(QWidget):
 
     def _done(self, sentence: str) -> None:
         """Say that a result is shown."""
-        self._made_of = self._asked_of
         self.bar.set_running(False)
         self.bar.say(sentence)
+        self._shows_what_was_asked()
         self.finished.emit()
+
+    def _shows_what_was_asked(self) -> None:
+        """From now on what is shown is made of what was asked about; that may have changed meanwhile."""
+        self._made_of, self._outdated = self._asked_of, False
+        self.plots.set_outdated(False)
+        self._check_shown()
+
+    def _check_shown(self, *_: object) -> None:
+        """Say so where movie, ROIs or settings are no longer those that what is shown was made of, and dim it."""
+        if self._made_of is None or self._inference is None:
+            return
+        try:
+            outdated = self._conditions(self._inference.choices) != self._made_of
+        except (calvae.RecordingError, ValueError):
+            outdated = True
+        if outdated == self._outdated:
+            return
+        self._outdated = outdated
+        self.plots.set_outdated(outdated)
+        self.bar.say(self._told_outdated() if outdated else "What is shown goes with movie, ROIs and settings again.")
+
+    def _told_outdated(self) -> str:
+        start = self.bar.start.text()
+        return f"What is shown was made of another movie, other ROIs or other settings: press {start} again."
 
     def _on_message(self, message: Any) -> None:
         if not self._requests.wants(message.number):
@@ -188,6 +218,8 @@ class RecordingWidget(QWidget):
         return [
             (inference.controls.layers_chosen, self._on_layers),
             (inference.controls.frame_rate_typed, self._on_layers),  # without one, ROIs are not read
+            (inference.controls.changed, self._check_shown),
+            (inference.results_changed, self._check_shown),
             (inference.shown, self._on_picked),
             (inference.destroyed, self._on_inference_gone),
         ]
@@ -201,12 +233,12 @@ class RecordingWidget(QWidget):
     def _on_layers(self, *_: object) -> None:
         """Offer what movie and ROIs have; say so where what is shown was made of others."""
         try:
-            key, _labels, rois = self.inference.choices.rois()
+            rois = self.inference.choices.rois()[2]
         except (calvae.RecordingError, ValueError):
-            return  # said when the work is asked for
-        self._offer(rois)
-        if self._made_of not in (None, key[:3]):
-            self.bar.say(f"What is shown was made of another movie or other ROIs: press {self.bar.start.text()} again.")
+            pass  # said when the work is asked for
+        else:
+            self._offer(rois)
+        self._check_shown()
 
     def _on_inference_gone(self, *_: object) -> None:
         self._inference = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from napari.layers import Image, Labels, Layer, Points, Shapes
+from napari.utils.transforms import Affine
 
 import napari_calvae as calvae
 from napari_calvae._napari import session, shapes
@@ -37,8 +38,9 @@ class View:
     def pixels(self, layer: Layer, points: np.ndarray) -> np.ndarray:
         """(point, …) positions in the layer's data as positions in the movie's pixels, as far as both have axes."""
         n = min(layer.ndim, self.movie.ndim, 3)
-        world = np.asarray(points, float)[:, -n:] * layer.scale[-n:] + layer.translate[-n:]
-        return (world - self.movie.translate[-n:]) / self.movie.scale[-n:]
+        (turn, start), (movie_turn, movie_start) = to_world(layer, n), to_world(self.movie, n)
+        world = np.asarray(points, float)[:, -n:] @ turn.T + start
+        return np.linalg.solve(movie_turn, (world - movie_start).T).T
 
     def label_plane(self, layer: Labels) -> np.ndarray:
         """(y, x) label image of the plane, or the sentence that asks to put the layer where the movie is.
@@ -63,6 +65,15 @@ class View:
     def shown(self, pixels: np.ndarray) -> bool:
         """Whether some positions (…, y, x), taken together, are on this plane; those without z are on all planes."""
         return self.n_planes == 1 or pixels.shape[1] < 3 or round(float(pixels[:, -3].mean())) == self.plane
+
+
+def to_world(layer: Layer, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, n) matrix and (n,) offset that lead from a layer's data to the world, along its last ``n`` axes."""
+    placed = Affine(
+        scale=layer.scale, translate=layer.translate, rotate=layer.rotate, shear=layer.shear, ndim=layer.ndim
+    )
+    matrix = layer.affine.affine_matrix @ placed.affine_matrix
+    return matrix[-n - 1 : -1, -n - 1 : -1], matrix[-n - 1 : -1, -1]
 
 
 class RoiReader:
@@ -135,9 +146,7 @@ class RoiReader:
     def _parts(layer: Layer, view: View) -> list[Any]:
         if isinstance(layer, Labels):
             return [view.label_plane(layer)]
-        placed = [layer.scale.tolist(), layer.translate.tolist(), view.plane]
-        movie = view.movie
-        placed += [movie.scale.tolist(), movie.translate.tolist()]
+        placed = [*to_world(layer, layer.ndim), *to_world(view.movie, view.movie.ndim), view.plane]
         if isinstance(layer, Points):
             return [np.asarray(layer.data), view.diameter, *placed]
         points = [np.asarray(points) for points in layer.data]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers
+from napari_calvae._napari import answers, session
 from napari_calvae._napari.file_rois import FileFrames, FileTraces
 
 _INFERRED = ("model", "n_samples", "seed", "device", "amplitude")
@@ -24,7 +24,8 @@ _INFERRED = ("model", "n_samples", "seed", "device", "amplitude")
 class Source:
     """Where movie and ROIs come from: their files if they have any, and the label image (y, x) as it is now.
 
-    Or the ``traces`` of ROIs come from a file, all but those of the ROIs ``edited`` (ids).
+    Of a movie (time, z, y, x) the ROIs are on one ``plane``. Or the ``traces`` of ROIs come from a file, all but those
+    of the ROIs ``edited`` (ids).
     """
 
     movie: Path | None
@@ -32,6 +33,7 @@ class Source:
     labels: np.ndarray
     traces: FileTraces | None = None
     edited: tuple[int, ...] = ()
+    plane: int | None = None
 
 
 def source_of(movie: Any, frames: Any, rois: Any, labels: np.ndarray) -> Source:
@@ -40,8 +42,9 @@ def source_of(movie: Any, frames: Any, rois: Any, labels: np.ndarray) -> Source:
         masks = calvae.RoiMasks.from_labels(labels)
         edited = set(masks.ids) - frames.traces.unedited(masks, frames.plane)
         return Source(None, None, labels, frames.traces, tuple(sorted(edited)))
-    path = path_of(movie)
-    return Source(path if path is not None and _shows(path, frames) else None, path_of(rois), labels)
+    path, is_plane = path_of(movie), isinstance(frames, session.MoviePlane)
+    known = path is not None and _shows(path, frames.data if is_plane else frames)
+    return Source(path if known else None, path_of(rois), labels, plane=frames.plane if is_plane else None)
 
 
 def path_of(layer: Any) -> Path | None:
@@ -99,6 +102,7 @@ def _from_movie(source: Source, settings: answers.Settings) -> list[str]:
     return [
         *lines,
         f"movie, _ = calvae.read_movie({str(source.movie or 'movie.npy')!r})",
+        *([] if source.plane is None else [f"movie = movie[:, {source.plane}]  # the plane that these ROIs are on"]),
         *rois,
         f"traces = calvae.extract(movie, labels, {_given(settings, 'frame_rate', 'neuropil_coefficient')})",
     ]

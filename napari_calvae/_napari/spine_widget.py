@@ -17,7 +17,8 @@ from qtpy.QtWidgets import (
 )
 
 import napari_calvae as calvae
-from napari_calvae._napari import dendrite
+from napari_calvae._napari import answers, dendrite
+from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.controls import beside
 from napari_calvae._napari.dendrite_plots import DendritePlots
 from napari_calvae._napari.number_table import NumberTable
@@ -62,18 +63,21 @@ class SpineWidget(RecordingWidget):
         self.shaft = QComboBox()
         self.shaft.setToolTip("ROI of the dendrite's shaft (id), at first the largest one")
         self.shaft.activated.connect(self._on_shaft_chosen)
+        self.shaft.currentIndexChanged.connect(self._check_shown)
         self.use_picked = QPushButton("Use picked ROI")
         self.use_picked.setToolTip("Take the ROI that was clicked in the movie for the shaft")
         self.use_picked.clicked.connect(self._on_use_picked)
         self.spines = QLineEdit()
         self.spines.setPlaceholderText("all others, or ids: 2-5, 8")
         self.spines.setToolTip("ROIs of the spines (ids); empty for all but the shaft")
+        self.spines.editingFinished.connect(self._check_shown)
         self.neuropil = QDoubleSpinBox()
         self.neuropil.setRange(0, 2)
         self.neuropil.setSingleStep(0.05)
         self.neuropil.setToolTip(
             "Share of the surrounding signal that is subtracted. Around a spine is its own dendrite: 0 leaves it in"
         )
+        self.neuropil.valueChanged.connect(self._check_shown)
         self.table = NumberTable(
             {head: tip for head, (tip, _) in _COLUMNS.items()},
             "Spines; arrow keys up and down show one after the other",
@@ -122,9 +126,9 @@ class SpineWidget(RecordingWidget):
         if index < 0:
             self._fail("Shaft: expected a picked ROI, got none. Click the shaft in the movie first.")
             return
-        self.shaft.setCurrentIndex(index)
         self._shaft_is_chosen = True
-        self.bar.say(f"ROI {self.shaft.currentData()} is the shaft.")
+        self.bar.say(f"ROI {self.shaft.itemData(index)} is the shaft.")
+        self.shaft.setCurrentIndex(index)
 
     def _order(self, number: int) -> Iterator[Any]:
         choices = self.inference.choices
@@ -133,9 +137,17 @@ class SpineWidget(RecordingWidget):
             self._offer(masks)
         shaft = self.shaft.currentData()
         spines = dendrite.chosen_spines(self.spines.text(), shaft, masks.ids)
-        settings = replace(key.settings, neuropil_coefficient=round(self.neuropil.value(), 4))
+        settings = self._settings(key)
         self.bar.say(f"Shaft {shaft}, {len(spines)} spines.")
         return dendrite.iter_separate(dendrite.Order(number, choices.frames, masks, shaft, spines, settings))
+
+    def _settings(self, key: answers.Key) -> answers.Settings:
+        return replace(key.settings, neuropil_coefficient=round(self.neuropil.value(), 4))
+
+    def _conditions(self, choices: Choices) -> tuple:
+        key = choices.rois()[0]
+        counting = replace(self._settings(key), model="", device="", amplitude=None)
+        return *key[:3], counting, self.shaft.currentData(), self.spines.text().strip()
 
     # What is shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qtpy.QtWidgets import (
 import napari_calvae as calvae
 from napari_calvae._napari import pulses, responses, session
 from napari_calvae._napari.average_plots import AveragePlots
+from napari_calvae._napari.choices import Choices
 from napari_calvae._napari.connections import ConnectionPanel
 from napari_calvae._napari.number_table import NumberTable
 from napari_calvae._napari.plot_items import Palette
@@ -58,6 +60,8 @@ class StimulationWidget(RecordingWidget):
         self.result: calvae.AllOpticalInference | None = None
         self.cells: tuple[responses.Cell, ...] = ()
         self._ids: tuple[int, ...] = ()
+        #: Changes with the pulses.
+        self._mark = ""
         self._build()
         self._lay_out()
         self.bar.say("Load the pulses: when each began, how long it lasted, and where it was pointed.")
@@ -78,6 +82,8 @@ class StimulationWidget(RecordingWidget):
         self.told.setToolTip("Pulses that are loaded")
         self.settle = _spin(0, 10_000, 30, " sweeps", "Sweeps of the sampler that are thrown away while it settles")
         self.samples = _spin(2, 1000, 40, " sweeps", "Sweeps that are kept: samples of spikes and connections")
+        for box in (self.settle, self.samples):
+            box.valueChanged.connect(self._check_shown)
         self.table = NumberTable(
             {head: tip for head, (tip, _) in _COLUMNS.items()},
             "Cells; arrow keys up and down show one after the other, and so does a click in the movie",
@@ -114,7 +120,7 @@ class StimulationWidget(RecordingWidget):
         if isinstance(self.source, Path):
             return
         choices = self.inference.choices
-        self.source = pulses.in_metadata(choices.roi_layer, choices.movie)
+        self.source, self._mark = pulses.in_metadata(choices.roi_layer, choices.movie), ""
         self.told.setText(_NONE)
         if self.source is not None:
             try:
@@ -137,13 +143,18 @@ class StimulationWidget(RecordingWidget):
         self.source = path
         self.told.setText(f"{words} ({path.name}).")
         self.bar.say("Press Estimate to tell artefact and response apart.")
+        self._check_shown()
 
     def _checked(self, source: pulses.Source) -> tuple[calvae.Stimulation, str]:
-        """The pulses, and what there is of them in words."""
+        """The pulses, which are those to be taken from now on, and what there is of them in words."""
         choices = self.inference.choices
         key, _, masks = choices.rois()
         stimulation = pulses.read(source, masks)
-        return stimulation, pulses.check(stimulation, masks, choices.frames.shape[0] / key.settings.frame_rate)
+        words = pulses.check(stimulation, masks, choices.frames.shape[0] / key.settings.frame_rate)
+        self._mark = session.fingerprint(
+            stimulation.onset, stimulation.duration, stimulation.power, *stimulation.targets
+        )
+        return stimulation, words
 
     def _order(self, number: int) -> Iterator[Any]:
         choices = self.inference.choices
@@ -165,6 +176,11 @@ class StimulationWidget(RecordingWidget):
                 self.samples.value(),
             )
         )
+
+    def _conditions(self, choices: Choices) -> tuple:
+        key = choices.rois()[0]
+        counting = replace(key.settings, n_samples=self.samples.value(), device="", amplitude=None)
+        return *key[:3], counting, self.settle.value(), self._mark
 
     # What is shown
 

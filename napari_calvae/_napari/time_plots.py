@@ -16,6 +16,8 @@ from napari_calvae._napari import drawing
 from napari_calvae._napari.plot_items import BandItem, Palette, Row, raster_colours, shade
 
 BAND_ALPHA = 0.35
+#: Opacity of what was made of other ROIs or settings.
+_DIMMED = 0.45
 #: Half the height of what marks a stretch of time, whatever the scale of its row.
 _TALL = 1e4
 
@@ -41,9 +43,10 @@ class TimePlots(QWidget):
         self.traces: calvae.Traces | None = None
         self.columns: drawing.Columns | None = None
         self.palette_used = Palette.on("#262930", "#f0f1f2")
-        self._hint = hint
+        self._hint, self._outdated = hint, False
         self.title = QLabel(hint)
         self.title.setTextFormat(Qt.TextFormat.RichText)
+        self.title.setWordWrap(True)
         self.title.setMinimumWidth(120)  # or the longest sentence would widen the window
         self.graphics = pg.GraphicsLayoutWidget(self)
         self.graphics.setMinimumSize(QSize(240, 150))
@@ -98,7 +101,7 @@ class TimePlots(QWidget):
     def show_recording(self, traces: calvae.Traces, heading: str) -> None:
         """Show what belongs to these traces; the stretch of time in view stays if they are as long as before."""
         before, self.traces = self.traces, traces
-        self.graphics.ci.setOpacity(1)
+        self.set_outdated(self._outdated)
         self.title.setText(heading)
         ends = _ends(traces)
         view = self.rows[0].view
@@ -106,6 +109,12 @@ class TimePlots(QWidget):
         if before is None or _ends(before) != ends:
             view.setXRange(*ends, padding=0)
         self.redraw()
+
+    def set_outdated(self, outdated: bool) -> None:
+        """Dim what is shown, and what will be, if it was made of other ROIs or settings than are chosen now."""
+        self._outdated = outdated
+        if self.traces is not None:
+            self.graphics.ci.setOpacity(_DIMMED if outdated else 1)
 
     def clear(self) -> None:
         """Show nothing."""

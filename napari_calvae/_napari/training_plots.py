@@ -14,7 +14,7 @@ from qtpy.QtWidgets import QComboBox, QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, retraining
-from napari_calvae._napari.plot_items import Palette, raster_colours, shade
+from napari_calvae._napari.plot_items import Palette, ValueAxis, raster_colours, shade
 
 _AXIS = 46
 LABEL = {"font-size": "8pt"}
@@ -37,11 +37,9 @@ class Lane:
         self.view = pg.ViewBox(enableMenu=False)
         self.view.setMouseEnabled(x=True, y=False)
         self.view.disableAutoRange()
-        self.axis = pg.AxisItem("left", linkView=self.view, maxTickLength=-4)
+        self.axis = ValueAxis(self.view)
         self.axis.setLabel(label, **LABEL)
-        self.axis.enableAutoSIPrefix(False)
         self.axis.setWidth(_AXIS)
-        self.axis.setStyle(maxTickLevel=0)
         layout.addItem(self.axis, row, 0)
         layout.addItem(self.view, row, 1)
 

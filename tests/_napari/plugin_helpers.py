@@ -66,6 +66,25 @@ class Network:
         return calvae.SpikeInference.concatenate([posterior_of(traces, settings.get("n_samples", 50))])
 
 
+def hide_as_if_closed(window, *widgets):
+    """Hide napari's window after these widgets heard that it is asked to close."""
+    from qtpy.QtGui import QCloseEvent
+
+    for widget in widgets:
+        widget._manners.eventFilter(window, QCloseEvent())
+        assert widget._attached  # it may still be decided to keep it open
+    window.hide()
+
+
+def is_all_seen(label):
+    """Whether a label has room for its (plain) words."""
+    from qtpy.QtCore import QRect, Qt
+
+    wrap = Qt.TextFlag.TextWordWrap.value if label.wordWrap() else 0
+    needed = label.fontMetrics().boundingRect(QRect(0, 0, label.width(), 10_000), wrap, label.text())
+    return needed.width() <= label.width() and needed.height() <= label.height()
+
+
 class Mouse:
     """Real mouse events at positions of the movie."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from plugin_helpers import FRAME_RATE, posterior_of
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, figure, judging, script
+from napari_calvae._napari import answers, figure, judging, script, session
 from napari_calvae._napari.contributions import sample_folder
 
 
@@ -203,6 +204,26 @@ def test_a_movie_without_a_file_is_to_be_saved_first():
     assert "np.save(" in text
     assert "read_movie('movie.npy')" in text
     compile(text, "script", "exec")
+
+
+def test_the_script_of_a_movie_with_planes_takes_the_one_that_is_shown(tmp_path):
+    stack = np.random.default_rng(0).integers(50, 200, (30, 3, 12, 14)).astype(np.uint16)
+    labels = np.zeros((12, 14), np.int32)
+    labels[3:6, 4:9], labels[8:10, 2:4] = 1, 2
+    np.save(tmp_path / "stack.npy", stack)
+    movie = SimpleNamespace(metadata={"path": tmp_path / "stack.npy"})
+    drawn = SimpleNamespace(metadata={}, source=SimpleNamespace(path=None))
+    settings = answers.Settings(frame_rate=10.0, neuropil_coefficient=0.0)
+    source = script.source_of(movie, session.MoviePlane(stack, 2), drawn, labels)
+    text = script.script(source, settings)
+    names: dict = {}
+    exec(text[: text.index("result =")], names)
+    np.testing.assert_array_equal(
+        names["traces"].values, calvae.extract(stack[:, 2], labels, 10.0, neuropil_coefficient=0.0).values
+    )
+    other = script.source_of(movie, session.MoviePlane(stack + 1, 2), drawn, labels)
+    assert other.movie is None
+    assert "movie[:, 2]" in script.script(other, settings)
 
 
 def test_figures(tmp_path):

@@ -290,6 +290,20 @@ def test_edited_rois_count_from_the_next_start(qtbot, running, viewer, recorder)
     qtbot.waitUntil(lambda: widget.plots.window_shown.traces.roi_ids == (1, 2, 3, 8), timeout=10_000)
 
 
+def test_another_frame_rate_is_told_while_it_is_followed_and_afterwards(qtbot, running, recorder):
+    inference, widget = running
+    inference.controls.frame_rate_typed.emit(f"{2 * FRAME_RATE}")
+    assert "counts from the next start" in widget.bar.status.text()
+    recorder.record(10)
+    qtbot.waitUntil(lambda: shown(widget) == 70, timeout=10_000)
+    assert widget.plots.graphics.ci.opacity() < 1
+    press(qtbot, widget.bar.cancel)
+    qtbot.waitUntil(lambda: widget.running is None, timeout=10_000)
+    assert widget.plots.graphics.ci.opacity() < 1
+    inference.controls.frame_rate_typed.emit(f"{FRAME_RATE}")
+    assert widget.plots.graphics.ci.opacity() == 1
+
+
 def test_the_window_is_small_and_follows_the_theme_and_stays_alive_while_reading_waits(
     qtbot, running, viewer, recorder, monkeypatch
 ):

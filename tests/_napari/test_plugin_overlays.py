@@ -71,6 +71,25 @@ def test_cells_light_up_once_inferred_and_go_dark_again(qtbot, show_movie, open_
     assert np.asarray(viewer.layers[overlays.LAYER].data[frame])[CENTRES[1]] > 0
 
 
+def test_cells_light_up_where_a_turned_movie_lies(qtbot, show_movie, open_widget, viewer, labels):
+    def turn(layer, angle):
+        rotate = np.eye(layer.ndim)
+        rotate[-2:, -2:] = [(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))]
+        layer.rotate = rotate
+
+    movie = show_movie(rois=None)
+    rois = viewer.add_labels(labels.copy(), name="ROIs")
+    turn(movie, 0.3), turn(rois, 0.3)
+    widget = open_widget()
+    widget.infer_all()
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 3 and not widget._batch.busy, timeout=20_000)
+    qtbot.mouseClick(widget.plots.activity_button, Qt.MouseButton.LeftButton)
+    layer, place = viewer.layers[overlays.LAYER], (5, *CENTRES[1])
+    np.testing.assert_allclose(layer.data_to_world(place), movie.data_to_world(place))
+    turn(movie, 0.5), turn(rois, 0.5)
+    qtbot.waitUntil(lambda: np.allclose(layer.data_to_world(place), movie.data_to_world(place)), timeout=5_000)
+
+
 @pytest.mark.parametrize("change", ["settings", "rois", "movie"])
 def test_nothing_glows_that_no_longer_holds(qtbot, show_movie, open_widget, viewer, network, change):
     show_movie()

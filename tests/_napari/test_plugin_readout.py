@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pyqtgraph as pg
 import pytest
-from plugin_helpers import CENTRES, posterior_of
+from plugin_helpers import CENTRES, is_all_seen, posterior_of
 from qtpy.QtCore import QEvent, QPointF, Qt
 from qtpy.QtGui import QMouseEvent
 from qtpy.QtWidgets import QApplication
@@ -13,6 +14,7 @@ from scipy.stats import norm
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, readout
+from napari_calvae._napari.plot_items import ValueAxis
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,37 @@ def test_the_log_likelihood_is_that_of_the_frames_in_view(picture):
 
 
 @pytest.mark.usefixtures("network")
+def test_the_hint_is_read_in_a_small_window_and_the_log_likelihood_is_explained(
+    qtbot, show_movie, open_widget, viewer, canvas
+):
+    show_movie()
+    widget = open_widget()
+    viewer.window.resize(1000, 800)
+    qtbot.waitUntil(lambda: is_all_seen(widget.plots.title))
+    assert "nats per frame" in widget.plots.trace_row.words.toolTip()
+    with qtbot.waitSignal(widget.shown, timeout=20_000):
+        canvas.click(*CENTRES[1])
+    assert not widget.plots.title.wordWrap()  # or the plots would move with what the pointer tells
+
+
+@pytest.mark.parametrize("size", [20, 28, 60, 200])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.85, 0.97), (0.31, 0.39), (-3.0, 250.0), (1e-5, 3e-5)])
+def test_numbers_of_a_small_axis_do_not_touch(qtbot, size, low, high):
+    axis = ValueAxis(pg.ViewBox())
+    ((_, places),) = axis.tickValues(low, high, size)
+    assert len(places) == 1 or np.diff(places).min() * size / (high - low) >= 13.99
+    assert len(places) >= (3 if size == 200 else 1)
+    assert axis.tickSpacing(low, low, size) == []
+
+
+def test_the_highest_number_of_an_axis_leaves_room_for_the_row_above(qtbot):
+    axis = ValueAxis(pg.ViewBox())
+    ((_, places),) = axis.tickValues(0.0, 1.01, 60)
+    assert np.allclose(places, [0, 0.5])
+    ((_, places),) = axis.tickValues(0.0, 1.01, 28)  # but a scale has two numbers
+    assert np.allclose(places, [0, 1])
+
+
 def test_the_pointer_tells_the_moment_under_it_and_the_heading_comes_back(qtbot, show_movie, open_widget, canvas):
     show_movie()
     widget = open_widget()

@@ -63,6 +63,62 @@ def test_layers_in_other_coordinates_land_on_the_same_pixels():
     assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((9, 11))
 
 
+def turned(ndim, angle=0.3, **more):
+    """Where a layer lies that is turned in y and x, moved and stretched."""
+    rotate, affine = np.eye(ndim), np.eye(ndim + 1)
+    rotate[-2:, -2:] = [(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))]
+    affine[-3:-1, -3:] = [(1.1, 0.2, 4), (-0.1, 0.9, -3)]
+    return {"rotate": rotate, "affine": affine, "scale": (2,) * ndim, "translate": (3,) * ndim, **more}
+
+
+@pytest.mark.parametrize("kind", [Points, Shapes])
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("whose", ["layer", "movie"])
+def test_rois_of_turned_layers_and_movies_are_where_they_are_seen(kind, ndim, whose):
+    movie = Image(np.zeros((5, *SIZE)), **(turned(3) if whose == "movie" else {}))
+    corners = np.array([(8, 9), (8, 21), (19, 21), (19, 9)], float)
+    placed = turned(ndim, 0.5) if whose == "layer" else {}
+    layer = Shapes(ndim=ndim, **placed) if kind is Shapes else Points(ndim=ndim, **placed)
+    wanted = [layer.world_to_data(movie.data_to_world((0, *corner))) for corner in corners]
+    layer.add([wanted], shape_type="polygon") if kind is Shapes else layer.add(np.mean(wanted, axis=0))
+    image = RoiReader().labels(layer, View(movie, diameter=6))
+    assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((13.5, 15), abs=0.5)
+    if kind is Shapes:
+        assert (image == 1).sum() == pytest.approx(11 * 12, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["rotate", "affine"])
+def test_turning_a_layer_is_an_edit(name):
+    layer, view, reader = Points([(20.0, 30.0)]), View(Image(np.zeros((5, *SIZE))), diameter=5), RoiReader()
+    before = reader.image(layer, view)
+    setattr(layer, name, turned(2)[name])
+    assert not np.array_equal(reader.image(layer, view), before)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_point_is_added_where_a_turned_movie_was_clicked(ndim):
+    viewer, movie = ViewerModel(), Image(np.zeros((5, *SIZE)), **turned(3))
+    viewer.add_layer(movie)
+    viewer.dims.set_point(0, 5)
+    layer = viewer.add_points(ndim=ndim, **turned(ndim, -0.2))
+    picking.add_point(viewer, layer, movie, (12, 17))
+    image = RoiReader().labels(layer, View(movie, diameter=5))
+    assert np.argwhere(image == 1).mean(axis=0) == pytest.approx((12, 17), abs=0.1)
+
+
+def test_the_outline_lies_on_a_turned_movie():
+    viewer, movie, mask = ViewerModel(), Image(np.zeros((5, *SIZE)), **turned(3)), np.zeros(SIZE, bool)
+    mask[10:15, 20:25] = True
+    outline = picking.Outline(viewer)
+    for place in ({}, turned(3, 0.6)):  # a new layer, and one that is there
+        for name, value in place.items():
+            setattr(movie, name, value)
+        outline.show(mask, movie)
+        layer = viewer.layers[picking.OUTLINE]
+        middle = np.mean([layer.data_to_world(point) for point in layer.data[0]], axis=0)
+        assert movie.world_to_data((5, *middle))[-2:] == pytest.approx((12, 22), abs=0.6)
+
+
 @pytest.mark.parametrize(
     "moved",
     [{"translate": (10, 17)}, {"scale": (2, 2.1)}, {"scale": (1, 1), "translate": (0, 0)}, {"affine": np.eye(3) + 0.1}],

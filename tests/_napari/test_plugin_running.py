@@ -218,6 +218,28 @@ def test_a_run_is_stopped_and_goes_on(open_both, qtbot, monkeypatch, tmp_path, e
     assert engine.inferred == [0, 1, 2]
 
 
+def test_infer_all_in_memory_does_not_end_a_run_into_a_store(open_both, qtbot, monkeypatch, tmp_path, engine, network):
+    inference, table = open_both
+    engine.held = 1
+    table.form.run_on.choose("local:2")
+    choose(monkeypatch, tmp_path / "out.zarr")
+    table.infer_all()
+    qtbot.waitUntil(lambda: "1 of 3 ROIs" in table.form.run_line.words.text(), timeout=20_000)
+    table.form.run_on.choose(None)
+    qtbot.mouseClick(table.form.infer_all, Qt.MouseButton.LeftButton)
+    assert "got the run into out.zarr. Cancel that first" in inference.controls.status.text()
+    assert table.form.run_line.isVisible()
+    engine.gate.set()
+    qtbot.waitUntil(lambda: table.table.inferred == 3, timeout=20_000)
+    assert engine.inferred == [0, 1, 2]
+    assert network.calls == []
+    qtbot.waitUntil(lambda: not inference._batch.busy, timeout=20_000)
+    inference.results.forget()
+    inference.results_changed.emit()
+    table.infer_all()
+    qtbot.waitUntil(lambda: len(network.calls) == 1, timeout=20_000)  # now there is nothing in its way
+
+
 def test_a_store_of_another_day_goes_on(open_both, qtbot, monkeypatch, tmp_path, engine, file):
     _, table = open_both
     steps = engine.iter_batch(calvae.open_traces(file), tmp_path / "old.zarr", n_samples=4)

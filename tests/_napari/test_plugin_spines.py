@@ -9,10 +9,11 @@ import threading
 
 import numpy as np
 import pytest
+from plugin_helpers import hide_as_if_closed, is_all_seen
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QApplication, QFileDialog
+from recording_helpers import FRAME_RATE, show
 from recording_helpers import dendrite as simulated_dendrite
-from recording_helpers import show
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, dendrite
@@ -179,6 +180,48 @@ def test_shaft_and_spines_are_those_that_were_chosen(qtbot, open_spines, quick, 
     assert "ROIs: expected ids among" in widget.bar.status.text()
 
 
+@pytest.mark.parametrize("what", ["frame rate", "ROIs", "samples", "neuropil", "shaft"])
+def test_what_was_made_of_other_rois_or_settings_is_told_and_dimmed(qtbot, open_spines, quick, viewer, what):
+    inference, widget = open_spines()
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        press(qtbot, widget.bar.start)
+    layer = viewer.layers["ROIs"]
+    there_and_back = {
+        "frame rate": lambda on: inference.controls.frame_rate_typed.emit("20" if on else f"{FRAME_RATE}"),
+        "ROIs": lambda on: layer.data_setitem((np.array([1]), np.array([1])), 2 if on else 0),
+        "samples": lambda on: inference.controls.samples.setValue(20 if on else 50),
+        "neuropil": lambda on: widget.neuropil.setValue(0.5 if on else 0.0),
+        "shaft": lambda on: widget.shaft.setCurrentIndex(widget.shaft.findData(2 if on else SHAFT)),
+    }[what]
+    there_and_back(True)
+    qtbot.waitUntil(lambda: "other settings: press Separate again" in widget.bar.status.text())
+    assert widget.plots.graphics.ci.opacity() < 1
+    widget.table.choose(1)
+    assert widget.plots.graphics.ci.opacity() < 1
+    there_and_back(False)
+    qtbot.waitUntil(lambda: widget.plots.graphics.ci.opacity() == 1)
+    assert "goes with movie, ROIs and settings again" in widget.bar.status.text()
+    there_and_back(True)
+    qtbot.waitUntil(lambda: widget.plots.graphics.ci.opacity() < 1)
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        press(qtbot, widget.bar.start)
+    assert widget.plots.graphics.ci.opacity() == 1
+    assert "separated" in widget.bar.status.text()
+
+
+def test_what_changed_while_it_was_separated_is_told_in_the_end(qtbot, open_spines, quick):
+    asked, gate = quick
+    inference, widget = open_spines()
+    gate.clear()
+    press(qtbot, widget.bar.start)
+    qtbot.waitUntil(lambda: bool(asked), timeout=30_000)
+    inference.controls.frame_rate_typed.emit("20")
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        gate.set()
+    assert "other settings: press Separate again" in widget.bar.status.text()
+    assert widget.plots.graphics.ci.opacity() < 1
+
+
 def test_a_click_in_the_movie_shows_that_spine_and_a_click_in_the_plots_that_moment(
     qtbot, open_spines, quick, viewer, canvas, scene
 ):
@@ -224,6 +267,8 @@ def test_it_fits_a_small_window_and_follows_the_theme(qtbot, open_spines, quick,
     viewer.window.resize(1280, 800)
     QApplication.processEvents()
     assert widget.minimumSizeHint().width() <= 600
+    viewer.window.resize(1000, 800)
+    qtbot.waitUntil(lambda: is_all_seen(widget.plots.title))
     dock, other = (viewer.window._wrapped_dock_widgets[name] for name in ("spines", "spike inference"))
     qtbot.waitUntil(lambda: other in viewer.window._qt_window.tabifiedDockWidgets(dock))
     for control in (widget.shaft, widget.use_picked, widget.spines, widget.neuropil, widget.table, widget.csv):
@@ -257,14 +302,13 @@ def test_closing_in_the_middle_leaves_nothing(qtbot, open_spines, quick, viewer,
     assert len(viewer.dims.events.point.callbacks) < listeners[1]
 
 
-def test_a_window_that_stays_open_after_all_can_separate_again(qtbot, open_spines, quick, viewer):
-    from qtpy.QtGui import QCloseEvent
-
+def test_a_window_that_is_shown_again_can_separate_again(qtbot, open_spines, quick, viewer):
     _, widget = open_spines()
     qtbot.waitUntil(lambda: widget._manners._seen is not None)
-    widget._manners.eventFilter(viewer.window._qt_window, QCloseEvent())  # asked to close, but it does not
+    hide_as_if_closed(viewer.window._qt_window, widget)
     assert not widget._attached
-    qtbot.waitUntil(lambda: widget._attached)
+    viewer.window._qt_window.show()
+    assert widget._attached
     with qtbot.waitSignal(widget.finished, timeout=30_000):
         press(qtbot, widget.bar.start)
 

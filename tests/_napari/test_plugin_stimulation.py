@@ -272,7 +272,24 @@ def test_pulses_in_a_layer_go_with_the_layer_and_those_of_a_file_stay(
     widget.load_file(tmp_path / "mine.csv")
     box.setCurrentIndex(box.findData(viewer.layers["movie"]))
     assert widget.told.text().endswith("(mine.csv).")
-    assert "made of another movie or other ROIs: press Estimate again" in widget.bar.status.text()
+    assert "another movie, other ROIs or other settings: press Estimate again" in widget.bar.status.text()
+
+
+def test_what_was_made_of_other_pulses_is_told_and_dimmed(qtbot, open_stimulation, scene, quick, tmp_path):
+    _, widget = open_stimulation(stimulation=scene[2])
+    with qtbot.waitSignal(widget.finished, timeout=30_000):
+        press(qtbot, widget.bar.start)
+    write_table(tmp_path / "same.csv", scene[2])
+    widget.load_file(tmp_path / "same.csv")
+    assert widget.plots.graphics.ci.opacity() == 1
+    write_table(tmp_path / "later.csv", replace(scene[2], onset=scene[2].onset + 0.1))
+    widget.load_file(tmp_path / "later.csv")
+    assert "other settings: press Estimate again" in widget.bar.status.text()
+    assert widget.plots.graphics.ci.opacity() < 1
+    widget.load_file(tmp_path / "same.csv")
+    assert widget.plots.graphics.ci.opacity() == 1
+    widget.samples.setValue(33)
+    assert widget.plots.graphics.ci.opacity() < 1
 
 
 def test_cancelled_work_shows_nothing(qtbot, open_stimulation, quick, scene):

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from plugin_helpers import CENTRES, FRAME_RATE
+from plugin_helpers import CENTRES, FRAME_RATE, hide_as_if_closed
 from qtpy.QtCore import QPoint, Qt
 from qtpy.QtTest import QTest
 from qtpy.QtWidgets import QApplication
@@ -358,13 +358,44 @@ def test_closing_in_the_middle_leaves_nothing(qtbot, show_movie, open_widget, ca
     assert not widget._batch.busy
 
 
-def test_a_window_that_stays_open_after_all_still_listens(qtbot, show_movie, open_widget, canvas, viewer):
+def test_a_window_that_stays_open_keeps_its_work(qtbot, show_movie, open_widget, network, viewer, monkeypatch):
+    from napari._qt import qt_main_window
+    from napari.settings import get_settings
     from qtpy.QtGui import QCloseEvent
+    from qtpy.QtWidgets import QDialog
 
+    class Pressed(QCloseEvent):
+        """As the X of a window's frame sends it."""
+
+        def spontaneous(self):
+            return True
+
+    class Question:
+        def exec_(self):
+            asked.append(self)
+            QTest.qWait(100)  # as long as somebody looks at it, timers and signals go on
+            return QDialog.DialogCode.Rejected
+
+    asked = []
+    monkeypatch.setattr(qt_main_window, "ConfirmCloseDialog", lambda *_, **__: Question())
+    monkeypatch.setattr(get_settings().application, "confirm_close_window", True)
     show_movie()
     widget = open_widget()
-    widget._manners.eventFilter(viewer.window._qt_window, QCloseEvent())  # asked to close, but it does not
+    gate = network.hold(1)
+    qtbot.mouseClick(widget.controls.infer_all, Qt.MouseButton.LeftButton)
+    qtbot.waitUntil(lambda: len(network.calls) == 1)
+    threading.Timer(1.0, gate.set).start()
+    QApplication.sendEvent(viewer.window._qt_window, Pressed())
+    assert asked
+    qtbot.waitUntil(lambda: len(widget.results.rows) == 3, timeout=10_000)
+
+
+def test_a_window_that_is_shown_again_listens_again(qtbot, show_movie, open_widget, canvas, viewer):
+    show_movie()
+    widget, window = open_widget(), viewer.window._qt_window
+    hide_as_if_closed(window, widget)
     assert not widget._attached
-    qtbot.waitUntil(lambda: widget._attached)
+    window.show()
+    assert widget._attached
     canvas.click(*CENTRES[2])
     wait_for(qtbot, widget, 2)
