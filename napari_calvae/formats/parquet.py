@@ -37,8 +37,9 @@ def matches(path: Path) -> bool:
 def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
     """Open a table with a row per frame and a trace per column; null is a missing frame.
 
-    As in text tables, a column called ``time`` or alike (s, or ms if it says so) gives the frame rate, and numbers in
-    the other columns' names are ROI ids if they differ. Times may also be dates; the first is then 0 s.
+    As in text tables, a column called ``time`` or alike (s, or ms or min if it says so) gives the frame rate, one that
+    counts frames is left out, and numbers in the other columns' names are ROI ids if they differ. Times may also be
+    dates; the first is then 0 s.
 
     Raises
     ------
