@@ -156,6 +156,17 @@ def test_output_is_checked_before_any_work(recording, tmp_path):
     assert "expected an existing folder" in refused("infer", "nothing.npz", "-o", tmp_path / "none" / "out.npz")
 
 
+def test_what_cannot_be_added_to_is_told_before_any_work(recording, model, tmp_path):
+    pytest.importorskip("pynwb")
+    traces = read(recording / "traces.npz")
+    write(traces.replace(roi_ids=(7, 8, 9)), tmp_path / "others.nwb")
+    words = ("infer", recording / "traces.npz", "--append", "-o")
+    assert "without the ROIs [1, 2, 3]" in refused(*words, tmp_path / "others.nwb", "--model", "nothing")
+    write(traces, tmp_path / "own.nwb")
+    calvae(*words, tmp_path / "own.nwb", "--model", model, "--samples", 2)
+    assert "SpikeInference already" in refused("infer", "nothing.npz", "--append", "-o", tmp_path / "own.nwb")
+
+
 def test_simulate_traces_and_movies(tmp_path):
     result = calvae("simulate", tmp_path / "a.npz", "--cells", 2, "--duration", 10, "--model", "linear_ar")
     assert result.exit_code == 0, result.output

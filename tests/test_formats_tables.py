@@ -14,7 +14,7 @@ from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatWriteError
 from test_recording import a_result
 
-from napari_calvae.formats import csv_table, matlab, open_traces, parquet, read, write
+from napari_calvae.formats import check_result, csv_table, matlab, open_traces, parquet, read, write
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, Traces
@@ -437,7 +437,11 @@ def test_parquet_says_what_to_install(tmp_path, monkeypatch):
         return found(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    for use in (lambda: read(tmp_path / "a.parquet"), lambda: write(a_result(), tmp_path / "b.parquet")):
+    for use in (
+        lambda: read(tmp_path / "a.parquet"),
+        lambda: write(a_result(), tmp_path / "b.parquet"),
+        lambda: check_result(tmp_path / "b.parquet"),
+    ):
         with pytest.raises(RecordingError, match=r"package pyarrow.*pip install 'napari-calvae\[formats\]'"):
             use()
 

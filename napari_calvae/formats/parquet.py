@@ -86,6 +86,11 @@ def outputs(path: Path) -> tuple[Path, ...]:
     return (path, *(path.with_suffix(end) for end in (".events.parquet", ".rois.parquet")))
 
 
+def check_needed() -> None:
+    """Raise a ``RecordingError`` if the package that writes is missing."""
+    _pyarrow()
+
+
 def write(value: SpikeInference | Traces, path: Path) -> None:
     """Write ``NAME.parquet``, ``NAME.events.parquet`` and ``NAME.rois.parquet``, with the columns of the text tables.
 
