@@ -427,6 +427,28 @@ def test_tables_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix, beside
     assert (tmp_path / f"a{suffix}").read_text() == "precious"
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_traces_leave_no_parts_of_the_result_that_they_replace(tmp_path, monkeypatch, suffix):
+    result = a_result()
+    module = {".parquet": parquet, ".csv": csv_table}[suffix]
+    write(result, tmp_path / f"a{suffix}")
+    write(result, tmp_path / f"b{suffix}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_table", full)
+        with pytest.raises(OSError, match="disk full"):
+            write(result.traces, tmp_path / f"a{suffix}", overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(result.traces, tmp_path / f"a{suffix}", overwrite=True)
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith("a.")}
+    assert left == {f"a{suffix}"} | ({"a.provenance.json"} if suffix == ".csv" else set())
+    assert {path for path in before if path.name.startswith("b.")} < set(tmp_path.iterdir())
+
+
 def test_parquet_says_what_to_install(tmp_path, monkeypatch):
     write(a_result().traces, tmp_path / "a.parquet")
     found = builtins.__import__

@@ -13,7 +13,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Give temporary names beside ``paths`` to write to; they take the places of ``paths`` only if nothing fails."""
+def whole_files(*paths: Path, instead_of: Iterable[Path] = ()) -> Iterator[tuple[Path, ...]]:
+    """Give temporary names beside ``paths`` to write to; they take the places of ``paths`` only if nothing fails.
+
+    Of ``instead_of``, all files of what is replaced, those that have no successor are then removed.
+    """
     tag = secrets.token_hex(4)
     temporary = tuple(path.with_name(f".{path.name}.{tag}.part") for path in paths)
     try:
         yield temporary
         for new, path in zip(temporary, paths, strict=True):
             os.replace(new, path)
+        for old in set(instead_of) - set(paths):
+            old.unlink(missing_ok=True)
     finally:
         for new in temporary:
             new.unlink(missing_ok=True)

@@ -151,10 +151,10 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
 
     ``count_low`` and ``count_high`` are the 90 % credible interval of the spike count in the second around the frame.
     Of traces, ``NAME.csv`` has a row per frame with its time (s) and a column per ROI, as ``read`` reads them, and
-    there is only ``.provenance.json`` beside it.
+    there is only ``.provenance.json`` beside it; events and ROIs of a result that was there before are removed.
     """
     if isinstance(value, Traces):
-        with whole_files(path, outputs(path)[-1]) as (frames, provenance):
+        with whole_files(path, outputs(path)[-1], instead_of=outputs(path)) as (frames, provenance):
             _table(frames, [trace_columns(value)])
             told = json.loads(provenance_json(value)) | {"unit": value.unit, "frames": value.n_frames}
             provenance.write_text(json.dumps(told, indent=1), encoding="utf-8")

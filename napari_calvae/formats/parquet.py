@@ -95,13 +95,13 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
     """Write ``NAME.parquet``, ``NAME.events.parquet`` and ``NAME.rois.parquet``, with the columns of the text tables.
 
     ``NAME.parquet`` has a row per ROI and frame; of traces it has a row per frame with its time (s) and a column per
-    ROI, as ``open_source`` reads them, and there is nothing beside it. Provenance is in the schema's metadata, as JSON
-    under ``calvae_provenance``.
+    ROI, as ``open_source`` reads them, and there is nothing beside it: events and ROIs of a result that was there before
+    are removed. Provenance is in the schema's metadata, as JSON under ``calvae_provenance``.
     """
     metadata = {_PROVENANCE: provenance_json(value).encode()}
     if isinstance(value, Traces):
         recording = {"frame_rate": value.frame_rate, "unit": value.unit, "t0": value.t0}
-        with whole_files(path) as (file,):
+        with whole_files(path, instead_of=outputs(path)) as (file,):
             _table(file, [trace_columns(value)], metadata | {_RECORDING: json.dumps(recording).encode()})
         return
     arrays = arrays_of(value)
