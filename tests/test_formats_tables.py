@@ -428,6 +428,19 @@ def test_tables_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix, beside
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_judgements_come_back_from_tables_of_traces(tmp_path, suffix):
+    write(Traces(VALUES, 12.5, accepted=[True, False, True]), tmp_path / f"a{suffix}")
+    assert read(tmp_path / f"a{suffix}").accepted.tolist() == [True, False, True]
+    if suffix == ".csv":  # columns were taken out, or renamed, by another program
+        text = (tmp_path / "a.csv").read_text()
+        time, _, *others = zip(*(line.split(",") for line in text.splitlines()), strict=True)
+        (tmp_path / "a.csv").write_text("\n".join(map(",".join, zip(time, *others, strict=True))))
+        assert read(tmp_path / "a.csv").accepted.tolist() == [False, True]
+        (tmp_path / "a.csv").write_text(text.replace("roi_3", "roi_4"))
+        assert read(tmp_path / "a.csv").accepted is None
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_traces_leave_no_parts_of_the_result_that_they_replace(tmp_path, monkeypatch, suffix):
     result = a_result()
     module = {".parquet": parquet, ".csv": csv_table}[suffix]

@@ -48,7 +48,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
 
     A column called ``time`` or alike (s, or ms or min if it says so) gives the frame rate; one that counts frames, as
     ``frame`` or ``Unnamed: 0``, is left out. Numbers in the other columns' names are ROI ids if they differ. The unit
-    is that in ``NAME.provenance.json`` where ``write`` left one, else ΔF/F.
+    and which ROIs are accepted are those in ``NAME.provenance.json`` where ``write`` left one; else the unit is ΔF/F.
     """
     names, table = read_table(path)
     columns = find_columns(names, path)
@@ -70,7 +70,24 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
         columns.ids,
         t0,
         provenance={"source": path.name} | contradicted,
+        accepted=judged_of(told, columns),
     )
+
+
+def judgements_of(traces: Traces) -> dict[str, dict[str, bool]]:
+    """What is told of traces beside their table: by ROI id whether it is a cell, if that is known."""
+    if traces.accepted is None:
+        return {}
+    return {"accepted": dict(zip(map(str, traces.roi_ids), traces.accepted.tolist(), strict=True))}
+
+
+def judged_of(told: Mapping[str, Any], columns: Columns) -> np.ndarray | None:
+    """(roi,) which ROIs are cells, as ``judgements_of`` told it; None unless it is known of all."""
+    judged = told.get("accepted")
+    ids = columns.ids or tuple(range(1, len(columns.rois) + 1))
+    if not isinstance(judged, dict) or not all(str(roi) in judged for roi in ids):
+        return None
+    return np.array([bool(judged[str(roi)]) for roi in ids])
 
 
 def _told_beside(path: Path) -> dict[str, Any]:
@@ -157,6 +174,7 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
         with whole_files(path, outputs(path)[-1], instead_of=outputs(path)) as (frames, provenance):
             _table(frames, [trace_columns(value)])
             told = json.loads(provenance_json(value)) | {"unit": value.unit, "frames": value.n_frames}
+            told |= judgements_of(value)
             provenance.write_text(json.dumps(told, indent=1), encoding="utf-8")
         return
     arrays = arrays_of(value)
