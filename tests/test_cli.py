@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import types
@@ -154,6 +155,41 @@ def test_bad_input_is_one_line_and_nothing_is_written(recording, model, tmp_path
 def test_output_is_checked_before_any_work(recording, tmp_path):
     assert "name that ends in" in refused("infer", "nothing.npz", "-o", tmp_path / "out.txt")
     assert "expected an existing folder" in refused("infer", "nothing.npz", "-o", tmp_path / "none" / "out.npz")
+
+
+def test_a_device_that_is_missing_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ("infer", "nothing.npz", "--device", "cuda", "-o", tmp_path / "out.zarr")
+    assert "device: expected one of" in refused(*words)
+    traces = simulate(1, 5.0, 20.0, model="linear_ar").traces
+    with pytest.raises(RecordingError, match=r"device: expected one of.*got 'cuda'"):
+        napari_calvae.infer(traces, device="cuda", out=tmp_path / "out.zarr")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_that_are_piped_are_whole():
+    row = {f"a column with a long name {k}": "words that take some room" for k in range(9)}
+    said = subprocess.run(
+        [sys.executable, "-c", f"from napari_calvae.cli._support import show; show([{row!r}])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "80"},
+    ).stdout
+    assert said.count("words that take some room") == 9
+    assert all(name in said for name in row)
+    assert max(map(len, said.splitlines())) < 400  # and no wider than they need be
+
+
+def test_what_cannot_be_added_to_is_told_before_any_work(recording, model, tmp_path):
+    pytest.importorskip("pynwb")
+    traces = read(recording / "traces.npz")
+    write(traces.replace(roi_ids=(7, 8, 9)), tmp_path / "others.nwb")
+    words = ("infer", recording / "traces.npz", "--append", "-o")
+    assert "without the ROIs [1, 2, 3]" in refused(*words, tmp_path / "others.nwb", "--model", "nothing")
+    write(traces, tmp_path / "own.nwb")
+    calvae(*words, tmp_path / "own.nwb", "--model", model, "--samples", 2)
+    assert "SpikeInference already" in refused("infer", "nothing.npz", "--append", "-o", tmp_path / "own.nwb")
 
 
 def test_simulate_traces_and_movies(tmp_path):

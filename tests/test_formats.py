@@ -30,7 +30,8 @@ from napari_calvae.formats import (
     write_arrays,
     write_movie,
 )
-from napari_calvae.recording import RecordingError
+from napari_calvae.recording import RecordingError, Traces
+from napari_calvae.roi_masks import RoiMasks
 
 VALUES = np.random.default_rng(0).random((3, 50)).astype(np.float32)
 
@@ -474,6 +475,55 @@ def test_what_memory_cannot_hold_is_refused_before_it_is_read(tmp_path, monkeypa
 def test_units_stored_as_bytes_are_understood(tmp_path):
     arrays = {"values": VALUES, "frame_rate": np.array(9.0), "unit": np.bytes_("raw")}
     assert _files.traces_of(arrays, tmp_path).unit == "raw"
+
+
+def placed() -> RoiMasks:
+    """Two ROIs of unequal size and weights on two planes."""
+    weights = (np.array([0.5, 2], np.float32), np.array([1, 3, 0.25], np.float32))
+    return RoiMasks((4, 6), (np.array([7, 8]), np.array([0, 23, 8])), (5, 6), weights, (0, 1))
+
+
+@pytest.mark.parametrize("what", ["traces", "result"])
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.mat"])
+def test_masks_come_back_from_files_of_named_arrays(tmp_path, name, what):
+    result = a_result()
+    result = replace(result, traces=result.traces.replace(rois=placed()))
+    write(result if what == "result" else result.traces, tmp_path / name)
+    found, expected = read(tmp_path / name).rois, placed()
+    assert (found.shape, found.ids, found.planes) == (expected.shape, expected.ids, expected.planes)
+    for kind in ("pixels", "weights"):
+        for mine, theirs in zip(getattr(found, kind), getattr(expected, kind), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+            assert mine.dtype == theirs.dtype
+
+
+def test_a_mask_of_a_single_roi_comes_back_from_matlab(tmp_path):
+    write(Traces(VALUES[:1], 9.0, rois=RoiMasks((4, 6), (np.array([7]),))), tmp_path / "a.mat")
+    assert read(tmp_path / "a.mat").rois.pixels[0].tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rois_shape": np.array([4])},
+        {"rois_shape": np.array([2**40, 2**40])},
+        {"rois_shape": np.array([4.0, 6.0])},
+        {"rois_sizes": np.array([2, 4])},
+        {"rois_sizes": np.array([5, 0])},
+        {"rois_sizes": np.array([-1, 6])},
+        {"rois_sizes": np.array([5])},
+        {"rois_weights": np.ones(4)},
+        {"rois_pixels": np.array([7, 8, 0, 24, 8])},
+        {"rois_planes": np.array([0])},
+        {"rois_planes": None},
+    ],
+)
+def test_masks_that_contradict_themselves_are_refused(tmp_path, changed):
+    traces = a_result().traces.replace(rois=placed())
+    arrays = _files.arrays_of(traces) | _files.mask_arrays(traces) | changed
+    np.savez(tmp_path / "a.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(RecordingError, match=r"a\.npz: "):
+        read(tmp_path / "a.npz")
 
 
 def test_damage_in_the_middle_of_a_movie_is_said_when_it_is_met(tmp_path):

@@ -20,7 +20,7 @@ import tifffile
 from test_recording import a_result
 
 from napari_calvae import formats, infer, open_traces, read, write
-from napari_calvae.formats import is_movie, nwb
+from napari_calvae.formats import check_result, is_movie, nwb
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.roi_masks import RoiMasks
 
@@ -684,6 +684,23 @@ def test_nothing_is_added_twice_or_to_the_wrong_file(result, written, recorded, 
         write(result, path)
     assert path.read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["a.nwb"]
+
+
+def test_what_cannot_be_added_is_told_before_it_is_inferred(result, written, recorded, tmp_path, monkeypatch):
+    with pytest.raises(RecordingError, match=r"expected a file without a result, got.*SpikeInference already"):
+        check_result(written, append=True)
+    with pytest.raises(RecordingError, match=r"without the ROIs \[5, 7\]\. Write a new file"):
+        check_result(recorded, append=True, traces=result.traces)
+    with pytest.raises(RecordingError, match=r"20 frames, got one of 45 frames"):
+        check_result(recorded, append=True, traces=open_traces(recorded).load().replace(values=np.ones((3, 20))))
+    check_result(recorded, append=True, traces=open_traces(recorded))
+    (tmp_path / "b.nwb").write_bytes(b"junk")
+    with pytest.raises(RecordingError, match=r"b\.nwb: expected a whole NWB file"):
+        check_result(tmp_path / "b.nwb", append=True)
+    monkeypatch.setitem(sys.modules, "pynwb", None)
+    for append in (False, True):
+        with pytest.raises(RecordingError, match="pynwb: expected to be installed"):
+            check_result(recorded if append else tmp_path / "c.nwb", append=append)
 
 
 @pytest.mark.parametrize("append", [False, True])

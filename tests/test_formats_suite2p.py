@@ -75,6 +75,27 @@ def corrected(folder, coefficient):
     return values - coefficient * (around - np.median(around, axis=1, keepdims=True))
 
 
+def test_mean_images_lie_where_the_rois_do(tmp_path):
+    images = [np.full(SHAPE, 3.0), np.full((SHAPE[0] + 2, SHAPE[1]), 5)]
+    images[0][0, 0] = np.nan
+    for number, image in zip((0, 2), images, strict=True):
+        a_plane(tmp_path / f"plane{number}", shape=image.shape, meanImg=image)
+    mean = suite2p.read_mean_image(tmp_path)
+    assert mean.shape == (3, SHAPE[0] + 2, SHAPE[1])
+    assert mean[0, 0, 0] == 0
+    assert (mean[0, 1 : SHAPE[0]] == 3).all()
+    assert not mean[0, SHAPE[0] :].any()
+    assert not mean[1].any()
+    assert (mean[2] == 5).all()
+    assert suite2p.read_mean_image(tmp_path / "plane0" / "F.npy").shape == SHAPE
+
+
+@pytest.mark.parametrize("image", [None, "text", np.zeros((3, 3)), np.full(SHAPE, None)])
+def test_what_is_no_image_of_the_plane_is_left_out(tmp_path, image):
+    a_plane(tmp_path / "plane0", meanImg=image)
+    assert suite2p.read_mean_image(tmp_path) is None
+
+
 def test_a_real_folder_is_read_from_any_of_its_ends(shared):
     folder = shared / "formats" / "suite2p"
     for path in (folder, folder / "plane0", folder / "plane0" / "F.npy"):

@@ -14,7 +14,7 @@ from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatWriteError
 from test_recording import a_result
 
-from napari_calvae.formats import csv_table, matlab, open_traces, parquet, read, write
+from napari_calvae.formats import check_result, csv_table, matlab, open_traces, parquet, read, write
 from napari_calvae.formats.ground_truth import read_ground_truth
 from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, Traces
@@ -427,6 +427,41 @@ def test_tables_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix, beside
     assert (tmp_path / f"a{suffix}").read_text() == "precious"
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_judgements_come_back_from_tables_of_traces(tmp_path, suffix):
+    write(Traces(VALUES, 12.5, accepted=[True, False, True]), tmp_path / f"a{suffix}")
+    assert read(tmp_path / f"a{suffix}").accepted.tolist() == [True, False, True]
+    if suffix == ".csv":  # columns were taken out, or renamed, by another program
+        text = (tmp_path / "a.csv").read_text()
+        time, _, *others = zip(*(line.split(",") for line in text.splitlines()), strict=True)
+        (tmp_path / "a.csv").write_text("\n".join(map(",".join, zip(time, *others, strict=True))))
+        assert read(tmp_path / "a.csv").accepted.tolist() == [False, True]
+        (tmp_path / "a.csv").write_text(text.replace("roi_3", "roi_4"))
+        assert read(tmp_path / "a.csv").accepted is None
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_traces_leave_no_parts_of_the_result_that_they_replace(tmp_path, monkeypatch, suffix):
+    result = a_result()
+    module = {".parquet": parquet, ".csv": csv_table}[suffix]
+    write(result, tmp_path / f"a{suffix}")
+    write(result, tmp_path / f"b{suffix}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_table", full)
+        with pytest.raises(OSError, match="disk full"):
+            write(result.traces, tmp_path / f"a{suffix}", overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(result.traces, tmp_path / f"a{suffix}", overwrite=True)
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith("a.")}
+    assert left == {f"a{suffix}"} | ({"a.provenance.json"} if suffix == ".csv" else set())
+    assert {path for path in before if path.name.startswith("b.")} < set(tmp_path.iterdir())
+
+
 def test_parquet_says_what_to_install(tmp_path, monkeypatch):
     write(a_result().traces, tmp_path / "a.parquet")
     found = builtins.__import__
@@ -437,7 +472,11 @@ def test_parquet_says_what_to_install(tmp_path, monkeypatch):
         return found(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    for use in (lambda: read(tmp_path / "a.parquet"), lambda: write(a_result(), tmp_path / "b.parquet")):
+    for use in (
+        lambda: read(tmp_path / "a.parquet"),
+        lambda: write(a_result(), tmp_path / "b.parquet"),
+        lambda: check_result(tmp_path / "b.parquet"),
+    ):
         with pytest.raises(RecordingError, match=r"package pyarrow.*pip install 'napari-calvae\[formats\]'"):
             use()
 

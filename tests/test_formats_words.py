@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import h5py
 import numpy as np
 import pytest
@@ -95,6 +97,94 @@ def test_columns_that_count_frames_are_no_rois(tmp_path):
     (tmp_path / "a.csv").write_text(",index,Frame,roi_7\n" + "".join(f"{k},{k},{k},0.5\n" for k in range(9)))
     traces = read(tmp_path / "a.csv", 10.0)
     assert (traces.roi_ids, traces.values.tolist()) == ((7,), [[0.5] * 9])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        ("Time (min)", 60),
+        ("time_min", 60),
+        ("time_h", 3600),
+        ("ts", 1),
+        ("Time [s]", 1),
+        ("timestamp (s)", 1),
+        ("Timestamps", 1),
+        ("Time stamp (ms)", 1e-3),
+        ("Elapsed time (s)", 1),
+        ("Frame #", None),
+        ("Frame number", None),
+        ("frame_idx", None),
+        ("Slice", None),
+        ("Unnamed: 0", None),
+    ],
+)
+def test_columns_of_times_and_frames_are_told_from_rois(tmp_path, suffix, name, seconds):
+    columns = {name: np.arange(9) / 10 / seconds if seconds else np.arange(9), "roi_7": np.full(9, 0.5)}
+    if suffix == ".csv":
+        table = "".join(f"{first},{second}\n" for first, second in zip(*columns.values(), strict=True))
+        (tmp_path / "a.csv").write_text(",".join(columns) + "\n" + table)
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.table(columns), tmp_path / "a.parquet")
+    traces = read(tmp_path / f"a{suffix}", None if seconds else 10.0)
+    assert (traces.roi_ids, traces.values.tolist()) == ((7,), [[0.5] * 9])
+    assert traces.frame_rate == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("name", ["Time (frames)", "Time of day", "frametime", "time (ns since 1970)"])
+def test_times_in_a_unit_that_is_not_known_are_no_roi(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f"{name},roi_7\n" + "".join(f"{k},0.5\n" for k in range(9)))
+    with pytest.raises(RecordingError, match=rf"a\.csv: expected times in a unit.*got a column '{re.escape(name)}'"):
+        read(tmp_path / "a.csv", 10.0)
+
+
+@pytest.mark.parametrize(
+    ("header", "ids"),
+    [
+        ("roi_-3,roi_2", (-3, 2)),
+        ("-3;2;x", ()),
+        ("roi-3,roi-2", (3, 2)),
+        ("lifetime_1,sometimes_2", (1, 2)),
+        ("t1,t2", (1, 2)),
+        ("TH,tdTomato", ()),
+        ("0,1", (0, 1)),
+        ("1,2", (1, 2)),
+    ],
+)
+def test_names_of_columns_as_ids(tmp_path, header, ids):
+    delimiter = ";" if ";" in header else ","
+    n = header.count(delimiter) + 1
+    (tmp_path / "a.csv").write_text(header + "\n" + (delimiter.join(["5"] * n) + "\n") * 9)
+    assert read(tmp_path / "a.csv", 10.0).roi_ids == (ids or tuple(range(1, n + 1)))
+
+
+def test_negative_ids_come_back_from_a_table(tmp_path):
+    write(Traces(np.ones((2, 9)), 10.0, roi_ids=(-3, 3)), tmp_path / "a.csv")
+    assert read(tmp_path / "a.csv").roi_ids == (-3, 3)
+
+
+@pytest.mark.parametrize("first", ["112,98", "0,2", "2,1", "1e2,3", "-1,0", "1,0"])
+def test_a_first_frame_of_whole_numbers_is_no_header(tmp_path, first):
+    (tmp_path / "a.csv").write_text(first + "\n" + "100,97\n" * 9)
+    with pytest.raises(RecordingError, match=r"a\.csv: expected a header.*got numbers in the first line.*as roi_1"):
+        read(tmp_path / "a.csv", 10.0)
+
+
+def test_a_single_column_of_whole_numbers_may_begin_with_one(tmp_path):
+    (tmp_path / "a.csv").write_text("1\n" + "3\n" * 9)
+    with pytest.raises(RecordingError, match=r"expected a header"):
+        read(tmp_path / "a.csv", 10.0)
+    (tmp_path / "a.csv").write_text("0\n" + "0.5\n" * 9)  # as pandas names the only column of a table
+    assert read(tmp_path / "a.csv", 10.0).n_frames == 9
+
+
+def test_ids_that_pandas_writes_beside_an_index_are_a_header(tmp_path):
+    (tmp_path / "a.csv").write_text(",7,3\n" + "".join(f"{k},5,6\n" for k in range(9)))
+    assert read(tmp_path / "a.csv", 10.0).roi_ids == (7, 3)
+    (tmp_path / "a.csv").write_text(",7,3\n" + "4,5,6\n" * 9)  # the first frame of the first ROI is missing
+    with pytest.raises(RecordingError, match=r"expected a header"):
+        read(tmp_path / "a.csv", 10.0)
 
 
 def test_named_arrays_that_say_no_more_begin_at_zero(tmp_path):

@@ -194,6 +194,20 @@ def test_settings_models_and_devices_that_do_not_exist_are_refused(vae, tmp_path
             calvae.infer(traces, vae, device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"),
+    [(False, False, ("cpu",)), (True, False, ("cuda", "cpu")), (False, True, ("mps", "cpu"))],
+)
+def test_devices_are_those_of_the_machine(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert inference.devices() == expected
+    assert inference.pick_device().type == expected[0]
+    for name in {"cuda", "mps"} - set(expected):
+        with pytest.raises(RecordingError, match=rf"device: expected one of {', '.join(expected)} on this.*'{name}'"):
+            inference.pick_device(name)
+
+
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu():
     traces, _ = simulated(4, 6000)

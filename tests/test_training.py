@@ -14,7 +14,7 @@ from torch import nn
 
 from napari_calvae import fitting, objectives
 from napari_calvae.fitting import _loss, fit, iter_fit
-from napari_calvae.fitting.judgement import DreamJudge
+from napari_calvae.fitting.judgement import BoundJudge, DreamJudge
 from napari_calvae.fitting.losses import BoundLoss, InfoVAELoss, Snippets
 from napari_calvae.fitting.sleep import Dreams
 from napari_calvae.generative import MODELS, NOISES, SpikePrior
@@ -520,6 +520,22 @@ def test_rendered_spikes_of_cells_held_out_say_which_network_finds_them(recordin
     with torch.no_grad():
         next(fitted.recognition.parameters()).fill_(torch.nan)
     assert judge.gain(fitted) == -np.inf
+
+
+def test_a_judge_by_the_bound_fits_the_parameters_of_the_start_only_once(recording, half_trained, monkeypatch):
+    """With models that take calcium step by step each time is a minute."""
+    asked = []
+    fit_theta = type(half_trained.generative).fit_theta
+
+    def counted(*arguments, **options):
+        asked.append(arguments)
+        return fit_theta(*arguments, **options)
+
+    monkeypatch.setattr(type(half_trained.generative), "fit_theta", counted)
+    judge = BoundJudge(half_trained, recording[0], TrainConfig())
+    assert len(asked) == 1
+    assert judge.before.isfinite().all()
+    assert judge.gain(half_trained) == 0
 
 
 def test_rendered_spikes_keep_the_rate_and_explain_the_fluorescence(recording, half_trained):

@@ -79,9 +79,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ready:
-    """What can be used on this machine: names of the models, the default first, and the device."""
+    """What can be used on this machine: names of the models, the default first, all devices, and the one in use."""
 
     models: tuple[str, ...]
+    devices: tuple[str, ...]
     device: str
 
 
@@ -206,10 +207,12 @@ def iter_ready(number: int = 0) -> Iterator[Message]:
         names = tuple(name for name, network in networks.items() if not (network.coupled or network.causal))
         if not names:
             raise calvae.RecordingError("Model: expected a trained model in the package, got none. Install it again.")
-        yield Ready(names, "")
+        from napari_calvae.inference import devices  # takes torch along, which is slow to load
+
+        yield Ready(names, devices(), "")
         wave = np.sin(np.linspace(0, 20, 128)) + np.linspace(0, 1, 128)
         result = calvae.infer(calvae.Traces(wave, frame_rate=30.0), model=names[0], n_samples=2)
-        yield Ready(names, device_of(result))
+        yield Ready(names, devices(), device_of(result))
     except Exception as error:
         logger.info("warming up failed", exc_info=True)
         yield Failure(number, explain(error))

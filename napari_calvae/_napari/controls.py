@@ -179,6 +179,12 @@ class Controls(QWidget):
             self.snap.setChecked(bool(values["snap"]))
             self.device.setCurrentIndex(max(self.device.findData(values["device"]), 0))
 
+    def set_devices(self, there: Sequence[str], used: str) -> None:
+        """Offer the devices that this machine has, and say which one “auto” has come to mean."""
+        for name in {self.device.itemData(k) for k in range(self.device.count())} - {"auto", *there}:
+            self.device.removeItem(self.device.findData(name))
+        self.show_device(used)
+
     def show_device(self, name: str) -> None:
         """Say which device “auto” has come to mean."""
         if name and self.device.currentData() == "auto":

@@ -231,7 +231,7 @@ class InferenceWidget(QWidget):
     def _on_message(self, message: answers.Message) -> None:
         if isinstance(message, answers.Ready):
             self.controls.set_models(message.models)
-            self.controls.show_device(message.device)
+            self.controls.set_devices(message.devices, message.device)
         elif isinstance(message, answers.Failure) and message.number == 0:
             self._fail(message.sentence)
         elif not self._requests.wants(message.number):

@@ -11,13 +11,14 @@ import numpy as np
 from napari.utils.colormaps import DirectLabelColormap
 
 import napari_calvae as calvae
-from napari_calvae._napari import file_rois, picking, roi_layer
+from napari_calvae._napari import file_rois, judging, picking, roi_layer
 from napari_calvae._napari.contributions import LayerData
+from napari_calvae.formats import suite2p
 
 #: Names of movie files that are read here; napari shows others, such as TIFF, well.
 MOVIE_PATTERNS = ("*.xml", "*.h5", "*.hdf5", "*.zarr", "*.nwb", "*.avi", "*.npy")
 #: Colours of ROIs that a file says are cells or says nothing of, and of those that it says are none.
-_CELL, _NO_CELL = "#8fb8de", (0.55, 0.58, 0.62, 0.45)
+_CELL, _NO_CELL = "#8fb8de", roi_layer.VERDICTS[judging.REJECTED]
 #: Frames that are looked at to find the contrast.
 _LOOKED_AT = 5
 
@@ -44,7 +45,10 @@ def _says_yes(question: Callable[[Path], bool], file: Path, damaged: bool = Fals
 
 
 def read_traces(file: Path) -> list[LayerData]:
-    """Layers of the ROIs of a file of traces, and of their fluorescence over time if it is not too much."""
+    """Layers of the ROIs of a file of traces, and of their fluorescence over time if it is not too much.
+
+    Below them is the mean image of a folder of suite2p, if it is there.
+    """
     given = file_rois.open_file(file)
     source, name = given.source, _name(file)
     planes = ("plane",) * (given.labels.ndim - 2)
@@ -71,7 +75,24 @@ def read_traces(file: Path) -> list[LayerData]:
             **file_rois.time_axis(given.rate, frames.ndim),
         }
         layers.insert(0, (frames, image, "image"))
+    mean = suite2p.read_mean_image(file) if given.placed and suite2p.matches(file) else None
+    if mean is not None:
+        if frames is not None:
+            image["blending"] = "additive"  # so that the cells light up where they are in the mean image
+        layers.insert(0, (mean, _mean_layer(mean, name), "image"))
     return layers
+
+
+def _mean_layer(mean: np.ndarray, name: str) -> dict[str, Any]:
+    """How a mean image (y, x) or (z, y, x) is shown; it is marked as our own, for it is no movie."""
+    low, high = (float(value) for value in np.percentile(mean, (1, 99.7)))
+    return {
+        "name": f"{name} mean image",
+        "metadata": {picking.OWN: True},
+        "colormap": "gray",
+        "contrast_limits": (low, high if high > low else low + 1),
+        "axis_labels": (*("plane",) * (mean.ndim - 2), "y", "x"),
+    }
 
 
 def read_movie(file: Path) -> list[LayerData]:

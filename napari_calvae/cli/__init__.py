@@ -100,7 +100,9 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     frame_rate: FrameRate = None,
     model: Annotated[str, typer.Option(help="Name of a shipped model (see `calvae models`) or a file")] = "universal",
     samples: Annotated[int, typer.Option(min=0, max=1000, help="Spike trains to draw per ROI")] = 50,
-    device: Annotated[Device, typer.Option(help="Where to compute")] = Device.auto,
+    device: Annotated[
+        Device, typer.Option(help="Where to compute: the best there is, or cuda or mps where the machine has it")
+    ] = Device.auto,
     seed: Seed = 0,
     unit: UnitOption = None,
     neuropil: Neuropil = None,
@@ -122,6 +124,10 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     """
     from napari_calvae.cli import _batch
 
+    if scheduler is None and device is not Device.auto:
+        from napari_calvae.inference import pick_device
+
+        pick_device(device.value)
     settings = {"n_samples": samples, "seed": seed, "device": device.value, "amplitude": amplitude}
     settings |= {"scheduler": scheduler, "block_rois": block_rois}
     order = _batch.Order(model, settings, (frame_rate, unit, neuropil), overwrite, append)

@@ -80,14 +80,14 @@ def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Ou
 
     stored = output.suffix.lower() == ".zarr"
     check_apart(source, output)
-    if not stored:
+    if order.append or not stored:
         check_result(output, order.overwrite, order.append)
     elif not output.exists() or order.overwrite:
         check_output(output, order.overwrite, folder=True)
-    if order.append and stored:
-        raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {output.name!r}.")
     with progress() as report:
         traces = lazy_traces_of(source, rois, order.reading, report)
+        if order.append:  # of whose ROIs the file must know
+            check_result(output, append=True, traces=traces)
         doubts = check(traces)
         notes = list(doubts)
         report("Loading the model", None)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+#: Characters that a line of a table which is piped has at most.
+_WIDEST = 10_000
+
 
 class Unit(StrEnum):
     """What the numbers in a file are."""
@@ -141,4 +144,7 @@ def show(rows: Iterable[Mapping[str, Any]], summary: Literal["mean", "median"] |
         found.append({first: summary, **{key: float(average([row[key] for row in found])) for key in others}})
     for row in found:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # of a pipe nobody knows the width: each row is one line, however long
+        console.width = _WIDEST
+    console.print(table)

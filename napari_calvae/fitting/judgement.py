@@ -119,8 +119,10 @@ class BoundJudge(Judge):
     def __init__(self, start: SpikeVAE, held: Traces, config: TrainConfig) -> None:
         # Long snippets leave a single sample with all of the weight.
         super().__init__(start, held, config.model_copy(update={"n_samples": 32}), n_snippets=96, window=192)
-        self.log_rate = BoundLoss(start, self.snippets, self.config).cells.log_rate
-        self.before = self._bound(start)
+        start.recognition.eval()
+        bound = BoundLoss(start, self.snippets, self.config)
+        self.log_rate = bound.cells.log_rate
+        self.before = self._nats_per_second(bound)
 
     @torch.no_grad()
     def gain(self, model: SpikeVAE) -> float:
@@ -128,15 +130,14 @@ class BoundJudge(Judge):
         observed, valid = (x[self.index] for x in (self.snippets.observed, self.snippets.valid))
         if not bool(model.recognition(observed, self.snippets.frame_rate, valid).mean.isfinite().all()):
             return -np.inf  # from such a network no trains can be drawn
-        gain = (self._bound(model) - self.before).nan_to_num(nan=-torch.inf)
-        return float(torch.minimum(gain.median(), gain.mean()))
-
-    @torch.no_grad()
-    def _bound(self, model: SpikeVAE) -> Float[Tensor, " snippet"]:
-        """Nats per second."""
         model.recognition.eval()
         bound = BoundLoss(model, self.snippets, self.config)
         bound.cells.log_rate = self.log_rate
+        gain = (self._nats_per_second(bound) - self.before).nan_to_num(nan=-torch.inf)
+        return float(torch.minimum(gain.median(), gain.mean()))
+
+    @torch.no_grad()
+    def _nats_per_second(self, bound: BoundLoss) -> Float[Tensor, " snippet"]:
         log_joint, log_posterior, _ = bound.weights(self.index, self.generator())
         # One snippet at a time: the loss is a mean over them.
         pairs = zip(log_joint.split(1, 1), log_posterior.split(1, 1), strict=True)

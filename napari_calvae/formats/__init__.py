@@ -3,8 +3,8 @@
 A format has ``PATTERNS`` (names of files or folders), ``matches(path)`` and ``read(path, frame_rate, unit) → Traces``.
 One that can leave traces in the file until they are asked for has ``open_source(path, frame_rate, unit) → TraceSource``
 and no ``read`` of its own. One that can be written has ``SUFFIXES`` (ends of names) and ``write(value, path)`` for
-results, traces or both, and ``FOLDER = True`` if that makes a folder; one whose files may be added to also
-``append(result, path)``.
+results, traces or both, and ``FOLDER = True`` if that makes a folder; one that needs a package of its own for it has
+``check_needed()``, and one whose files may be added to ``append(result, path)`` and ``check_append(path, traces)``.
 """
 
 from __future__ import annotations
@@ -191,24 +191,37 @@ def write(value: SpikeInference | Traces, path: str | Path, overwrite: bool = Fa
     append
         Add to what is there and leave the rest as it is (NWB).
     """
-    module = check_result(path, overwrite, append)
     file = Path(path).expanduser()
     if append:
-        module.append(value, file)
+        _adder_to(file).append(value, file)
     else:
-        module.write(value, file)
+        check_result(file, overwrite).write(value, file)
 
 
-def check_result(path: str | Path, overwrite: bool = False, append: bool = False) -> ModuleType:
-    """Return the format that can write a result there, else raise what is in the way; to be asked before long work."""
-    module = writer_of(path)
+def check_result(
+    path: str | Path, overwrite: bool = False, append: bool = False, traces: Traces | TraceSource | None = None
+) -> ModuleType:
+    """Return the format that can write a result there, else raise what is in the way; to be asked before long work.
+
+    With ``traces`` it is also asked whether a result of theirs can be added to what is there.
+    """
+    module = _adder_to(path) if append else writer_of(path)
+    if hasattr(module, "check_needed"):
+        module.check_needed()
     if append:
-        if not hasattr(module, "append"):
-            raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {Path(path).name!r}.")
-        existing(path)
+        module.check_append(Path(path).expanduser(), traces)
         return module
     for file in module.outputs(Path(path)) if hasattr(module, "outputs") else (path,):
         check_output(file, overwrite, getattr(module, "FOLDER", False))
+    return module
+
+
+def _adder_to(path: str | Path) -> ModuleType:
+    """Return the format that can add to the file that is there."""
+    module = writer_of(path)
+    if not hasattr(module, "append"):
+        raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {Path(path).name!r}.")
+    existing(path)
     return module
 
 

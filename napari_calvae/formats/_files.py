@@ -13,7 +13,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 
 from napari_calvae.conversion import json_default
+from napari_calvae.formats._lazy import MOST_PIXELS
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces, Unit
+from napari_calvae.roi_masks import RoiMasks
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
 #: What else files of named arrays may say of traces.
-TRACE_FACTS = ("frame_rate", "unit", "roi_ids", "t0", "accepted")
+_MASKS = ("rois_shape", "rois_pixels", "rois_weights", "rois_sizes", "rois_planes")
+TRACE_FACTS = ("frame_rate", "unit", "roi_ids", "t0", "accepted", *_MASKS)
 #: One of them is in every folder that is a Zarr store.
 ZARR_MARKS = ("zarr.json", ".zgroup", ".zarray")
 
@@ -110,14 +113,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Give temporary names beside ``paths`` to write to; they take the places of ``paths`` only if nothing fails."""
+def whole_files(*paths: Path, instead_of: Iterable[Path] = ()) -> Iterator[tuple[Path, ...]]:
+    """Give temporary names beside ``paths`` to write to; they take the places of ``paths`` only if nothing fails.
+
+    Of ``instead_of``, all files of what is replaced, those that have no successor are then removed.
+    """
     tag = secrets.token_hex(4)
     temporary = tuple(path.with_name(f".{path.name}.{tag}.part") for path in paths)
     try:
         yield temporary
         for new, path in zip(temporary, paths, strict=True):
             os.replace(new, path)
+        for old in set(instead_of) - set(paths):
+            old.unlink(missing_ok=True)
     finally:
         for new in temporary:
             new.unlink(missing_ok=True)
@@ -201,15 +209,60 @@ def traces_of(
     known = float(_single(arrays["frame_rate"], "frame_rate", file)) if "frame_rate" in arrays else None
     rate, contradicted = believed_rate(frame_rate, known)
     stated = str(_single(arrays["unit"], "unit", file)) if "unit" in arrays else "dff"
+    ids = tuple(np.ravel(arrays["roi_ids"]).tolist()) if "roi_ids" in arrays else ()
     return Traces(
         arrays[name],
         rate,  # type: ignore[arg-type]
         unit or TRACE_NAMES[name] or stated,  # type: ignore[arg-type]
-        tuple(np.ravel(arrays["roi_ids"]).tolist()) if "roi_ids" in arrays else (),
+        ids,
         float(_single(arrays["t0"], "t0", file)) if "t0" in arrays else 0.0,
         provenance={"source": file.name} | contradicted,
+        rois=_masks(arrays, ids, file) if any(name in arrays for name in _MASKS) else None,
         accepted=_judgements(arrays["accepted"], file) if "accepted" in arrays else None,
     )
+
+
+def _masks(arrays: Mapping[str, np.ndarray], ids: tuple[int, ...], file: Path) -> RoiMasks:
+    """ROIs from the arrays that ``mask_arrays`` makes of them."""
+    shape, pixels, weights, sizes, planes = (np.ravel(arrays.get(name, ())) for name in _MASKS)
+    whole = all(array.dtype.kind in "iu" for array in (shape, pixels, sizes, planes)) and weights.dtype.kind in "fiu"
+    if (
+        not whole
+        or shape.shape != (2,)
+        or not 0 < int(shape[0]) * int(shape[1]) <= MOST_PIXELS
+        or (sizes < 1).any()
+        or not len(pixels) == len(weights) == sum(sizes.tolist())
+    ):
+        raise RecordingError(
+            f"{file.name}: expected ROIs as the arrays {', '.join(_MASKS)}, one pixel after the other, got arrays that "
+            "do not go together. Write them again, or rename them."
+        )
+    ends = np.cumsum(sizes.astype(np.int64))[:-1]
+    try:
+        return RoiMasks(
+            (int(shape[0]), int(shape[1])),
+            tuple(np.split(pixels, ends)),
+            ids,
+            tuple(np.split(weights, ends)),
+            tuple(planes.tolist()),
+        )
+    except RecordingError as error:
+        raise RecordingError(f"{file.name}: {error}") from error
+
+
+def mask_arrays(value: SpikeInference | Traces) -> dict[str, np.ndarray]:
+    """Name what is known of the ROIs of traces or of a result, which ``traces_of`` reads back; nothing if unknown.
+
+    ``rois_shape`` is (y, x) of the plane. ``rois_pixels`` are the flat, row-major indices, from 0, of the pixels of all
+    ROIs, one ROI after the other, with their ``rois_weights``; ``rois_sizes`` (roi,) are numbers of pixels, and
+    ``rois_planes`` (roi,) those of the planes.
+    """
+    rois = (value if isinstance(value, Traces) else value.traces).rois
+    if rois is None:
+        return {}
+    sizes = [len(pixels) for pixels in rois.pixels]
+    arrays = (rois.shape, np.concatenate(rois.pixels), np.concatenate(rois.weights), sizes, rois.planes)
+    return {name: np.asarray(array) for name, array in zip(_MASKS, arrays, strict=True)}
 
 
 def _judgements(value: np.ndarray, file: Path) -> np.ndarray:

@@ -12,16 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from napari_calvae.formats._files import arrays_of, believed_rate, provenance_json, whole_files
+from napari_calvae.formats._lazy import SECONDS
 from napari_calvae.recording import RecordingError, SpikeInference, Traces, Unit
 
 PATTERNS = ("*.csv",)
 SUFFIXES = (".csv",)
 
-#: What a column of times may be called, and seconds per unit.
-_TIMES = {
-    re.compile(r"t|times?|timestamps?|(t|time)[ _]?[(\[]?(s|sec|seconds)[)\]]?|seconds"): 1.0,
-    re.compile(r"(t|time)[ _]?[(\[]?(ms|milliseconds)[)\]]?|milliseconds"): 1e-3,
-}
+#: What a column of times may be called; a unit follows after something between, but for s and ms.
+_TIME = re.compile(
+    r"((elapsed|relative)[ _])?(time[ _-]?stamps?|times?|t)([ _]elapsed)?"
+    r"(([\W_]+|(?=m?s))(?P<unit>[a-z\u00b5\u03bc]+))?[\W_]*|(?P<alone>(milli)?seconds|minutes)"
+)
+#: What tells that a column is one of times, whatever else its name says.
+_TELLS_TIME = re.compile(r"(?<![a-z])(?:frame)?time(?:s|[ _-]?stamps?)?(?![a-z])")
+#: What a column that counts frames may be called; pandas calls one without a name "Unnamed: 0" when it reads a table.
+_COUNTERS = re.compile(
+    r"|#|unnamed: ?\d+(\.\d+)*|(frames?|index|idx|slices?)[\W_]*(no|nr|num|numbers?|id|idx|index|count|counter)?[\W_]*"
+)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan")
 
 #: Digits that are written of a number of so many bytes: times need more than fluorescence.
 _DIGITS = {4: 6, 8: 15}
@@ -38,8 +46,9 @@ def matches(path: Path) -> bool:
 def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
     """Read one trace per column; empty cells are missing frames.
 
-    A column called ``time`` or alike (s, or ms if it says so) gives the frame rate. Numbers in the other columns' names
-    are ROI ids if they differ. The unit is that in ``NAME.provenance.json`` where ``write`` left one, else ΔF/F.
+    A column called ``time`` or alike (s, or ms or min if it says so) gives the frame rate; one that counts frames, as
+    ``frame`` or ``Unnamed: 0``, is left out. Numbers in the other columns' names are ROI ids if they differ. The unit
+    and which ROIs are accepted are those in ``NAME.provenance.json`` where ``write`` left one; else the unit is ΔF/F.
     """
     names, table = read_table(path)
     columns = find_columns(names, path)
@@ -61,7 +70,24 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
         columns.ids,
         t0,
         provenance={"source": path.name} | contradicted,
+        accepted=judged_of(told, columns),
     )
+
+
+def judgements_of(traces: Traces) -> dict[str, dict[str, bool]]:
+    """What is told of traces beside their table: by ROI id whether it is a cell, if that is known."""
+    if traces.accepted is None:
+        return {}
+    return {"accepted": dict(zip(map(str, traces.roi_ids), traces.accepted.tolist(), strict=True))}
+
+
+def judged_of(told: Mapping[str, Any], columns: Columns) -> np.ndarray | None:
+    """(roi,) which ROIs are cells, as ``judgements_of`` told it; None unless it is known of all."""
+    judged = told.get("accepted")
+    ids = columns.ids or tuple(range(1, len(columns.rois) + 1))
+    if not isinstance(judged, dict) or not all(str(roi) in judged for roi in ids):
+        return None
+    return np.array([bool(judged[str(roi)]) for roi in ids])
 
 
 def _told_beside(path: Path) -> dict[str, Any]:
@@ -92,23 +118,35 @@ def find_columns(names: Sequence[str], path: Path) -> Columns:
         )
     clock, seconds, rois = None, 1.0, []
     for i, name in enumerate(names):
-        scale = next((s for pattern, s in _TIMES.items() if pattern.fullmatch(name.lower())), None)
+        scale = _seconds_per_unit(name)
         if scale is not None:
             clock, seconds = i, scale
-        elif name.lower() not in ("", "frame", "index"):
+        elif _TELLS_TIME.search(name.lower()):
+            raise RecordingError(
+                f"{path.name}: expected times in a unit as s, ms or min, got a column {name!r}. Call it time_s, "
+                "time_ms or time_min, or remove it."
+            )
+        elif not _COUNTERS.fullmatch(name.lower()):
             rois.append(i)
     if not rois:
         raise RecordingError(f"{path.name}: expected one column per ROI, got the columns {list(names)}.")
-    numbers = [re.findall(r"\d+", names[i]) for i in rois]
+    # The hyphen of roi-3 is none of a negative number, that of roi_-3 is.
+    numbers = [re.findall(r"(?:(?<![^\W_])-)?\d+", names[i]) for i in rois]
     ids = tuple(int(n[-1]) for n in numbers if n)
     return Columns(tuple(rois), ids if len(set(ids)) == len(rois) else (), clock, seconds)
 
 
+def _seconds_per_unit(name: str) -> float | None:
+    """Seconds per unit of a column of times; None where its name is not that of one."""
+    found = _TIME.fullmatch(name.lower())
+    return SECONDS.get(found["unit"] or found["alone"] or "s") if found else None
+
+
 def read_spikes(path: Path) -> dict[int, np.ndarray]:
-    """Read known spikes, one per row: a column of ROI ids called ``roi`` or alike, and one of times (s, or ms)."""
+    """Read known spikes, one per row: a column of ROI ids called ``roi`` or alike, and one of times (s, ms, min)."""
     names, table = read_table(path)
     rois = [i for i, name in enumerate(names) if name.lower() in _ROIS]
-    clocks = [(i, s) for i, name in enumerate(names) for p, s in _TIMES.items() if p.fullmatch(name.lower())]
+    clocks = [(i, scale) for i, name in enumerate(names) if (scale := _seconds_per_unit(name)) is not None]
     if len(rois) != 1 or len(clocks) != 1 or "sample" in names:
         raise RecordingError(
             f"{path.name}: expected one column of ROI ids (roi) and one of spike times (time_s), a row per true spike, "
@@ -130,12 +168,13 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
 
     ``count_low`` and ``count_high`` are the 90 % credible interval of the spike count in the second around the frame.
     Of traces, ``NAME.csv`` has a row per frame with its time (s) and a column per ROI, as ``read`` reads them, and
-    there is only ``.provenance.json`` beside it.
+    there is only ``.provenance.json`` beside it; events and ROIs of a result that was there before are removed.
     """
     if isinstance(value, Traces):
-        with whole_files(path, outputs(path)[-1]) as (frames, provenance):
+        with whole_files(path, outputs(path)[-1], instead_of=outputs(path)) as (frames, provenance):
             _table(frames, [trace_columns(value)])
             told = json.loads(provenance_json(value)) | {"unit": value.unit, "frames": value.n_frames}
+            told |= judgements_of(value)
             provenance.write_text(json.dumps(told, indent=1), encoding="utf-8")
         return
     arrays = arrays_of(value)
@@ -210,11 +249,6 @@ def read_table(path: Path) -> tuple[list[str], np.ndarray]:
         raise RecordingError(f"{path.name}: expected a header and at least one frame, got {len(lines)} lines.")
     delimiter = max(",;\t", key=lines[0].count)
     names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter))]
-    if any(re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|nan", name.lower()) for name in names):
-        raise RecordingError(
-            f"{path.name}: expected a header (one name per ROI), got numbers in the first line. "
-            "Put a line of names on top; rows are frames and columns are ROIs."
-        )
     try:
         table = np.loadtxt(lines[1:], delimiter=delimiter, ndmin=2)
     except ValueError:
@@ -223,7 +257,33 @@ def read_table(path: Path) -> tuple[list[str], np.ndarray]:
         )
     if table.shape[1] != len(names):
         raise RecordingError(f"{path.name}: expected {len(names)} columns as in the header, got {table.shape[1]}.")
+    _check_header(names, table, path)
     return names, table
+
+
+def _check_header(names: list[str], table: np.ndarray, path: Path) -> None:
+    """Refuse numbers in the first line, which may be those of the first frame, unless they count the ROIs."""
+    numbers = [name for name in names if _NUMBER.fullmatch(name.lower())]
+    if not numbers:
+        return
+    whole = all(re.fullmatch(r"[-+]?\d+", name) for name in numbers)
+    if whole and any(name and name not in numbers for name in names):
+        return
+    # A table that pandas wrote: the line begins with nothing, the others with the number of the frame.
+    counted = not names[0] and (np.diff(table[:, 0]) == 1).all()
+    if whole and (counted or (numbers == names and _count_rois(names, table))):
+        return
+    raise RecordingError(
+        f"{path.name}: expected a header (one name per ROI), got numbers in the first line. "
+        "Put a line of names on top, as roi_1; rows are frames and columns are ROIs."
+    )
+
+
+def _count_rois(names: list[str], table: np.ndarray) -> bool:
+    """Tell whether names are 0, 1, 2 … or 1, 2, 3 …; of one ROI with whole numbers it may be its first."""
+    if len(names) == 1 and (table == np.round(table)).all():
+        return False
+    return any(names == [str(first + i) for i in range(len(names))] for first in (0, 1))
 
 
 def _numbers(cells: list[str], row: int, path: Path, n: int) -> list[float]:

@@ -15,6 +15,7 @@ from napari_calvae.formats._files import (
     TRACE_NAMES,
     arrays_of,
     check_memory,
+    mask_arrays,
     provenance_json,
     traces_of,
     whole_files,
@@ -79,9 +80,12 @@ def _content(dataset: h5py.Dataset) -> np.ndarray:
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
-    """Write a result or traces, a dataset per array (see ``arrays_of``), with ``provenance`` as a JSON attribute."""
+    """Write a result or traces, a dataset per array, with ``provenance`` as a JSON attribute.
+
+    The arrays are those of ``arrays_of`` and ``mask_arrays``.
+    """
     with whole_hdf5(path) as file:
-        for name, array in arrays_of(value).items():
+        for name, array in (arrays_of(value) | mask_arrays(value)).items():
             packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if array.size > 1000 else {}
             file.create_dataset(name, data=str(array) if array.dtype.kind == "U" else array, **packing)
         file.attrs["provenance"] = provenance_json(value)

@@ -17,6 +17,7 @@ from napari_calvae.formats._files import (
     arrays_of,
     believed_rate,
     existing,
+    mask_arrays,
     provenance_json,
     traces_of,
     whole_files,
@@ -37,7 +38,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> Traces:
     """Read traces (roi, time) from the variable ``values``, ``dff`` or ``F``, or from the only matrix in the file.
 
-    ``frame_rate``, ``roi_ids``, ``t0``, ``unit`` and ``accepted`` may stand beside it.
+    ``frame_rate``, ``roi_ids``, ``t0``, ``unit`` and ``accepted`` may stand beside it, and ROIs as ``write`` puts them.
 
     Ground truth, recognised by ``CAttached`` or by ``time_stamps`` and ``dff``, has one row per sweep of its one cell,
     with ids 1, 2, …; shorter sweeps end in missing frames. A single sweep keeps its clock; of several, each has a clock
@@ -85,10 +86,14 @@ def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
-    """Write a result or traces, a variable per array (see ``arrays_of``), with ``provenance`` as JSON text."""
+    """Write a result or traces, a variable per array, with ``provenance`` as JSON text.
+
+    The arrays are those of ``arrays_of`` and ``mask_arrays``.
+    """
+    everything = arrays_of(value) | mask_arrays(value) | {"provenance": provenance_json(value)}
     with whole_files(path) as (temporary,), open(temporary, "wb") as file:
         try:
-            savemat(file, arrays_of(value) | {"provenance": provenance_json(value)}, do_compression=True)
+            savemat(file, everything, do_compression=True)
         except MatWriteError as error:
             raise RecordingError(
                 f"{path.name}: expected arrays of less than 4 GB, as MATLAB's format allows, got more ({error}). "

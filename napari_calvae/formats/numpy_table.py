@@ -14,6 +14,7 @@ from napari_calvae.formats._files import (
     check_memory,
     check_output,
     existing,
+    mask_arrays,
     provenance_json,
     readable,
     traces_of,
@@ -48,9 +49,12 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
-    """Write a result or traces as named arrays (see ``arrays_of``), with ``provenance`` as JSON text."""
+    """Write a result or traces as named arrays, with ``provenance`` as JSON text.
+
+    The arrays are those of ``arrays_of`` and ``mask_arrays``.
+    """
     with whole_files(path) as (temporary,), open(temporary, "wb") as file:
-        arrays = arrays_of(value) | {"provenance": np.asarray(provenance_json(value))}
+        arrays = arrays_of(value) | mask_arrays(value) | {"provenance": np.asarray(provenance_json(value))}
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 

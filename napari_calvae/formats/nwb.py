@@ -25,12 +25,13 @@ import numpy as np
 from napari_calvae.formats import csv_table, tiff
 from napari_calvae.formats._files import DAMAGE, believed_rate, check_claims, existing
 from napari_calvae.formats._lazy import lazy, positive
-from napari_calvae.formats.nwb_results import append, write
+from napari_calvae.formats.nwb_results import append, check_append, check_needed, write
 from napari_calvae.recording import RecordingError, Unit
 from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.trace_source import TraceSource
 
-__all__ = ["PATTERNS", "SUFFIXES", "append", "chosen_rois", "matches", "open_movie", "open_source", "write"]
+__all__ = ["PATTERNS", "SUFFIXES", "append", "check_append", "check_needed", "chosen_rois", "has_processed", "matches"]
+__all__ += ["open_movie", "open_source", "write"]
 
 PATTERNS = ("*.nwb",)
 SUFFIXES = (".nwb",)
@@ -141,6 +142,12 @@ def chosen_rois(path: Path) -> tuple[str, np.ndarray, tuple[int, ...], int]:
             raise RecordingError(f"{path.name}: expected traces that name their ROIs, got {series.name} without.")
         table, rows = found
         return _text(table.attrs["object_id"]), rows, _ids(table, rows), _shape(series)[0]
+
+
+def has_processed(path: Path, name: str) -> bool:
+    """Tell whether the processing module ``ophys`` of a file has something of this name."""
+    with _opened(path) as file:
+        return f"processing/ophys/{name}" in file
 
 
 class _Frames:

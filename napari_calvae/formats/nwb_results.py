@@ -38,11 +38,37 @@ from napari_calvae.formats._files import arrays_of, provenance_json, reserve, wh
 from napari_calvae.formats.hdf5 import whole_hdf5
 from napari_calvae.recording import RecordingError, SpikeInference, Traces
 from napari_calvae.roi_masks import RoiMasks
+from napari_calvae.trace_source import TraceSource
 
 #: Chunks of series hold so many frames of so many ROIs.
 CHUNK = (4096, 64)
 _UNKNOWN = "unknown"
 _TABLE = "SpikeInference"
+
+
+def check_needed() -> None:
+    """Raise a ``RecordingError`` if the package that writes is missing."""
+    needed("pynwb", RecordingError)
+
+
+def check_append(path: Path, traces: Traces | TraceSource | None = None) -> None:
+    """Raise a ``RecordingError`` if no result can be added to a file, or none of these traces if they are given."""
+    from napari_calvae.formats.nwb import chosen_rois, has_processed
+
+    _, _, ids, n_frames = chosen_rois(path)
+    known = set(ids)
+    missing = [] if traces is None else [roi for roi in traces.roi_ids if roi not in known]
+    if traces is not None and (missing or n_frames != traces.n_frames):
+        lacks = f"without the ROIs {missing[:8]}" if missing else f"of {n_frames} frames"
+        raise RecordingError(
+            f"{path.name}: expected the file that the traces were read from, with their ROIs and "
+            f"{traces.n_frames} frames, got one {lacks}. Write a new file instead."
+        )
+    if has_processed(path, _TABLE):
+        raise RecordingError(
+            f"{path.name}: expected a file without a result, got one that has a table {_TABLE} already. "
+            "Add to a copy of the original file, or write a new one."
+        )
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
@@ -84,15 +110,9 @@ def append(result: SpikeInference, path: Path) -> None:
     if not isinstance(result, SpikeInference):
         raise RecordingError("append: expected a result of inference, got traces. Write them to a file of their own.")
     pynwb = needed("pynwb", RecordingError)
-    table_id, rows, ids, n_frames = chosen_rois(path)
+    check_append(path, result.traces)
+    table_id, rows, ids, _ = chosen_rois(path)
     row_of = dict(zip(ids, rows.tolist(), strict=True))
-    missing = [roi for roi in result.roi_ids if roi not in row_of]
-    if missing or n_frames != result.rate.shape[1]:
-        lacks = f"without the ROIs {missing[:8]}" if missing else f"of {n_frames} frames"
-        raise RecordingError(
-            f"{path.name}: expected the file that the traces were read from, with their ROIs and "
-            f"{result.rate.shape[1]} frames, got one {lacks}. Write a new file instead."
-        )
     with whole_files(path) as (temporary,):
         shutil.copyfile(path, temporary)
         # HDF5 does not survive a disk that runs full under it: all room is taken before, and what is left given back.
@@ -109,11 +129,6 @@ def append(result: SpikeInference, path: Path) -> None:
                     f"{path.name}: expected an NWB file that pynwb can add to, got one that it cannot read ({error}). "
                     "Write a new file instead."
                 ) from error
-            if _TABLE in _module(file).data_interfaces:
-                raise RecordingError(
-                    f"{path.name}: expected a file without a result, got one that has a table {_TABLE} already. "
-                    "Add to a copy of the original file, or write a new one."
-                )
             _add_result(pynwb, file, result, (file.objects[table_id], [row_of[roi] for roi in result.roi_ids]))
             io.write(file)
 

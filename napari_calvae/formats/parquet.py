@@ -15,6 +15,8 @@ from napari_calvae.formats.csv_table import (
     event_columns,
     find_columns,
     frame_columns,
+    judged_of,
+    judgements_of,
     read_clock,
     roi_columns,
     trace_columns,
@@ -37,8 +39,9 @@ def matches(path: Path) -> bool:
 def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None = None) -> TraceSource:
     """Open a table with a row per frame and a trace per column; null is a missing frame.
 
-    As in text tables, a column called ``time`` or alike (s, or ms if it says so) gives the frame rate, and numbers in
-    the other columns' names are ROI ids if they differ. Times may also be dates; the first is then 0 s.
+    As in text tables, a column called ``time`` or alike (s, or ms or min if it says so) gives the frame rate, one that
+    counts frames is left out, and numbers in the other columns' names are ROI ids if they differ. Times may also be
+    dates; the first is then 0 s.
 
     Raises
     ------
@@ -77,6 +80,7 @@ def open_source(path: Path, frame_rate: float | None = None, unit: Unit | None =
         columns.ids,
         t0,
         provenance={"source": path.name} | contradicted,
+        accepted=judged_of(stated, columns),
     )
 
 
@@ -85,17 +89,22 @@ def outputs(path: Path) -> tuple[Path, ...]:
     return (path, *(path.with_suffix(end) for end in (".events.parquet", ".rois.parquet")))
 
 
+def check_needed() -> None:
+    """Raise a ``RecordingError`` if the package that writes is missing."""
+    _pyarrow()
+
+
 def write(value: SpikeInference | Traces, path: Path) -> None:
     """Write ``NAME.parquet``, ``NAME.events.parquet`` and ``NAME.rois.parquet``, with the columns of the text tables.
 
     ``NAME.parquet`` has a row per ROI and frame; of traces it has a row per frame with its time (s) and a column per
-    ROI, as ``open_source`` reads them, and there is nothing beside it. Provenance is in the schema's metadata, as JSON
-    under ``calvae_provenance``.
+    ROI, as ``open_source`` reads them, and there is nothing beside it: events and ROIs of a result that was there
+    before are removed. Provenance is in the schema's metadata, as JSON under ``calvae_provenance``.
     """
     metadata = {_PROVENANCE: provenance_json(value).encode()}
     if isinstance(value, Traces):
-        recording = {"frame_rate": value.frame_rate, "unit": value.unit, "t0": value.t0}
-        with whole_files(path) as (file,):
+        recording = {"frame_rate": value.frame_rate, "unit": value.unit, "t0": value.t0} | judgements_of(value)
+        with whole_files(path, instead_of=outputs(path)) as (file,):
             _table(file, [trace_columns(value)], metadata | {_RECORDING: json.dumps(recording).encode()})
         return
     arrays = arrays_of(value)

@@ -92,6 +92,24 @@ def open_source(
     )
 
 
+def read_mean_image(path: Path) -> np.ndarray | None:
+    """Mean of suite2p's registered movie, (y, x) float32, or (z, y, x) if the ROIs lie in planes besides the first.
+
+    Each plane lies in the upper left corner, as its ROIs do, and is 0 where suite2p keeps none; None if no plane has
+    one.
+    """
+    folder = path if path.is_dir() else path.parent
+    planes = [_open_plane(each) for each in ([folder] if _is_plane(folder) else _plane_folders(folder))]
+    images = {plane.number: plane.mean for plane in planes if plane.mean is not None}
+    if not images:
+        return None
+    height, width = np.max([plane.shape for plane in planes if plane.shape is not None], axis=0).tolist()
+    mean = np.zeros((1 + max(plane.number for plane in planes), height, width), np.float32)
+    for number, image in images.items():
+        mean[number, : image.shape[0], : image.shape[1]] = image
+    return mean if len(mean) > 1 else mean[0]
+
+
 def outputs(path: Path) -> tuple[Path, ...]:
     """All that ``write`` makes: two files, or a folder with them if it is not there yet."""
     return _written(path) if path.expanduser().parent.is_dir() else (path.parent,)
@@ -164,6 +182,7 @@ class _Plane:
     shape: tuple[int, int] | None
     allow_overlap: bool
     version: str | None
+    mean: np.ndarray | None
 
     @property
     def number(self) -> int:
@@ -238,7 +257,15 @@ def _open_plane(folder: Path) -> _Plane:
         shape,
         bool(nested.get("allow_overlap", settings.get("allow_overlap", False))),
         None if (version := settings.get("version", settings.get("suite2p_version"))) is None else str(version),
+        _image(settings.get("meanImg"), shape),
     )
+
+
+def _image(found: Any, shape: tuple[int, int] | None) -> np.ndarray | None:
+    """(y, x) float32 image of a plane; None where it is not one of the plane's size."""
+    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype.kind not in "fiu":
+        return None
+    return np.nan_to_num(np.array(found, np.float32))
 
 
 def _with_coefficient(plane: _Plane, coefficient: float) -> _Plane:

@@ -11,6 +11,7 @@ from napari_calvae.inference.batch import Progress, iter_batch
 from napari_calvae.inference.blocks import (
     BLOCK_FRAMES,
     InferConfig,
+    devices,
     inference_of,
     iter_infer,
     pick_device,
@@ -28,6 +29,7 @@ __all__ = [
     "InferConfig",
     "Progress",
     "Repetition",
+    "devices",
     "infer",
     "inference_of",
     "iter_batch",

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from napari_calvae.formats import open_traces
 from napari_calvae.formats._files import check_apart, check_output, plain
 from napari_calvae.formats.store import Layout, StoredInference, create_store, rois_per_block
-from napari_calvae.inference.blocks import InferConfig, iter_infer, provenance_of
+from napari_calvae.inference.blocks import InferConfig, iter_infer, pick_device, provenance_of
 from napari_calvae.inference.cluster import check_main_script, connected
 from napari_calvae.preprocess import with_signal
 from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference, Traces
@@ -121,6 +121,8 @@ def iter_batch(
         check_main_script()
     source = _source(traces)
     config = InferConfig(**settings)
+    if scheduler is None:  # workers elsewhere have devices of their own
+        pick_device(config.device)
     vae = shared_model(model, coupled=False)
     provenance = provenance_of(vae, source, config)
     where = Path(out).expanduser().absolute()

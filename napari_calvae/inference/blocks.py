@@ -82,14 +82,20 @@ def iter_infer(
     yield from _in_order(work, blocks, (n_workers, threads))
 
 
+def devices() -> tuple[str, ...]:
+    """Devices that this machine has, the one to prefer first."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return tuple(name for name, available in there.items() if available)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device to compute on: CUDA, then Apple's MPS, then the CPU, unless one is asked for."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = devices()
     if name == "auto":
-        return torch.device(next(device for device, available in there.items() if available))
-    if not there.get(name, False):
+        return torch.device(there[0])
+    if name not in there:
         raise RecordingError(
-            f"device: expected one of {', '.join(d for d, ok in there.items() if ok)} on this machine, got {name!r}. "
+            f"device: expected one of {', '.join(there)} on this machine, got {name!r}. "
             "Choose 'auto' to take the best one."
         )
     return torch.device(name)

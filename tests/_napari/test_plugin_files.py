@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+from napari.components import ViewerModel
 from plugin_helpers import CENTRES, FRAME_RATE, posterior_of
 
 import napari_calvae as calvae
-from napari_calvae._napari import answers, file_rois, reading, script, stored, writing
+from napari_calvae._napari import answers, file_rois, picking, reading, script, stored, writing
 
 N_FRAMES = 400
 
@@ -176,6 +177,34 @@ def test_a_folder_of_suite2p(shared):
     assert given.rate == 30.0
     assert set(np.unique(data)) == {0, *given.source.roi_ids}
     assert options["features"]["verdict"].isin(["accepted", "rejected"]).all()
+
+
+def test_the_mean_image_of_suite2p_lies_below_its_rois(shared):
+    folder = shared / "formats" / "suite2p"
+    found = reading.get_reader(str(folder))(str(folder))
+    assert [kind for _, _, kind in found] == ["image", "image", "labels"]
+    assert [options["name"] for _, options, _ in found] == [
+        f"suite2p {what}" for what in ("mean image", "fluorescence", "ROIs")
+    ]
+    mean, options, _ = found[0]
+    assert mean.shape == found[-1][0].shape
+    assert 0 < options["contrast_limits"][0] < options["contrast_limits"][1] <= mean.max()
+    inside = found[-1][0] > 0
+    assert mean[inside].mean() > mean[~inside].mean()
+    assert found[1][1]["blending"] == "additive"  # what is painted leaves the mean image to be seen
+
+
+def test_a_mean_image_is_not_offered_as_a_movie():
+    viewer = ViewerModel()
+    for image in (np.ones((40, 40)), np.ones((3, 40, 40))):
+        viewer.add_image(image, **reading._mean_layer(image, "suite2p"))
+    assert picking.movies(viewer) == []
+
+
+def test_rejected_cells_can_be_seen_and_told_apart(file):
+    colours = layers_of(file)["labels"][1]["colormap"].color_dict
+    assert colours[2][3] == 1
+    assert np.abs(np.subtract(colours[2], colours[None])[:3]).max() > 0.3
 
 
 # Traces of what was not edited

@@ -12,6 +12,7 @@ from qtpy.QtTest import QTest
 from qtpy.QtWidgets import QApplication
 
 import napari_calvae as calvae
+from napari_calvae.inference import devices
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -48,6 +49,8 @@ def test_a_click_on_a_roi_shows_its_posterior(qtbot, show_movie, open_widget, ca
         first = round((band.boundaries[0] + 0.5 / FRAME_RATE) / band.window)
         np.testing.assert_allclose([band.low, band.high], expected_band[:, first : first + len(band.low)])
     assert widget.controls.device.currentText() == "auto: cpu"
+    offered = {widget.controls.device.itemData(k) for k in range(widget.controls.device.count())}
+    assert offered == {"auto", *devices()}
     qtbot.waitUntil(lambda: "picked ROI" in viewer.layers and not widget._outline_timer.isActive())
     outline = viewer.layers["picked ROI"]
     assert np.concatenate(outline.data).mean(axis=0) == pytest.approx(CENTRES[1], abs=0.5)
