@@ -6,10 +6,10 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-# Before torch is imported: threads that wait for each other on a busy machine spin for seconds. Numba, which napari draws
-# labels with, sets the number of torch's threads to that of its own.
-for _name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+# Before torch is imported: threads that wait for each other on a busy machine spin for seconds. Numba, which napari
+# draws labels with, gives torch as many threads as it takes itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest
 from jaxtyping import install_import_hook

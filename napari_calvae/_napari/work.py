@@ -8,9 +8,11 @@ from typing import Any
 
 from qtpy.QtCore import QObject, QRunnable, QThreadPool, Signal
 
+from napari_calvae import interruption
+
 
 class _Work(QRunnable):
-    """One generator on its way; it ends at the next message after ``stop`` was set."""
+    """One generator on its way; once ``stop`` is set it ends at the next message, or where its work looks for that."""
 
     def __init__(self, messages: Iterator[Any], worker: Worker):
         super().__init__()
@@ -29,8 +31,9 @@ class _Work(QRunnable):
         try:
             while not self.stop.is_set():
                 try:
-                    message = next(self.messages)
-                except StopIteration:
+                    with interruption.until(self.stop.is_set):
+                        message = next(self.messages)
+                except (StopIteration, interruption.Interrupted):
                     break
                 if not self.stop.is_set():
                     self.worker.message.emit(message)

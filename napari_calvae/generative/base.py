@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
+from napari_calvae import interruption
 from napari_calvae.generative.noise import Noise
 from napari_calvae.generative.normal_noise import GaussianNoise
 from napari_calvae.generative.parameters import BASELINE, NOISE, Parameter, Theta, as_rate
@@ -257,6 +258,7 @@ class GenerativeModel(abc.ABC):
         best, best_value = origin, torch.full(origin.shape[:-1], -math.inf, dtype=origin.dtype, device=origin.device)
         with torch.enable_grad():
             for step in range(n_steps + 1):
+                interruption.go_on()
                 optimiser.param_groups[0]["lr"] = 0.025 * (1 + math.cos(math.pi * step / max(n_steps, 1)))
                 u = origin + spread * move
                 theta = self.constrain(u)

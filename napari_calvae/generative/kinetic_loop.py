@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from napari_calvae import interruption
 from napari_calvae.generative.states import RESTING, SCALE, StateScheme, Table, find
 
 
@@ -215,6 +216,9 @@ class Loop:
         bound = self.medium.scheme.bound.to(influx)
         means = []
         for calcium in influx.unbind(-1):
+            interruption.go_on()
+            if state.total.requires_grad:
+                state.total.register_hook(interruption.go_on)  # on the way back, too
             mean = torch.zeros_like(calcium)
             for i, passage in enumerate(passages):
                 if i == self.spike_at:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from napari_calvae import interruption
 from napari_calvae.inference import InferConfig, inference_of, provenance_of
 from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import SpikeInference, Traces
@@ -181,6 +182,7 @@ def _refine_one(
     logits, mean, log_std = (x.detach().clone().requires_grad_() for x in start)
     optimiser = torch.optim.Adam([logits, mean, log_std], lr=config.learning_rate)
     for step in range(config.n_steps):
+        interruption.go_on()
         fall = 0.5 * (1 + math.cos(math.pi * step / config.n_steps))
         optimiser.param_groups[0]["lr"] = config.learning_rate * fall
         loss = _surrogate(target, logits, (mean, log_std), config.n_gradient, generator)
