@@ -66,8 +66,7 @@ class Batch(QObject):
         """Infer the ROIs ``wanted`` of a movie; raises while others are inferred into a store, which is not ended."""
         if self._out is not None:
             raise calvae.RecordingError(
-                f"Infer all: expected that nothing else is being inferred, got the run into {self._out.name}. "
-                "Cancel that first, or wait for its end."
+                f"ROIs are being inferred into {self._out.name}. Cancel that first, or wait for its end."
             )
         self._begin([(key, set(wanted))], f"Spikes of {len(wanted)} ROIs")
         request = answers.Request(self._requests.new(), movie, masks, wanted, key.settings)

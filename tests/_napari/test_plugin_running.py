@@ -227,7 +227,7 @@ def test_infer_all_in_memory_does_not_end_a_run_into_a_store(open_both, qtbot, m
     qtbot.waitUntil(lambda: "1 of 3 ROIs" in table.form.run_line.words.text(), timeout=20_000)
     table.form.run_on.choose(None)
     qtbot.mouseClick(table.form.infer_all, Qt.MouseButton.LeftButton)
-    assert "got the run into out.zarr. Cancel that first" in inference.controls.status.text()
+    assert "inferred into out.zarr. Cancel that first" in inference.controls.status.text()
     assert table.form.run_line.isVisible()
     engine.gate.set()
     qtbot.waitUntil(lambda: table.table.inferred == 3, timeout=20_000)
