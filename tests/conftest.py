@@ -6,10 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-# Before torch is imported: threads that wait for each other on a busy machine spin for seconds. Numba, which napari
-# draws labels with, gives torch as many threads as it takes itself.
+# Before torch is imported: threads that wait for each other on a busy machine spin for seconds.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import pytest
 from jaxtyping import install_import_hook
@@ -22,6 +20,15 @@ install_import_hook([f"napari_calvae.{module}" for module in _CHECKED], "beartyp
 collect_ignore = [] if find_spec("napari") else ["_napari"]
 
 SHARED = Path(os.environ.get("CALVAE_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let numba, which napari draws labels with, take one thread per worker: it gives torch as many as it takes itself.
+
+    In this process it may be imported already, and would refuse another number.
+    """
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 
 def pytest_report_header() -> list[str]:
