@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 PAUSE = 2000
 #: Where each layer is saved.
 _FILES: WeakKeyDictionary[Layer, Path] = WeakKeyDictionary()
-_EVENTS = ("data", "paint", "labels_update", "set_data", "features", "name", "scale", "translate")
+#: What says where a layer lies in the world.
+_PLACE = ("scale", "translate", "rotate", "shear", "affine")
+_EVENTS = ("data", "paint", "labels_update", "set_data", "features", "name", *_PLACE)
 
 
 class Autosave(QObject):
@@ -160,8 +162,7 @@ def drawn_rois(layer: Layer, movie: Layer | None) -> recovery.DrawnRois | None:
         kind=type(layer).__name__.lower(),
         name=layer.name,
         arrays=arrays,
-        scale=tuple(map(float, layer.scale)),
-        translate=tuple(map(float, layer.translate)),
+        place={name: np.asarray(getattr(layer, name)).tolist() for name in _PLACE},
         shape_types=tuple(layer.shape_type) if isinstance(layer, Shapes) else (),
         judgements={roi: (judgement.verdict, judgement.note) for roi, judgement in found.items()},
         traces=str(given.path) if isinstance(given, FileTraces) else None,
@@ -189,7 +190,7 @@ def restore(viewer: Viewer, drawn: recovery.DrawnRois) -> Layer:
 
 
 def _new(drawn: recovery.DrawnRois) -> Layer:
-    placed: dict[str, Any] = {"name": drawn.name, "scale": drawn.scale, "translate": drawn.translate}
+    placed: dict[str, Any] = {"name": drawn.name} | {name: np.array(value) for name, value in drawn.place.items()}
     if drawn.kind == "labels":
         return Labels(drawn.arrays[0], **placed)
     if drawn.kind == "points":

@@ -26,7 +26,7 @@ from qtpy.QtCore import QStandardPaths
 logger = logging.getLogger(__name__)
 
 #: Of the files; those of another version are left alone.
-VERSION = 1
+VERSION = 2
 ROIS, MODEL = ".rois.npz", ".safetensors"
 _LOCK = "in-use.lock"
 
@@ -41,8 +41,8 @@ class DrawnRois:
         Of the layer: labels, points or shapes.
     arrays
         Its data: one array of labels or of points, or the corners of each shape.
-    scale, translate
-        Of the layer.
+    place
+        Of the layer in the world: scale, translate, rotate, shear and affine, as nested lists.
     shape_types
         Of each shape.
     judgements
@@ -56,8 +56,7 @@ class DrawnRois:
     kind: str
     name: str
     arrays: tuple[np.ndarray, ...]
-    scale: tuple[float, ...]
-    translate: tuple[float, ...]
+    place: Mapping[str, list]
     shape_types: tuple[str, ...] = ()
     judgements: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     traces: str | None = None
@@ -94,9 +93,8 @@ class DrawnRois:
             if head.pop("version") != VERSION:
                 raise ValueError("another version")
             judged = {int(roi): (str(verdict), str(note)) for roi, (verdict, note) in head.pop("judgements").items()}
-            for name in ("scale", "translate", "shape_types"):
-                head[name] = tuple(head[name])
-            return cls(**head, arrays=arrays, judgements=judged)
+            types = tuple(head.pop("shape_types"))
+            return cls(**head, arrays=arrays, shape_types=types, judgements=judged)
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path.name}: expected ROIs as they were saved, got something else ({error})") from error
 

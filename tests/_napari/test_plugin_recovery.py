@@ -96,7 +96,8 @@ def test_the_folder_is_private():
 
 @pytest.mark.parametrize("kind", ["labels", "points", "shapes"])
 def test_rois_come_back_as_they_were(viewer, tmp_path, labels, kind):
-    options = {"name": "of mine", "scale": (2.0, 3.0), "translate": (4.0, 5.0)}
+    shifted = np.array([[1.0, 0.2, 7.0], [0.0, 1.0, 8.0], [0.0, 0.0, 1.0]])
+    options = {"name": "of mine", "scale": (2.0, 3.0), "translate": (4.0, 5.0), "rotate": 20, "affine": shifted}
     if kind == "labels":
         layer = viewer.add_labels(labels.copy(), **options)
     elif kind == "points":
@@ -104,6 +105,7 @@ def test_rois_come_back_as_they_were(viewer, tmp_path, labels, kind):
     else:
         layer = viewer.add_shapes([[[1, 1], [1, 9], [9, 9]]], shape_type="polygon", **options)
         layer.add_ellipses([[[1, 1], [1, 9], [9, 9], [9, 1]]])
+    there = layer.data_to_world((3.0, 4.0))
     judged = {2: judging.Judgement("rejected", "blurred, 𝛼")}
     roi_layer.write_judgements(layer, (1, 2), judging.Judgements(judged))
     autosave.drawn_rois(layer, None).save(tmp_path / "a.npz")
@@ -111,7 +113,8 @@ def test_rois_come_back_as_they_were(viewer, tmp_path, labels, kind):
     again = autosave.restore(viewer, recovery.DrawnRois.load(tmp_path / "a.npz"))
     assert type(again) is type(layer)
     assert again.name == "of mine"
-    np.testing.assert_array_equal([again.scale, again.translate], [(2, 3), (4, 5)])
+    np.testing.assert_allclose([again.scale, again.translate], [(2, 3), (4, 5)])
+    np.testing.assert_allclose(again.data_to_world((3.0, 4.0)), there)
     assert len(again.data) == len(layer.data)
     for now, before in zip(again.data, layer.data, strict=True):
         np.testing.assert_array_equal(now, before)
@@ -121,12 +124,12 @@ def test_rois_come_back_as_they_were(viewer, tmp_path, labels, kind):
 
 
 def test_other_files_are_no_rois(tmp_path):
-    rois = recovery.DrawnRois("points", "a", (np.ones((2, 2)),), (1.0, 1.0), (0.0, 0.0))
+    rois = recovery.DrawnRois("points", "a", (np.ones((2, 2)),), {"scale": [1.0, 1.0]})
     np.savez(tmp_path / "text.npz", head=np.array("[]"))
     np.savez(tmp_path / "objects.npz", head=np.array({}, object))
     (tmp_path / "empty.npz").touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "VERSION", 2)
+        patch.setattr(recovery, "VERSION", recovery.VERSION + 1)
         rois.save(tmp_path / "newer.npz")
     for path in tmp_path.glob("*.npz"):
         with pytest.raises(ValueError, match=f"{path.name}: expected ROIs as they were saved"):
