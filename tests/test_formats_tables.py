@@ -436,7 +436,13 @@ def test_judgements_come_back_from_tables_of_traces(tmp_path, suffix):
         time, _, *others = zip(*(line.split(",") for line in text.splitlines()), strict=True)
         (tmp_path / "a.csv").write_text("\n".join(map(",".join, zip(time, *others, strict=True))))
         assert read(tmp_path / "a.csv").accepted.tolist() == [False, True]
+        renamed = [("beta" if k else "gamma", *cells) for k, (_, *cells) in enumerate(others)]
+        (tmp_path / "a.csv").write_text("\n".join(map(",".join, zip(time, *renamed, strict=True))))
+        assert read(tmp_path / "a.csv").accepted is None
         (tmp_path / "a.csv").write_text(text.replace("roi_3", "roi_4"))
+        assert read(tmp_path / "a.csv").accepted is None
+        longer = "time_s,roi_1,roi_2,roi_3\n" + "".join(f"{k / 12.5},1,2,3\n" for k in range(VALUES.shape[1] + 9))
+        (tmp_path / "a.csv").write_text(longer)  # another table under this name
         assert read(tmp_path / "a.csv").accepted is None
 
 
@@ -460,6 +466,10 @@ def test_traces_leave_no_parts_of_the_result_that_they_replace(tmp_path, monkeyp
     left = {path.name for path in tmp_path.iterdir() if path.name.startswith("a.")}
     assert left == {f"a{suffix}"} | ({"a.provenance.json"} if suffix == ".csv" else set())
     assert {path for path in before if path.name.startswith("b.")} < set(tmp_path.iterdir())
+    (tmp_path / f"c.events{suffix}").write_text("licks")  # of another program: there is no result beside it
+    write(result.traces, tmp_path / f"c{suffix}", overwrite=True)
+    write(result.traces, tmp_path / f"c{suffix}", overwrite=True)
+    assert (tmp_path / f"c.events{suffix}").read_text() == "licks"
 
 
 def test_parquet_says_what_to_install(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QLabel, QWidget
 
 from napari_calvae._napari import drawing
-from napari_calvae._napari.plot_items import BandItem, Palette, shade
+from napari_calvae._napari.plot_items import DIMMED, BandItem, Palette, shade
 from napari_calvae._napari.pulse_average import AFTER, BEFORE, Average
 from napari_calvae._napari.time_plots import BAND_ALPHA
 from napari_calvae._napari.training_plots import Pictures
@@ -23,6 +23,7 @@ class AveragePlots(Pictures):
     def __init__(self, parent: QWidget | None = None):
         super().__init__(("ΔF/F", "light", "rest", "spikes/s"), "time since the beginning of a pulse (s)", parent)
         self.average: Average | None = None
+        self._opacity = 1.0
         self.title = QLabel(_HINT)
         self.title.setWordWrap(True)
         self.title.setTextFormat(Qt.TextFormat.RichText)
@@ -65,10 +66,15 @@ class AveragePlots(Pictures):
         self._write()
         self.redraw()
 
+    def set_outdated(self, outdated: bool) -> None:
+        """Dim what is shown, and what will be, if it was made of other ROIs or settings than are chosen now."""
+        self._opacity = DIMMED if outdated else 1.0
+        self.redraw()
+
     def redraw(self, *_: object) -> None:
         """Draw the average."""
         shown = self.average
-        self.graphics.ci.setOpacity(0 if shown is None else 1)
+        self.graphics.ci.setOpacity(0 if shown is None else self._opacity)
         if shown is None:
             return
         x = shown.seconds

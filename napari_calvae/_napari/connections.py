@@ -13,7 +13,7 @@ from qtpy.QtWidgets import QHBoxLayout, QLabel, QPushButton, QVBoxLayout, QWidge
 import napari_calvae as calvae
 from napari_calvae._napari import responses
 from napari_calvae._napari.number_table import NumberTable
-from napari_calvae._napari.plot_items import Palette, shade
+from napari_calvae._napari.plot_items import DIMMED, Palette, shade
 
 #: Connections that the list shows; the file has all.
 _LISTED = 500
@@ -45,6 +45,7 @@ class ConnectionPanel(QWidget):
         super().__init__(parent)
         self.found: tuple[responses.Connection, ...] = ()
         self._ids: tuple[int, ...] = ()
+        self._opacity = 1.0
         self.title = QLabel(_HINT)
         self.title.setTextFormat(Qt.TextFormat.RichText)
         self.title.setMinimumWidth(120)
@@ -91,6 +92,7 @@ class ConnectionPanel(QWidget):
 
     def clear(self) -> None:
         """Show nothing."""
+        self._ids = ()
         self.title.setText(_HINT)
         self.graphics.ci.setOpacity(0)
 
@@ -109,6 +111,12 @@ class ConnectionPanel(QWidget):
         table[:, 3] = np.round(np.abs(np.linspace(-255, 255, 256)))
         self.matrix.setLookupTable(table)
 
+    def set_outdated(self, outdated: bool) -> None:
+        """Dim what is shown, and what will be, if it was made of other ROIs or settings than are chosen now."""
+        self._opacity = DIMMED if outdated else 1.0
+        if self._ids:
+            self.graphics.ci.setOpacity(self._opacity)
+
     def show_matrix(self, connectivity: np.ndarray, ids: Sequence[int], words: str) -> None:
         """Show (cell, cell) strengths, row by row what a cell receives; what a cell does to itself is left out."""
         self._ids = tuple(ids)
@@ -126,7 +134,7 @@ class ConnectionPanel(QWidget):
             f'{words} &nbsp; <span style="color:{up}">■</span> +{most:.2f} &nbsp; '
             f'<span style="color:{down}">■</span> −{most:.2f}'
         )
-        self.graphics.ci.setOpacity(1)
+        self.graphics.ci.setOpacity(self._opacity)
 
     def show_result(self, result: calvae.AllOpticalInference, found: tuple[responses.Connection, ...]) -> None:
         """Show what was found in the end."""

@@ -181,9 +181,15 @@ class Controls(QWidget):
 
     def set_devices(self, there: Sequence[str], used: str) -> None:
         """Offer the devices that this machine has, and say which one “auto” has come to mean."""
-        for name in {self.device.itemData(k) for k in range(self.device.count())} - {"auto", *there}:
-            self.device.removeItem(self.device.findData(name))
+        before = self.device.currentData()
+        with _silent(self):  # what was remembered stays so: the device may be there again next time
+            if before not in ("auto", *there):
+                self.device.setCurrentIndex(0)
+            for name in {self.device.itemData(k) for k in range(self.device.count())} - {"auto", *there}:
+                self.device.removeItem(self.device.findData(name))
         self.show_device(used)
+        if self.device.currentData() != before:
+            self.changed.emit()
 
     def show_device(self, name: str) -> None:
         """Say which device “auto” has come to mean."""

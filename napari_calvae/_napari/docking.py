@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 
 from qtpy.QtCore import QEvent, QObject, Qt, QTimer
-from qtpy.QtWidgets import QDockWidget, QMainWindow, QWidget
+from qtpy.QtWidgets import QApplication, QDockWidget, QMainWindow, QWidget
 
 
 class DockManners(QObject):
@@ -86,8 +86,18 @@ class DockManners(QObject):
             window = self._seen() if self._seen is not None else None
             if window is None or not window.isVisible():
                 self._leave()
+            else:
+                QTimer.singleShot(0, self._on_answered)
         elif kind == QEvent.Type.Hide and self._asked and not spontaneous:  # spontaneous: minimised
             self._leave()
         elif kind == QEvent.Type.Show and self._asked and not spontaneous:
             self._asked = False
             self._stay()
+
+    def _on_answered(self) -> None:
+        """Forget that the window was asked to close once it is known to stay: it may be hidden for another reason."""
+        window = self._seen() if self._seen is not None else None
+        if QApplication.activeModalWidget() is not None:
+            QTimer.singleShot(100, self._on_answered)
+        elif window is not None and window.isVisible():
+            self._asked = False

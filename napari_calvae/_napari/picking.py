@@ -10,6 +10,7 @@ import dask.array as da
 import numpy as np
 from napari.components import ViewerModel
 from napari.layers import Image, Labels, Layer, Points, Shapes
+from napari.utils.transforms import Affine
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing, roi_layer, session
@@ -104,13 +105,22 @@ class Outline:
         self._layer = None
 
 
+def to_world(layer: Layer, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, n) matrix and (n,) offset that lead from a layer's data to the world, along its last ``n`` axes."""
+    own = Affine(scale=layer.scale, translate=layer.translate, rotate=layer.rotate, shear=layer.shear, ndim=layer.ndim)
+    matrix = layer.affine.affine_matrix @ own.affine_matrix
+    return matrix[-n - 1 : -1, -n - 1 : -1], matrix[-n - 1 : -1, -1]
+
+
 def placed(movie: Image, axes: Sequence[int]) -> dict[str, Any]:
     """Where these axes of a movie lie, as arguments of a layer that is to lie on it."""
     axes = [axis % movie.ndim for axis in axes]
+    among = np.ix_(axes, axes)
     return {
         "scale": movie.scale[axes],
         "translate": movie.translate[axes],
-        "rotate": movie.rotate[np.ix_(axes, axes)],
+        "rotate": movie.rotate[among],
+        "shear": Affine(shear=movie.shear, ndim=movie.ndim).linear_matrix[among],
         "affine": movie.affine.set_slice(axes),
     }
 

@@ -9,7 +9,7 @@ from qtpy.QtWidgets import QFrame, QHBoxLayout, QLabel, QScrollArea, QToolButton
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing
-from napari_calvae._napari.plot_items import LEGEND_WIDTH, Palette, Row, raster_colours
+from napari_calvae._napari.plot_items import DIMMED, LEGEND_WIDTH, Palette, Row, raster_colours
 
 #: Height (pixels) of a pinned cell, and of as many as are seen without scrolling.
 HEIGHT, MOST = 112, 236
@@ -85,7 +85,7 @@ class PinnedCell(QWidget):
     def set_outdated(self) -> None:
         """Say that ROIs or settings are no longer those of this picture."""
         self.title.setText(f"<b>ROI {self.roi}</b> &nbsp; before the last change; click it, or infer all, to renew it")
-        self.graphics.ci.setOpacity(0.45)
+        self.graphics.ci.setOpacity(DIMMED)
 
     def redraw(self) -> None:
         """Draw the stretch of time in view."""

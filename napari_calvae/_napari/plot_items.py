@@ -12,6 +12,8 @@ from qtpy.QtGui import QColor, QPainter, QPainterPath
 from qtpy.QtWidgets import QGraphicsTextItem
 
 AXIS_WIDTH, LEGEND_WIDTH = 50, 106
+#: Opacity of what was made of other ROIs or settings than are chosen.
+DIMMED = 0.45
 #: Pixels between two numbers of an axis at the left, at least: the height of a line.
 _LINE = 14
 

@@ -121,8 +121,8 @@ class RecordingWidget(QWidget):
 
     def _shows_what_was_asked(self) -> None:
         """From now on what is shown is made of what was asked about; that may have changed meanwhile."""
-        self._made_of, self._outdated = self._asked_of, False
-        self.plots.set_outdated(False)
+        self._made_of = self._asked_of
+        self._set_outdated(False)
         self._check_shown()
 
     def _check_shown(self, *_: object) -> None:
@@ -135,9 +135,13 @@ class RecordingWidget(QWidget):
             outdated = True
         if outdated == self._outdated:
             return
+        self._set_outdated(outdated)
+        self.bar.say(self._told_outdated() if outdated else "What is shown goes with movie, ROIs and settings again.")
+
+    def _set_outdated(self, outdated: bool) -> None:
+        """Dim what is shown, or no longer; a kind that shows more than plots over time dims that, too."""
         self._outdated = outdated
         self.plots.set_outdated(outdated)
-        self.bar.say(self._told_outdated() if outdated else "What is shown goes with movie, ROIs and settings again.")
 
     def _told_outdated(self) -> str:
         start = self.bar.start.text()

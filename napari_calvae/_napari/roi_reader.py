@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from napari.layers import Image, Labels, Layer, Points, Shapes
-from napari.utils.transforms import Affine
 
 import napari_calvae as calvae
 from napari_calvae._napari import session, shapes
+from napari_calvae._napari.picking import to_world
 
 #: Pixels that labels may be away from the movie: each still lies over its own pixel.
 _SAME_PLACE = 0.5
@@ -65,15 +65,6 @@ class View:
     def shown(self, pixels: np.ndarray) -> bool:
         """Whether some positions (…, y, x), taken together, are on this plane; those without z are on all planes."""
         return self.n_planes == 1 or pixels.shape[1] < 3 or round(float(pixels[:, -3].mean())) == self.plane
-
-
-def to_world(layer: Layer, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, n) matrix and (n,) offset that lead from a layer's data to the world, along its last ``n`` axes."""
-    placed = Affine(
-        scale=layer.scale, translate=layer.translate, rotate=layer.rotate, shear=layer.shear, ndim=layer.ndim
-    )
-    matrix = layer.affine.affine_matrix @ placed.affine_matrix
-    return matrix[-n - 1 : -1, -n - 1 : -1], matrix[-n - 1 : -1, -1]
 
 
 class RoiReader:

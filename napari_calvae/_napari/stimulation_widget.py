@@ -184,6 +184,11 @@ class StimulationWidget(RecordingWidget):
 
     # What is shown
 
+    def _set_outdated(self, outdated: bool) -> None:
+        super()._set_outdated(outdated)
+        for page in (self.average, self.connections):
+            page.set_outdated(outdated)
+
     def _show_message(self, message: pulses.Sweep | pulses.Estimated) -> None:
         if isinstance(message, pulses.Sweep):
             self.bar.show_progress(message.fraction, message.words)

@@ -13,11 +13,9 @@ from qtpy.QtWidgets import QLabel, QVBoxLayout, QWidget
 
 import napari_calvae as calvae
 from napari_calvae._napari import drawing
-from napari_calvae._napari.plot_items import BandItem, Palette, Row, raster_colours, shade
+from napari_calvae._napari.plot_items import DIMMED, BandItem, Palette, Row, raster_colours, shade
 
 BAND_ALPHA = 0.35
-#: Opacity of what was made of other ROIs or settings.
-_DIMMED = 0.45
 #: Half the height of what marks a stretch of time, whatever the scale of its row.
 _TALL = 1e4
 
@@ -114,7 +112,7 @@ class TimePlots(QWidget):
         """Dim what is shown, and what will be, if it was made of other ROIs or settings than are chosen now."""
         self._outdated = outdated
         if self.traces is not None:
-            self.graphics.ci.setOpacity(_DIMMED if outdated else 1)
+            self.graphics.ci.setOpacity(DIMMED if outdated else 1)
 
     def clear(self) -> None:
         """Show nothing."""

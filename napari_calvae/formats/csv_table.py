@@ -20,9 +20,11 @@ SUFFIXES = (".csv",)
 
 #: What a column of times may be called; a unit follows after something between, but for s and ms.
 _TIME = re.compile(
-    r"((elapsed|relative)[ _])?(time[ _-]?stamps?|times?|t)([ _]elapsed)?"
+    r"((elapsed|relative)[ _])?(time[ _-]?stamps?|times?|(?P<bare>t))([ _]elapsed)?"
     r"(([\W_]+|(?=m?s))(?P<unit>[a-z\u00b5\u03bc]+))?[\W_]*|(?P<alone>(milli)?seconds|minutes)"
 )
+#: Units that may follow a mere t: ``t_d`` and ``t_h`` may as well be names of ROIs.
+_AFTER_T = ("s", "ms", "us", "ns", "min")
 #: What tells that a column is one of times, whatever else its name says.
 _TELLS_TIME = re.compile(r"(?<![a-z])(?:frame)?time(?:s|[ _-]?stamps?)?(?![a-z])")
 #: What a column that counts frames may be called; pandas calls one without a name "Unnamed: 0" when it reads a table.
@@ -70,7 +72,7 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
         columns.ids,
         t0,
         provenance={"source": path.name} | contradicted,
-        accepted=judged_of(told, columns),
+        accepted=judged_of(told, columns) if n_frames == len(table) else None,
     )
 
 
@@ -84,8 +86,10 @@ def judgements_of(traces: Traces) -> dict[str, dict[str, bool]]:
 def judged_of(told: Mapping[str, Any], columns: Columns) -> np.ndarray | None:
     """(roi,) which ROIs are cells, as ``judgements_of`` told it; None unless it is known of all."""
     judged = told.get("accepted")
+    if not isinstance(judged, dict) or (not columns.ids and len(judged) != len(columns.rois)):
+        return None  # without ids in their names, columns that are fewer may be any of them
     ids = columns.ids or tuple(range(1, len(columns.rois) + 1))
-    if not isinstance(judged, dict) or not all(str(roi) in judged for roi in ids):
+    if not all(str(roi) in judged for roi in ids):
         return None
     return np.array([bool(judged[str(roi)]) for roi in ids])
 
@@ -111,7 +115,7 @@ class Columns(NamedTuple):
 
 def find_columns(names: Sequence[str], path: Path) -> Columns:
     """Tell from their names what the columns of a table of traces are."""
-    if {"roi", "frame", "rate"} <= set(names):
+    if holds_results(names):
         raise RecordingError(
             f"{path.name}: expected traces, one column per ROI, got a table of results with one row per ROI and frame. "
             "Give the recording itself."
@@ -119,6 +123,10 @@ def find_columns(names: Sequence[str], path: Path) -> Columns:
     clock, seconds, rois = None, 1.0, []
     for i, name in enumerate(names):
         scale = _seconds_per_unit(name)
+        if scale is not None and clock is not None:
+            raise RecordingError(
+                f"{path.name}: expected one column of times, got {names[clock]!r} and {name!r}. Remove one of them."
+            )
         if scale is not None:
             clock, seconds = i, scale
         elif _TELLS_TIME.search(name.lower()):
@@ -136,10 +144,16 @@ def find_columns(names: Sequence[str], path: Path) -> Columns:
     return Columns(tuple(rois), ids if len(set(ids)) == len(rois) else (), clock, seconds)
 
 
+def holds_results(names: Iterable[str]) -> bool:
+    """Whether a table with these columns is one of results, with a row per ROI and frame."""
+    return {"roi", "frame", "rate"} <= set(names)
+
+
 def _seconds_per_unit(name: str) -> float | None:
     """Seconds per unit of a column of times; None where its name is not that of one."""
     found = _TIME.fullmatch(name.lower())
-    return SECONDS.get(found["unit"] or found["alone"] or "s") if found else None
+    unit = (found["unit"] or found["alone"] or "s") if found else ""
+    return None if found and found["bare"] and unit not in _AFTER_T else SECONDS.get(unit)
 
 
 def read_spikes(path: Path) -> dict[int, np.ndarray]:
@@ -171,7 +185,7 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
     there is only ``.provenance.json`` beside it; events and ROIs of a result that was there before are removed.
     """
     if isinstance(value, Traces):
-        with whole_files(path, outputs(path)[-1], instead_of=outputs(path)) as (frames, provenance):
+        with whole_files(path, outputs(path)[-1], instead_of=_parts(path)) as (frames, provenance):
             _table(frames, [trace_columns(value)])
             told = json.loads(provenance_json(value)) | {"unit": value.unit, "frames": value.n_frames}
             told |= judgements_of(value)
@@ -187,6 +201,15 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
             table.writerow(per_roi)
             table.writerows(zip(*(a.tolist() for a in per_roi.values()), strict=True))
         provenance.write_text(provenance_json(value), encoding="utf-8")
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """All files of the result that is there; none where there is no result."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return outputs(path) if holds_results(file.readline().strip().split(",")) else ()
+    except (OSError, UnicodeDecodeError):
+        return ()
 
 
 def trace_columns(traces: Traces) -> dict[str, np.ndarray]:
@@ -248,7 +271,8 @@ def read_table(path: Path) -> tuple[list[str], np.ndarray]:
     if len(lines) < 2:
         raise RecordingError(f"{path.name}: expected a header and at least one frame, got {len(lines)} lines.")
     delimiter = max(",;\t", key=lines[0].count)
-    names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter))]
+    # NumPy begins a header with "# ".
+    names = [name.strip() for name in next(csv.reader([lines[0].lstrip("# ")], delimiter=delimiter))]
     try:
         table = np.loadtxt(lines[1:], delimiter=delimiter, ndmin=2)
     except ValueError:

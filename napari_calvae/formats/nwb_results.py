@@ -51,13 +51,19 @@ def check_needed() -> None:
     needed("pynwb", RecordingError)
 
 
-def check_append(path: Path, traces: Traces | TraceSource | None = None) -> None:
-    """Raise a ``RecordingError`` if no result can be added to a file, or none of these traces if they are given."""
+def check_append(path: Path, traces: Traces | TraceSource | None = None) -> tuple[str, dict[int, int]]:
+    """Return the id of the table of ROIs that a result is about, and the row of each ROI in it.
+
+    Raises
+    ------
+    RecordingError
+        If no result can be added to a file, or none of these traces if they are given.
+    """
     from napari_calvae.formats.nwb import chosen_rois, has_processed
 
-    _, _, ids, n_frames = chosen_rois(path)
-    known = set(ids)
-    missing = [] if traces is None else [roi for roi in traces.roi_ids if roi not in known]
+    table_id, rows, ids, n_frames = chosen_rois(path)
+    row_of = dict(zip(ids, rows.tolist(), strict=True))
+    missing = [] if traces is None else [roi for roi in traces.roi_ids if roi not in row_of]
     if traces is not None and (missing or n_frames != traces.n_frames):
         lacks = f"without the ROIs {missing[:8]}" if missing else f"of {n_frames} frames"
         raise RecordingError(
@@ -69,6 +75,7 @@ def check_append(path: Path, traces: Traces | TraceSource | None = None) -> None
             f"{path.name}: expected a file without a result, got one that has a table {_TABLE} already. "
             "Add to a copy of the original file, or write a new one."
         )
+    return table_id, row_of
 
 
 def write(value: SpikeInference | Traces, path: Path) -> None:
@@ -105,14 +112,10 @@ def append(result: SpikeInference, path: Path) -> None:
     RecordingError
         If the file is no NWB file, has no such ROIs or frames, or if a result has been added to it before.
     """
-    from napari_calvae.formats.nwb import chosen_rois
-
     if not isinstance(result, SpikeInference):
         raise RecordingError("append: expected a result of inference, got traces. Write them to a file of their own.")
     pynwb = needed("pynwb", RecordingError)
-    check_append(path, result.traces)
-    table_id, rows, ids, _ = chosen_rois(path)
-    row_of = dict(zip(ids, rows.tolist(), strict=True))
+    table_id, row_of = check_append(path, result.traces)
     with whole_files(path) as (temporary,):
         shutil.copyfile(path, temporary)
         # HDF5 does not survive a disk that runs full under it: all room is taken before, and what is left given back.

@@ -15,6 +15,7 @@ from napari_calvae.formats.csv_table import (
     event_columns,
     find_columns,
     frame_columns,
+    holds_results,
     judged_of,
     judgements_of,
     read_clock,
@@ -104,7 +105,7 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
     metadata = {_PROVENANCE: provenance_json(value).encode()}
     if isinstance(value, Traces):
         recording = {"frame_rate": value.frame_rate, "unit": value.unit, "t0": value.t0} | judgements_of(value)
-        with whole_files(path, instead_of=outputs(path)) as (file,):
+        with whole_files(path, instead_of=_parts(path)) as (file,):
             _table(file, [trace_columns(value)], metadata | {_RECORDING: json.dumps(recording).encode()})
         return
     arrays = arrays_of(value)
@@ -112,6 +113,15 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
         _table(frames, frame_columns(value, arrays), metadata)
         _table(events, [event_columns(value)], metadata)
         _table(rois, [roi_columns(value, arrays)], metadata)
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """All files of the result that is there; none where there is no result."""
+    arrow, parquet = _pyarrow()
+    try:
+        return outputs(path) if holds_results(parquet.read_schema(path).names) else ()
+    except (OSError, arrow.ArrowException):
+        return ()
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -64,11 +64,12 @@ def test_layers_in_other_coordinates_land_on_the_same_pixels():
 
 
 def turned(ndim, angle=0.3, **more):
-    """Where a layer lies that is turned in y and x, moved and stretched."""
-    rotate, affine = np.eye(ndim), np.eye(ndim + 1)
+    """Where a layer lies that is turned and sheared in y and x, moved and stretched."""
+    rotate, affine, shear = np.eye(ndim), np.eye(ndim + 1), np.zeros(ndim * (ndim - 1) // 2)
+    shear[-1] = 0.4
     rotate[-2:, -2:] = [(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))]
     affine[-3:-1, -3:] = [(1.1, 0.2, 4), (-0.1, 0.9, -3)]
-    return {"rotate": rotate, "affine": affine, "scale": (2,) * ndim, "translate": (3,) * ndim, **more}
+    return {"rotate": rotate, "affine": affine, "shear": shear, "scale": (2,) * ndim, "translate": (3,) * ndim, **more}
 
 
 @pytest.mark.parametrize("kind", [Points, Shapes])
@@ -87,7 +88,7 @@ def test_rois_of_turned_layers_and_movies_are_where_they_are_seen(kind, ndim, wh
         assert (image == 1).sum() == pytest.approx(11 * 12, rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["rotate", "affine"])
+@pytest.mark.parametrize("name", ["rotate", "affine", "shear"])
 def test_turning_a_layer_is_an_edit(name):
     layer, view, reader = Points([(20.0, 30.0)]), View(Image(np.zeros((5, *SIZE))), diameter=5), RoiReader()
     before = reader.image(layer, view)
@@ -143,10 +144,7 @@ def test_labels_that_lie_elsewhere_than_the_movie_get_a_sentence(moved):
 @pytest.mark.parametrize("n_planes", [1, 3])
 def test_a_first_disc_lies_where_the_movie_lies_however_that_is_turned(n_planes):
     shape = (5, *SIZE) if n_planes == 1 else (5, n_planes, *SIZE)
-    turn, affine = np.eye(len(shape)), np.eye(len(shape) + 1)
-    turn[-2:, -2:] = [(np.cos(0.3), -np.sin(0.3)), (np.sin(0.3), np.cos(0.3))]
-    affine[-3:-1, -1] = 7, 8
-    movie = Image(np.zeros(shape), scale=(0.1, *(2,) * (len(shape) - 1)), rotate=turn, affine=affine)
+    movie = Image(np.zeros(shape), **turned(len(shape)))
     view = View(movie, plane=n_planes - 1)
     layer = picking.add_disc(ViewerModel(), None, movie, (20, 30), 6, view.plane)
     image = RoiReader().labels(layer, view)

@@ -16,6 +16,7 @@ from recording_helpers import FRAME_RATE, show, stimulated
 
 import napari_calvae as calvae
 from napari_calvae._napari import answers, pulse_average, pulses, responses
+from napari_calvae._napari.plot_items import DIMMED
 
 FEW = {"n_start": 1, "n_settle": 2, "n_samples": 8}
 
@@ -275,21 +276,28 @@ def test_pulses_in_a_layer_go_with_the_layer_and_those_of_a_file_stay(
     assert "another movie, other ROIs or other settings: press Estimate again" in widget.bar.status.text()
 
 
+def opacities(widget):
+    return {page.graphics.ci.opacity() for page in (widget.plots, widget.average, widget.connections)}
+
+
 def test_what_was_made_of_other_pulses_is_told_and_dimmed(qtbot, open_stimulation, scene, quick, tmp_path):
     _, widget = open_stimulation(stimulation=scene[2])
     with qtbot.waitSignal(widget.finished, timeout=30_000):
         press(qtbot, widget.bar.start)
     write_table(tmp_path / "same.csv", scene[2])
     widget.load_file(tmp_path / "same.csv")
-    assert widget.plots.graphics.ci.opacity() == 1
+    assert opacities(widget) == {1}
     write_table(tmp_path / "later.csv", replace(scene[2], onset=scene[2].onset + 0.1))
     widget.load_file(tmp_path / "later.csv")
     assert "other settings: press Estimate again" in widget.bar.status.text()
-    assert widget.plots.graphics.ci.opacity() < 1
+    assert opacities(widget) == {DIMMED}
     widget.load_file(tmp_path / "same.csv")
-    assert widget.plots.graphics.ci.opacity() == 1
+    assert opacities(widget) == {1}
     widget.samples.setValue(33)
-    assert widget.plots.graphics.ci.opacity() < 1
+    assert opacities(widget) == {DIMMED}
+    widget.show_cell(1)
+    widget.connections.show_result(widget.result, widget.connections.found)
+    assert opacities(widget) == {DIMMED}
 
 
 def test_cancelled_work_shows_nothing(qtbot, open_stimulation, quick, scene):
