@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import dask.array as da
 import numpy as np
 import pytest
@@ -155,22 +153,6 @@ def test_extraction_needs_a_frame_rate_and_a_sane_coefficient():
         extract(a_movie(), some_rois(), None)
     with pytest.raises(RecordingError, match=r"neuropil_coefficient: expected.*got -1"):
         extract(a_movie(), some_rois(), 30.0, neuropil_coefficient=-1)
-
-
-def test_one_roi_costs_no_more_than_reading_its_pixels():
-    movie, rois = a_movie(4000, 96), RoiMasks.from_discs([(48, 48)], 12, (96, 96))
-    mask = rois.to_labels() > 0
-
-    def fastest(task):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            task()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    # Measured about 1 on one core, ring included; three leaves room for a busy machine.
-    assert fastest(lambda: extract(movie, rois, 30.0)) < 3 * fastest(lambda: movie[:, mask].mean(1)) + 0.005
 
 
 def test_noise_level_of_white_noise():
