@@ -94,23 +94,23 @@ def oasis(traces: Traces) -> np.ndarray:
     # Where it finds no decay it draws one from numpy's own stream; and it warns of traces shorter than its spectra.
     with _SEEDING, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.filterwarnings("ignore", "nperseg", UserWarning)
-        before = np.random.get_state()
+        before = np.random.get_state()  # noqa: NPY002 - that stream is the one it draws from
         try:
             rate = np.stack([_rate_of(method, dff, traces.frame_rate) for dff in traces.values])
         finally:
-            np.random.set_state(before)
+            np.random.set_state(before)  # noqa: NPY002
     failed = [roi for roi, row in zip(traces.roi_ids, rate, strict=True) if not np.isfinite(row).all()]
     if failed:
         raise RecordingError(
-            f"OASIS: expected a trace whose decay and noise it can estimate, got that of ROI {failed[0]}. Leave it out, "
-            "or take a longer recording."
+            f"OASIS: expected a trace whose decay and noise it can estimate, got that of ROI {failed[0]}. Leave it "
+            "out, or take a longer recording."
         )
     return rate
 
 
 def _rate_of(method: Method, dff: np.ndarray, frame_rate: float) -> np.ndarray:
     """(time,) rate of one trace, whatever its level and scale, from a random stream of its own."""
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     trace = dff.astype(np.float64)
     spread = np.nanstd(trace)
     return method((trace - np.nanmedian(trace)) / spread, frame_rate) * spread
