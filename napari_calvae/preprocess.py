@@ -216,8 +216,20 @@ def bin_spikes(spike_times: ArrayLike, t0: float, frame_rate: float, n_frames: i
     -------
     numpy.ndarray
         (time,) int64 counts.
+
+    Raises
+    ------
+    RecordingError
+        If ``t0``, frame rate or number of frames is none.
     """
-    frames = np.floor((np.asarray(spike_times, float).ravel() - t0) * check_frame_rate(frame_rate) + 0.5)
+    if not np.isfinite(t0) or n_frames < 0:
+        raise RecordingError(
+            f"frames: expected 0 or more, the first at a finite time, got {n_frames} from {t0} s on. Give n_frames and "
+            "t0 of the traces."
+        )
+    fs = check_frame_rate(frame_rate)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is that far off is outside
+        frames = np.floor((np.asarray(spike_times, float).ravel() - t0) * fs + 0.5)
     inside = (frames >= 0) & (frames < n_frames)
     return np.bincount(frames[inside].astype(np.int64), minlength=n_frames)
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from napari_calvae.formats import whole_files
-from napari_calvae.recording import RecordingError
+from napari_calvae.recording import MAX_SEED, RecordingError
 
 if TYPE_CHECKING:
     from napari_calvae.vae import SpikeVAE
@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
     batch: int = Field(8, ge=1, title="Snippets", description="Snippets of traces per step")
     window: int = Field(512, ge=16, title="Snippet", description="Length of a snippet in frames")
     n_samples: int = Field(8, ge=2, title="Samples", description="Spike trains drawn per snippet (VIMCO)")
-    seed: int = Field(0, ge=0, le=2**40, title="Seed", description="Of every random number in training")
+    seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed", description="Of every random number in training")
     cell_learning_rate: float = Field(
         5e-3, gt=0, title="Learning rate of cells", description="Of each cell's parameters, in spreads of their prior"
     )

@@ -47,7 +47,7 @@ def extreme(draw, n_rois=(1, 3), n_frames=(3, 160), rates=(3.0, 120.0), gaps=Tru
     return calvae.Traces(values, draw(st.floats(*rates)), draw(st.sampled_from(["dff", "raw"])), tuple(ids), t0)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @example(calvae.Traces(np.round(np.random.default_rng(200).normal(size=(1, 7))), 5.0))
 @example(calvae.Traces([[1.0] * 20, [np.nan] * 20], 20.0))
 @given(extreme())
@@ -72,3 +72,65 @@ def test_oasis_goes_with_the_scale_wherever_the_trace_stands():
     own = calvae.oasis(calvae.Traces(values, 20.0))
     np.testing.assert_allclose(calvae.oasis(calvae.Traces(values * 1e-9, 20.0)), own * 1e-9, rtol=1e-2, atol=1e-11)
     np.testing.assert_allclose(calvae.oasis(calvae.Traces(values + 100, 20.0)), own, rtol=1e-2, atol=1e-3)
+
+
+ODD = st.one_of(st.floats(), st.integers(-(2**70), 2**70), st.sampled_from([0, 1, -1, 1e-9, 1e9]))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(), max_size=8), ODD, st.one_of(st.floats(), st.floats(3, 120)), st.integers(-2, 300))
+def test_spikes_are_counted_or_the_clock_is_refused(times, t0, frame_rate, n_frames):
+    counts = taken(calvae.bin_spikes, times, t0, frame_rate, n_frames)
+    if counts is not None:
+        assert counts.shape == (n_frames,)
+        assert counts.sum() <= np.isfinite(times).sum()
+
+
+@example([1.5, 2.5], 0.0)
+@example([1, 2], np.nan)
+@example([1, 2**64], 0.0)
+@given(st.lists(st.one_of(st.integers(), st.floats()), min_size=2, max_size=2), st.floats())
+def test_ids_and_times_come_back_as_they_were_given_or_are_refused(ids, t0):
+    traces = taken(calvae.Traces, np.eye(2, 9), 5.0, "dff", tuple(ids), t0)
+    if traces is not None:
+        assert list(traces.roi_ids) == ids
+        assert np.isfinite(traces.times).all()
+
+
+@pytest.mark.parametrize("rate", ["20 Hz", [20.0], 1j, np.array([1.0, 2.0])])
+def test_a_frame_rate_that_is_no_number_is_refused(rate):
+    with pytest.raises(calvae.RecordingError, match="frame_rate: expected a positive number"):
+        calvae.Traces(np.eye(2), rate)
+
+
+SIMULATED = {
+    "n_rois": st.one_of(st.integers(-1, 4), st.floats(0, 4)),
+    "duration": st.one_of(st.floats(-1, 3), st.sampled_from([np.nan, np.inf])),
+    "frame_rate": st.floats(0.5, 1e3),
+    "rate": st.one_of(st.floats(0, 1e9), st.sampled_from([np.nan, np.inf])),
+    "variability": st.one_of(st.floats(0, 3), st.floats(-1, 1e9), st.sampled_from([np.nan, np.inf])),
+    "seed": st.integers(-1, 2**70),
+    "theta": st.dictionaries(st.sampled_from(["amplitude", "baseline", "noise", "tau"]), st.floats(), max_size=2),
+}
+
+
+@example({"rate": 1e9})
+@example({"duration": np.inf})
+@example({"variability": 100.0})
+@example({"theta": {"baseline": np.nan}})
+@example({"seed": 2**64})
+@example({"n_rois": 1.5})
+@given(st.fixed_dictionaries({}, optional=SIMULATED))
+def test_what_is_simulated_is_finite_and_the_same_again_or_refused(odd):
+    wanted = {"n_rois": 2, "duration": 1.0, "frame_rate": 20.0, **odd}
+    found = taken(calvae.simulate, **wanted)
+    if found is None:
+        return
+    assert found.traces.n_rois == wanted["n_rois"]
+    assert found.traces.n_frames == round(wanted["duration"] * wanted["frame_rate"])
+    assert found.traces.valid.all()
+    assert all(np.isfinite(values).all() for values in found.theta.values())
+    for times, counts in zip(found.spike_times, found.counts, strict=True):
+        again = calvae.bin_spikes(times, found.traces.t0, found.traces.frame_rate, found.traces.n_frames)
+        np.testing.assert_array_equal(again, counts)
+    np.testing.assert_array_equal(calvae.simulate(**wanted).traces.values, found.traces.values)
