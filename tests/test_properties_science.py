@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import napari_calvae as calvae
+from napari_calvae.generative import MODELS, SpikePrior
+from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.vae import SpikeVAE
 
 settings.register_profile(
     "calvae", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
@@ -134,3 +140,117 @@ def test_what_is_simulated_is_finite_and_the_same_again_or_refused(odd):
         again = calvae.bin_spikes(times, found.traces.t0, found.traces.frame_rate, found.traces.n_frames)
         np.testing.assert_array_equal(again, counts)
     np.testing.assert_array_equal(calvae.simulate(**wanted).traces.values, found.traces.values)
+
+
+PULSES = st.fixed_dictionaries(
+    {"onset": st.lists(st.floats(), min_size=2, max_size=2), "duration": st.floats(), "power": st.floats(1e-9, 1e9)}
+)
+
+
+@example({"onset": [1.0, 2.0], "duration": 1e9}, 100, 20.0, 0.0)
+@example({"onset": [-1e9, 2.0], "duration": 0.1}, 100, 20.0, 0.0)
+@example({"onset": [1e300, 2.0], "duration": 0.1}, 100, 20.0, 0.0)
+@example({"onset": [1.0, 2.0], "duration": 0.1}, 0, 20.0, 0.0)
+@given(PULSES, st.integers(-1, 300), st.one_of(st.floats(), st.floats(3, 120)), st.one_of(st.floats(), st.just(0.0)))
+def test_light_is_finite_and_within_its_power_or_refused(pulses, n_frames, frame_rate, t0):
+    stimulation = taken(calvae.Stimulation, **pulses, targets=([0.0, 0.0], [3.0, 4.0]))
+    light = stimulation and taken(stimulation.light, n_frames, frame_rate, t0)
+    if light is None:
+        return
+    assert light.shape == (len(stimulation.sites), n_frames)
+    assert (light >= 0).all()
+    assert (light <= stimulation.power.max() * (1 + 1e-9)).all()
+    assert stimulation.lit(n_frames, frame_rate, t0).shape == (n_frames,)
+
+
+@given(st.floats(0, 4), st.floats(1e-3, 4), st.floats(-100, 100))
+def test_light_adds_up_to_the_time_that_the_laser_was_on(onset, duration, t0):
+    pulse = calvae.Stimulation([t0 + onset], duration, ([0.0, 0.0],))
+    light = pulse.light(100, 10.0, t0)
+    assert light.sum() / 10.0 == pytest.approx(duration, abs=1e-9)
+    other = calvae.Stimulation([t0 + onset] * 2, duration, ([0.0, 0.0],) * 2).light(100, 10.0, t0)
+    np.testing.assert_allclose(other, 2 * light)
+
+
+@pytest.fixture(scope="module")
+def model() -> SpikeVAE:
+    torch.manual_seed(0)
+    network = FactorizedNetwork(widths=(4, 6), max_count=4, local_gain=True)
+    return SpikeVAE(network.eval(), MODELS["linear_ar"](), SpikePrior(rate=1.0, max_count=4))
+
+
+def is_sound(found: calvae.SpikeInference, traces: calvae.Traces) -> None:
+    """Finite, and of the ROIs, frames and frame rate that went in."""
+    assert (found.roi_ids, found.frame_rate, found.traces.t0) == (traces.roi_ids, traces.frame_rate, traces.t0)
+    for array in (found.rate, found.reconstruction, found.reconstruction_std):
+        assert array.shape == traces.values.shape
+        assert np.isfinite(array).all()
+    assert (found.rate >= 0).all()
+    assert all(np.isfinite(values).all() for values in found.theta.values())
+    assert found.samples().shape == (found.n_samples, *traces.values.shape)
+
+
+REFINED = {"n_steps": 2, "n_gradient": 2, "n_samples": 2, "n_evidence": 16}
+
+
+@settings(max_examples=5)
+@example(calvae.Traces([[1e20, 2e20] * 20], 20.0))
+@example(calvae.Traces([[1.0] * 20 + [1e9] * 20], 20.0, roi_ids=(2**62,)))
+@given(extreme())
+def test_refinement_is_sound_alone_and_beside_others(model, traces):
+    before = traces.values.copy()
+    found = taken(calvae.refine, traces, model, **REFINED)
+    np.testing.assert_array_equal(traces.values, before)
+    if found is None:
+        assert taken(calvae.diagnose, traces, model, **REFINED) is None
+        return
+    is_sound(found, traces)
+    own = calvae.refine(traces.select([-1]), model, **REFINED)
+    np.testing.assert_array_equal(own.rate, found.rate[-1:])
+    np.testing.assert_array_equal(own.samples(), found.samples([-1]))
+    gaps = calvae.diagnose(traces, model, **REFINED)
+    assert gaps.roi_ids == traces.roi_ids
+    for name in ("amortized", "refined", "evidence", "evidence_error", "effective_samples"):
+        assert np.isfinite(getattr(gaps, name)).all()
+
+
+@settings(max_examples=15)
+@example({"amplitude": 1e30})
+@example({"amplitude": float("inf")})
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "n_samples": st.integers(-1, 8),
+            "seed": st.integers(-1, 2**70),
+            "amplitude": st.one_of(st.floats(), st.floats(1e-9, 1e9)),
+        },
+    )
+)
+def test_settings_of_inference_are_taken_or_refused(model, wanted):
+    traces = calvae.Traces(cells(1), 20.0)
+    found = taken(calvae.infer, traces, model, device="cpu", **{"n_samples": 2, **wanted})
+    if found is not None:
+        is_sound(found, traces)
+
+
+@settings(max_examples=5)
+@given(extreme(n_rois=(2, 4)), st.permutations(range(4)), st.integers(1, 3))
+def test_selecting_and_inferring_may_change_places(model, traces, order, block_rois):
+    rows = [row for row in order if row < traces.n_rois][:2]
+    found = taken(calvae.infer, traces, model, n_samples=3, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        stored = taken(
+            calvae.infer, traces, model, n_samples=3, device="cpu", out=f"{folder}/a.zarr", block_rois=block_rois
+        )
+        if found is None:
+            return
+        own = calvae.infer(traces.select(rows), model, n_samples=3, device="cpu")
+        np.testing.assert_array_equal(own.rate, found.rate[rows])
+        np.testing.assert_array_equal(own.samples(), found.samples(rows))
+        assert own.quality.tobytes() == found.quality[rows].tobytes()  # NaN, too, where a metric says nothing
+        assert own.roi_ids == tuple(found.roi_ids[row] for row in rows)
+        assert (stored.roi_ids, stored.frame_rate) == (found.roi_ids, found.frame_rate)
+        np.testing.assert_array_equal(stored.select(rows).rate, own.rate)
+        assert calvae.repeat(found, traces, model).same
+        assert calvae.repeat(stored, traces, model).same
