@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import napari_calvae as calvae
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.recognition import FactorizedNetwork
+from napari_calvae.training import TrainConfig
 from napari_calvae.vae import SpikeVAE
 
 settings.register_profile(
@@ -254,3 +255,97 @@ def test_selecting_and_inferring_may_change_places(model, traces, order, block_r
         np.testing.assert_array_equal(stored.select(rows).rate, own.rate)
         assert calvae.repeat(found, traces, model).same
         assert calvae.repeat(stored, traces, model).same
+
+
+def weights_of(model: SpikeVAE) -> bytes:
+    return b"".join(t.numpy().tobytes() for t in model.recognition.state_dict().values())
+
+
+@settings(max_examples=5)
+@example(calvae.Traces(cells(2), 20.0), "supervised", 1, np.inf)
+@example(calvae.Traces(cells(2), 20.0), "supervised", 1, 1e300)
+@given(
+    extreme(n_frames=(20, 80)),
+    st.sampled_from(["sleep", "vimco", "wake_sleep", "elbo", "info_vae", "supervised", "semi_supervised"]),
+    st.integers(0, 2**40),
+    st.sampled_from([0.0, 1.0, 300.0, -1.0, 0.5]),
+)
+def test_a_fit_is_finite_leaves_its_base_alone_and_is_the_same_again(model, traces, objective, seed, count):
+    before = weights_of(model), traces.values.copy()
+    spikes = np.full(traces.values.shape, count) if "supervised" in objective else None
+    config = TrainConfig(n_steps=2, seed=seed, window=32, batch=2, n_samples=2)
+    found = taken(calvae.fit, traces, model, objective, spikes=spikes, config=config)
+    assert weights_of(model) == before[0]
+    np.testing.assert_array_equal(traces.values, before[1])
+    if found is None:
+        return
+    assert np.isfinite(np.frombuffer(weights_of(found), np.float32)).all()
+    assert weights_of(calvae.fit(traces, model, objective, spikes=spikes, config=config)) == weights_of(found)
+
+
+@settings(max_examples=3)
+@given(st.integers(0, 99), st.floats(-9, 9), st.floats(10.0, 60.0), st.integers(0, 3), st.booleans())
+def test_spines_are_sound_whichever_row_the_shaft_is_in(seed, exponent, frame_rate, place, gap):
+    values = cells(seed, 4) * 10.0**exponent
+    values[-1, 20 : 160 if gap else 40] = np.nan
+    traces = calvae.Traces(values, frame_rate, "dff", (7, 3, 9, 2**40))
+    shaft = traces.roi_ids[place]
+    found = calvae.infer_spines(traces, shaft, n_samples=2, n_rounds=1, device="cpu")
+    others = [row for row in range(4) if row != place]
+    assert (found.shaft, found.spines) == (shaft, tuple(traces.roi_ids[row] for row in others))
+    ordered = traces.select([place, *others])
+    is_sound(found.inference, ordered)
+    assert np.isfinite(found.bap).all()
+    assert np.isfinite(found.synaptic).all()
+    again = calvae.infer_spines(ordered, shaft, n_samples=2, n_rounds=1, device="cpu")
+    np.testing.assert_array_equal(again.inference.rate, found.inference.rate)
+    np.testing.assert_array_equal(again.inference.events, found.inference.events)
+
+
+@pytest.mark.parametrize("shaft", ["a", None, np.nan, 1.5])
+def test_a_shaft_that_is_no_id_is_refused(shaft):
+    with pytest.raises(calvae.RecordingError, match="shaft: expected the id"):
+        calvae.infer_spines(calvae.Traces(cells(0), 20.0), shaft)
+
+
+@settings(max_examples=3)
+@given(extreme(n_frames=(60, 120), rates=(10.0, 40.0)), st.floats(0.1, 1.4), st.integers(0, 2**40))
+def test_all_optical_inference_is_finite_and_the_same_again_or_refused(model, traces, onset, seed):
+    n = traces.n_rois
+    pulses = calvae.Stimulation([traces.t0 + onset], 0.1, ([0.0, 0.0],))
+    where, few = [(k, 2.0 * k) for k in range(n)], {"n_start": 1, "n_settle": 1, "n_samples": 2, "seed": seed}
+    found = taken(calvae.infer_all_optical, traces, pulses, where, model, **few)
+    if found is None:
+        return
+    is_sound(found.spikes, traces)
+    for name in ("weights", "connectivity", "connectivity_std", "connection", "excitability", "artefact", "response"):
+        assert np.isfinite(getattr(found, name)).all()
+    low, high = found.interval()
+    assert (low <= high).all()
+    again = calvae.infer_all_optical(traces, pulses, where, model, **few)
+    np.testing.assert_array_equal(again.weights, found.weights)
+    np.testing.assert_array_equal(again.rate, found.rate)
+
+
+@settings(max_examples=6)
+@given(extreme(rates=(10.0, 40.0)), st.integers(0, 2**40))
+def test_what_is_expected_of_a_cell_lies_within_its_bounds(model, traces, seed):
+    result = taken(calvae.infer, traces, model, n_samples=2, device="cpu")
+    if result is None:
+        return
+    row = traces.n_rois - 1
+    found = calvae.expect(result, row, model, n_repeats=2, seed=seed)
+    assert (found.roi_id, len(found.scores)) == (traces.roi_ids[row], 2)
+    is_sound(found.result, found.result.traces)
+    for name in ("found", "coverage"):
+        share = found.scores[name][np.isfinite(found.scores[name])]
+        assert ((share >= 0) & (share <= 1)).all()
+    again = calvae.expect(result, row, model, n_repeats=2, seed=seed)
+    assert again.scores.tobytes() == found.scores.tobytes()
+
+
+@pytest.mark.parametrize("odd", [{"row": 0.5}, {"row": "1"}, {"n_repeats": 1.5}, {"seed": -1}, {"seed": 2**64}])
+def test_expectations_of_nothing_are_refused(model, odd):
+    result = calvae.infer(calvae.Traces(cells(0), 20.0), model, n_samples=2, device="cpu")
+    with pytest.raises(calvae.RecordingError, match=r"(expect|seed): expected"):
+        calvae.expect(result, **{"row": 0, "model": model, **odd})

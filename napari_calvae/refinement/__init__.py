@@ -39,7 +39,7 @@ class RefineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     n_steps: int = Field(60, ge=0, title="Steps", description="Gradient steps per trace")
-    learning_rate: float = Field(0.05, gt=0, le=1, title="Learning rate", description="Of Adam, falling along a cosine")
+    learning_rate: float = Field(0.05, gt=0, title="Learning rate", description="Of Adam, falling along a cosine")
     n_gradient: int = Field(16, ge=2, title="Gradient samples", description="Spike trains per step")
     n_samples: int = Field(50, ge=0, le=1000, title="Samples", description="Spike trains drawn per ROI")
     n_evidence: int = Field(
