@@ -7,10 +7,11 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import napari_calvae as calvae
+from napari_calvae.errors import ModelError
 from napari_calvae.generative import MODELS, SpikePrior
 from napari_calvae.recognition import FactorizedNetwork
 from napari_calvae.training import TrainConfig
@@ -349,3 +350,47 @@ def test_expectations_of_nothing_are_refused(model, odd):
     result = calvae.infer(calvae.Traces(cells(0), 20.0), model, n_samples=2, device="cpu")
     with pytest.raises(calvae.RecordingError, match=r"(expect|seed): expected"):
         calvae.expect(result, **{"row": 0, "model": model, **odd})
+
+
+@example("a" * 5000)
+@example(None)
+@example(["universal"])
+@example(b"universal")
+@given(st.one_of(st.text(max_size=40), st.none(), st.floats(), st.lists(st.text(max_size=3)), st.binary(max_size=9)))
+def test_what_names_no_model_is_refused(name):
+    assume(str(name) not in calvae.models() or not isinstance(name, str))
+    with pytest.raises(ModelError, match="model: expected one of universal"):
+        calvae.load_model(name)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_a_damaged_model_is_refused(model, data):
+    with tempfile.TemporaryDirectory() as folder:
+        file = model.save(f"{folder}/a.safetensors")
+        content = bytearray(file.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            content[place] ^= data.draw(st.integers(1, 255))
+        else:
+            del content[place:]
+        file.write_bytes(content)
+        try:
+            found = calvae.load_model(file)
+        except ModelError:
+            return
+        # What was hit then is a setting or a word of the description, which makes it another model.
+        assert weights_of(found) == weights_of(model)
+
+
+@settings(max_examples=10)
+@given(st.dictionaries(st.sampled_from(["amplitude", "tau_decay"]), st.floats(1e-6, 9.0)), st.text(max_size=20))
+def test_a_model_comes_back_from_its_file(model, theta, description):
+    own = SpikeVAE(model.recognition, model.generative, model.prior, theta=theta, description=description)
+    assert own.copy().identity()["model_checksum"] == own.identity()["model_checksum"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = own.save(f"{folder}/a.safetensors")
+        found = calvae.load_model(file)
+    assert found.identity() == own.identity()
+    assert (found.theta, found.description, found.sha256) == (own.theta, description, own.sha256)
+    assert weights_of(found) == weights_of(own)
