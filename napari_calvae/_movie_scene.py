@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 from scipy.special import expit
 
+from napari_calvae.recording import MAX_SEED
+
 #: Frames of a movie that are rendered at a time.
 _BLOCK = 256
 
@@ -28,7 +30,7 @@ class MovieConfig(BaseModel):
     gain: float = Field(20.0, gt=0, title="Gain", description="Grey values per photon")
     neuropil: float = Field(0.4, ge=0, le=2, title="Neuropil", description="Its brightness, relative to a resting soma")
     motion: float = Field(0.4, ge=0, le=5, title="Motion", description="Standard deviation of the shifts (pixels)")
-    seed: int = Field(0, ge=0, title="Seed", description="Of every random number")
+    seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed", description="Of every random number")
 
 
 def place_cells(c: MovieConfig, rng: np.random.Generator) -> list[tuple[float, float]]:

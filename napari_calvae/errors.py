@@ -4,10 +4,10 @@ from __future__ import annotations
 
 _WORDS = """
 accepted accuracy amplitude append baseline block-rois checkpoint click-benchmark concatenate data demo device
-diameter early-stopping expect figure figures filter folds frame-rate frames ground-truth input interval
-label-image labelled-spikes level model movie n-rounds neuropil neuropil-coefficient oasis objective onset output
-parquet parts pattern positions pulses refinement repeat roi roi-id roi-ids rois sample-data save scheduler script
-shaft simulate spikes spikevae spines stimulation targets theta tour traces trust unit valid values view wanted window
+diameter early-stopping expect figure figures filter folds frame-rate frames ground-truth input interval label-image
+labelled-spikes level model movie n-rounds neuropil neuropil-coefficient oasis objective onset output parquet parts
+pattern positions pulses refinement repeat roi roi-id roi-ids rois sample-data save scheduler script seed shaft
+simulate spikes spikevae spines stimulation targets theta tour traces trust unit valid values view wanted window
 """
 #: What an error can be about, besides files.
 CODES = frozenset(_WORDS.split())

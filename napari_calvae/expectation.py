@@ -11,7 +11,7 @@ import torch
 from napari_calvae.inference import infer
 from napari_calvae.metrics import score_bias, score_correlation, smooth_spikes
 from napari_calvae.preprocess import bin_spikes
-from napari_calvae.recording import RecordingError, SpikeInference, Traces
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, check_seed
 from napari_calvae.simulation import simulate_spike_times
 from napari_calvae.vae import SpikeVAE, shared_model
 
@@ -85,13 +85,15 @@ def expect(
     RecordingError
         If the model is not the one of ``result``, or the row or the number of repeats is none.
     """
+    check_seed(seed)
     vae = shared_model(model, coupled=False)
     if result.provenance and not vae.made(result.provenance):
         raise RecordingError(
             f"model: expected the one that the result was inferred with ({result.provenance.get('model', '')}), "
             f"got {vae.description}. Give that model, or infer again."
         )
-    if not 0 <= row < result.traces.n_rois or n_repeats < 1:
+    whole = all(isinstance(n, int | np.integer) for n in (row, n_repeats))
+    if not whole or not 0 <= row < result.traces.n_rois or n_repeats < 1:
         raise RecordingError(
             f"expect: expected a row below {result.traces.n_rois} and at least one repeat, got row {row} and "
             f"{n_repeats} repeats."

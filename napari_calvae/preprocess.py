@@ -33,11 +33,15 @@ __all__ = [
     "with_signal",
 ]
 
+#: Largest fluorescence whose squares, added up, single precision holds with room to spare.
+_LARGEST = 1e15
+
 
 def check_traces(traces: Traces) -> None:
     """Raise a ``RecordingError`` that names the ROI if no spikes can be inferred from it.
 
-    That is so for recordings of less than a second, and for traces without data or without any change.
+    That is so for recordings of less than a second, and for traces without data or without any change, or with numbers
+    beyond 1e15.
     """
     check_kind(traces)
     if traces.duration < 1:
@@ -50,6 +54,12 @@ def check_traces(traces: Traces) -> None:
         raise RecordingError(
             f"{_which(traces, empty)}: expected fluorescence, got only missing values (NaN). Leave it out."
         )
+    huge = _size(traces) > _LARGEST
+    if huge.any():
+        raise RecordingError(
+            f"{_which(traces, huge)}: expected fluorescence up to {_LARGEST:g}, got {_size(traces).max():g}. Divide it "
+            "by something; missing frames are NaN."
+        )
     constant = ~with_signal(traces)
     if constant.any():
         value = traces.values[np.flatnonzero(constant)[0]]
@@ -61,10 +71,10 @@ def check_traces(traces: Traces) -> None:
 
 
 def with_signal(traces: Traces) -> np.ndarray:
-    """(roi,) whether a trace has measured frames that differ; from others nothing can be inferred."""
+    """(roi,) whether a trace has measured frames that differ, none beyond 1e15; nothing can be inferred from others."""
     low = np.min(traces.values, axis=1, where=traces.valid, initial=np.inf)
     high = np.max(traces.values, axis=1, where=traces.valid, initial=-np.inf)
-    return np.asarray(high > low)
+    return np.asarray((high > low) & (_size(traces) <= _LARGEST))
 
 
 def usable(traces: Traces, window: float = 60.0, percentile: float = 10.0) -> np.ndarray:
@@ -75,7 +85,7 @@ def usable(traces: Traces, window: float = 60.0, percentile: float = 10.0) -> np
     found = with_signal(traces)
     if traces.unit == "raw":
         baseline = _baseline(traces.values[found], traces.frame_rate, window, percentile)
-        found[found] = baseline.min(axis=1) > 0
+        found[found] = ~_too_low(baseline, _size(traces)[found])
     return found
 
 
@@ -135,7 +145,7 @@ def delta_f_over_f(traces: Traces, window: float = 60.0, percentile: float = 10.
         )
     check_traces(traces)
     baseline = _baseline(traces.values, traces.frame_rate, window, percentile)
-    wrong = ~(baseline.min(axis=1) > 0)
+    wrong = _too_low(baseline, _size(traces))
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise RecordingError(
@@ -216,10 +226,33 @@ def bin_spikes(spike_times: ArrayLike, t0: float, frame_rate: float, n_frames: i
     -------
     numpy.ndarray
         (time,) int64 counts.
+
+    Raises
+    ------
+    RecordingError
+        If ``t0``, frame rate or number of frames is none.
     """
-    frames = np.floor((np.asarray(spike_times, float).ravel() - t0) * check_frame_rate(frame_rate) + 0.5)
+    if not np.isfinite(t0) or n_frames < 0:
+        raise RecordingError(
+            f"frames: expected 0 or more, the first at a finite time, got {n_frames} from {t0} s on. Give n_frames and "
+            "t0 of the traces."
+        )
+    fs = check_frame_rate(frame_rate)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is that far off is outside
+        frames = np.floor((np.asarray(spike_times, float).ravel() - t0) * fs + 0.5)
     inside = (frames >= 0) & (frames < n_frames)
     return np.bincount(frames[inside].astype(np.int64), minlength=n_frames)
+
+
+def _size(traces: Traces) -> np.ndarray:
+    """(roi,) largest fluorescence of the measured frames, without its sign; 0 where none was."""
+    return np.max(np.abs(traces.values), axis=1, where=traces.valid, initial=0)
+
+
+def _too_low(baseline: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """(roi,) whether a baseline (roi, time) is not above 0, or so little that ΔF/F would be beyond all measure."""
+    lowest = baseline.min(axis=1)
+    return ~((lowest > 0) & (size.astype(np.float64) <= lowest * _LARGEST))
 
 
 def _which(traces: Traces, rows: ArrayLike) -> str:

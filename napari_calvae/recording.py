@@ -5,7 +5,7 @@ They are frozen, carry their units and know nothing of torch, files or windows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -20,6 +20,9 @@ from napari_calvae.roi_masks import RoiMasks, rows_of
 
 Unit = Literal["raw", "dff"]
 
+#: Largest seed of random numbers.
+MAX_SEED = 2**40
+
 #: Layout of one sampled spike event: which posterior sample, ROI and frame, and how many spikes.
 EVENT_DTYPE = np.dtype([("sample", "u2"), ("roi", "u4"), ("frame", "u4"), ("count", "u1")])
 
@@ -31,13 +34,37 @@ def check_frame_rate(frame_rate: float | None) -> float:
             "frame_rate: expected the frames per second of the recording, got none. "
             "It is never guessed: pass frame_rate=… (Hz), or --frame-rate on the command line."
         )
-    rate = float(frame_rate)
+    try:
+        rate = float(frame_rate)
+    except (TypeError, ValueError, OverflowError):
+        rate = np.nan
     if not (np.isfinite(rate) and rate > 0):
         raise RecordingError(
             f"frame_rate: expected a positive number of frames per second, got {frame_rate!r}. "
             "Pass the imaging rate in Hz."
         )
     return rate
+
+
+def check_seed(seed: int) -> int:
+    """The seed of random numbers, or say that it is none; with ROIs and steps it still fits into 64 bits."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed <= MAX_SEED:
+        raise RecordingError(f"seed: expected a whole number from 0 to 2**40, got {seed!r}.")
+    return int(seed)
+
+
+def check_ids(roi_ids: Iterable[int]) -> tuple[int, ...]:
+    """The ids of ROIs as integers, or say what they are instead: none is rounded."""
+    ids = tuple(roi_ids)
+    try:
+        found = tuple(int(i) for i in ids)
+    except (TypeError, ValueError, OverflowError):
+        found = ()
+    # Beyond 64 bits neither files nor random streams can follow.
+    if found != ids or not all(-(2**63) <= i < 2**63 for i in found):
+        told = ", ".join(map(repr, ids[:5]))
+        raise RecordingError(f"roi_ids: expected whole numbers of at most 64 bits, one per ROI, got {told}.")
+    return found
 
 
 def check_kind(traces: object) -> None:
@@ -116,12 +143,14 @@ class Traces:
             )
         if self.unit not in ("raw", "dff"):
             raise RecordingError(f"unit: expected 'raw' or 'dff', got {self.unit!r}.")
-        ids = tuple(int(i) for i in self.roi_ids) if len(self.roi_ids) else tuple(range(1, len(values) + 1))
+        ids = check_ids(self.roi_ids) if len(self.roi_ids) else tuple(range(1, len(values) + 1))
         if len(ids) != len(values) or len(set(ids)) != len(ids):
             raise RecordingError(
                 f"roi_ids: expected {len(values)} different integers, one per ROI, "
                 f"got {len(ids)} ({len(set(ids))} different)."
             )
+        if not np.isfinite(self.t0):
+            raise RecordingError(f"traces: expected a finite time t0 (s) of the first frame, got {self.t0}. Give 0.")
         finite = np.isfinite(values)
         if self.valid is not None:
             mask = np.asarray(self.valid, bool)
@@ -326,8 +355,8 @@ class SpikeInference:
     def window_edges(self, window: float) -> np.ndarray:
         """(window + 1,) first frame of each window of ``window`` seconds, and one past the last."""
         frames = window * self.frame_rate
-        n_windows = int(np.floor(self.rate.shape[1] / frames + 1e-9))
-        if frames < 1 - 1e-9 or n_windows < 1:
+        n_windows = int(np.floor(self.rate.shape[1] / frames + 1e-9)) if frames >= 1 - 1e-9 else 0
+        if n_windows < 1:
             raise RecordingError(
                 f"window: expected between one frame ({1 / self.frame_rate:.3g} s) and the whole recording "
                 f"({self.traces.duration:.3g} s), got {window:g} s."

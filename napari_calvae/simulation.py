@@ -16,8 +16,11 @@ from napari_calvae._movie_scene import MovieConfig, compose_scene, place_cells, 
 from napari_calvae.formats import check_output, write_arrays, write_movie
 from napari_calvae.generative import MODELS, GenerativeModel
 from napari_calvae.preprocess import bin_spikes
-from napari_calvae.recording import RecordingError, Traces, check_frame_rate
+from napari_calvae.recording import RecordingError, Traces, check_frame_rate, check_seed
 from napari_calvae.roi_masks import RoiMasks
+
+#: Most spikes in one frame: they are counted in a byte.
+_MOST = 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,31 +215,42 @@ def _simulate(
     fs = check_frame_rate(frame_rate)
     if name not in MODELS:
         raise RecordingError(f"model: expected one of {', '.join(MODELS)}, got {name!r}.")
-    n_frames = round(duration * fs)
-    if n_rois < 1 or n_frames < 1 or not rate > 0:
+    seed = check_seed(seed)
+    n_frames = round(duration * fs) if np.isfinite(duration) else 0
+    if int(n_rois) != n_rois or n_rois < 1 or n_frames < 1 or not rate > 0:
         raise RecordingError(
             f"simulate: expected at least one ROI, one frame and a rate above 0, got {n_rois} ROIs, "
             f"{n_frames} frames and {rate:g} spikes/s."
         )
-    model = MODELS[name]()
+    if not rate / fs <= _MOST:
+        raise RecordingError(_too_many(rate / fs))
+    if not 0 <= variability < np.inf:
+        raise RecordingError(f"simulate: expected a variability of 0 or more, got {variability:g}. 1 is the prior's.")
+    model, n_rois = MODELS[name](), int(n_rois)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     rates = rate * np.exp(rng.normal(0, np.log(2), n_rois))
     times = tuple(simulate_spike_times(n_frames / fs, r, rng, start=-0.5 / fs) for r in rates)
     counts = np.stack([bin_spikes(t, 0.0, fs, n_frames) for t in times])
-    if counts.max() > np.iinfo(np.uint8).max:
-        raise RecordingError(
-            f"simulate: expected at most 255 spikes per frame, got {counts.max()}. "
-            "Choose a lower rate or faster frames."
-        )
+    if counts.max() > _MOST:
+        raise RecordingError(_too_many(counts.max()))
     counts = counts.astype(np.uint8)
     theta = _draw_theta(model, n_rois, known, variability, generator)
     spikes = torch.from_numpy(counts.astype(np.float32))
     with torch.no_grad():
         clean = model.fluorescence(spikes, theta, fs).numpy()
         values = model.simulate(spikes, theta, fs, generator).numpy()
+    if not np.isfinite(values).all():
+        raise RecordingError(
+            "simulate: expected parameters that make finite fluorescence, got some too large or too small for it. "
+            "Choose less variability, or a theta nearer to the prior's."
+        )
     traces = Traces(values, fs, provenance={"simulation": {"model": name, "rate_hz": rate, "seed": seed}})
     return Simulation(traces, counts, times, {key: t.numpy() for key, t in theta.items()}), clean
+
+
+def _too_many(n: float) -> str:
+    return f"simulate: expected at most {_MOST} spikes per frame, got {n:g}. Choose a lower rate or faster frames."
 
 
 def _draw_theta(
@@ -245,10 +259,11 @@ def _draw_theta(
     """Parameters of ``n`` cells, around those ``known`` and else around the prior's medians."""
     names = [p.name for p in model.parameters]
     unknown = sorted(set(known) - set(names))
-    if unknown or any(p.positive and not known.get(p.name, 1) > 0 for p in model.parameters):
+    wrong = any(p.positive and not known.get(p.name, 1) > 0 for p in model.parameters)
+    if unknown or wrong or not np.isfinite(list(known.values())).all():
         raise RecordingError(
             f"theta of {model.name}: expected some of {', '.join(names)}, above 0 but for the baseline, "
-            f"got {dict(known)}."
+            f"and finite, got {dict(known)}."
         )
     drawn = model.unconstrain(model.sample_prior(n, generator))
     medians = {p.name: torch.tensor(float(known.get(p.name, p.median))) for p in model.parameters}

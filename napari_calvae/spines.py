@@ -16,7 +16,7 @@ from napari_calvae.generative import DendriticSpine
 from napari_calvae.inference import InferConfig, inference_of, pick_device, provenance_of
 from napari_calvae.recognition import CHUNK
 from napari_calvae.recognition.factorized import GainCategorical
-from napari_calvae.recording import RecordingError, SpikeInference, Traces
+from napari_calvae.recording import RecordingError, SpikeInference, Traces, check_kind
 from napari_calvae.vae import SpikeVAE, shared_model
 
 
@@ -109,7 +109,8 @@ def infer_spines(
     config = InferConfig(**settings)
     if n_rounds < 0:
         raise RecordingError(f"n_rounds: expected 0 or more, got {n_rounds}. 0 is one pass of the network.")
-    if int(shaft) not in traces.roi_ids:
+    check_kind(traces)
+    if shaft not in traces.roi_ids:
         known = ", ".join(map(str, traces.roi_ids[:8])) + ("…" if traces.n_rois > 8 else "")
         raise RecordingError(f"shaft: expected the id of a ROI ({known}), got {shaft}. Give that of the shaft.")
     if traces.n_rois < 2:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from napari_calvae.recording import RecordingError
+from napari_calvae.recording import RecordingError, check_frame_rate
 
 #: Share of a frame that is no light but rounding.
 _ROUNDING = 1e-6
@@ -85,14 +85,23 @@ class Stimulation:
         n_frames, frame_rate, t0
             Of the recording: frames, frames per second (Hz) and centre of the first frame (s).
         """
+        if n_frames < 0 or not np.isfinite(t0):
+            raise RecordingError(
+                f"frames: expected 0 or more, the first at a finite time, got {n_frames} from {t0} s on. Give those of "
+                "the traces."
+            )
+        fs = check_frame_rate(frame_rate)
         sites = self.sites
         light = np.zeros((len(sites), n_frames))
-        if not len(self):
+        if not len(self) or not n_frames:
             return light
         pulse = np.repeat(np.arange(len(self)), [len(t) for t in self.targets])
         _, site = np.unique(np.concatenate(self.targets), axis=0, return_inverse=True)
-        begin = (self.onset - t0) * frame_rate + 0.5
-        end = begin + self.duration * frame_rate
+        with np.errstate(over="ignore"):
+            begin = (self.onset - t0) * fs + 0.5
+            end = begin + self.duration * fs
+        # However long before or after the recording light was on: no more than its frames are laid out.
+        begin, end = begin.clip(0, n_frames), end.clip(0, n_frames)
         first = np.floor(begin).astype(np.int64)
         frames = first[:, None] + np.arange(int(np.ceil(end - first).max()))
         on = np.minimum(end[:, None], frames + 1) - np.maximum(begin[:, None], frames)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.recording import RecordingError, Traces, Unit, check_frame_rate, check_kind
+from napari_calvae.recording import RecordingError, Traces, Unit, check_frame_rate, check_ids, check_kind
 from napari_calvae.roi_masks import RoiMasks
 
 
@@ -49,7 +49,7 @@ class TraceSource:
     chunk_rows: int = 1
 
     def __post_init__(self) -> None:
-        ids = tuple(int(i) for i in self.roi_ids) if len(self.roi_ids) else tuple(range(1, self.n_rois + 1))
+        ids = check_ids(self.roi_ids) if len(self.roi_ids) else tuple(range(1, self.n_rois + 1))
         object.__setattr__(self, "roi_ids", ids)
         object.__setattr__(self, "provenance", dict(self.provenance))
         object.__setattr__(self, "frame_rate", check_frame_rate(self.frame_rate))

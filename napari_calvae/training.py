@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from napari_calvae.formats import whole_files
-from napari_calvae.recording import RecordingError
+from napari_calvae.recording import MAX_SEED, RecordingError
 
 if TYPE_CHECKING:
     from napari_calvae.vae import SpikeVAE
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class TrainConfig(BaseModel):
     """How to train; unknown settings are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     n_steps: int = Field(300, ge=1, title="Steps", description="Updates of the parameters")
-    learning_rate: float = Field(5e-4, gt=0, title="Learning rate", description="Of AdamW, after warm-up")
+    learning_rate: float = Field(5e-4, gt=0, le=1, title="Learning rate", description="Of AdamW, after warm-up")
     weight_decay: float = Field(1e-4, ge=0, title="Weight decay", description="Of AdamW")
     warmup: float = Field(0.05, ge=0, le=1, title="Warm-up", description="Share of the steps until the full rate")
     cosine: bool = Field(True, title="Cosine decay", description="Let the learning rate fall to zero at the end")
@@ -36,9 +36,13 @@ class TrainConfig(BaseModel):
     batch: int = Field(8, ge=1, title="Snippets", description="Snippets of traces per step")
     window: int = Field(512, ge=16, title="Snippet", description="Length of a snippet in frames")
     n_samples: int = Field(8, ge=2, title="Samples", description="Spike trains drawn per snippet (VIMCO)")
-    seed: int = Field(0, ge=0, le=2**40, title="Seed", description="Of every random number in training")
+    seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed", description="Of every random number in training")
     cell_learning_rate: float = Field(
-        5e-3, gt=0, title="Learning rate of cells", description="Of each cell's parameters, in spreads of their prior"
+        5e-3,
+        gt=0,
+        le=1,
+        title="Learning rate of cells",
+        description="Of each cell's parameters, in spreads of their prior",
     )
     margin: float = Field(
         0.25,

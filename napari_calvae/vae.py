@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ SCHEMA = 2
 _LEEWAY = 1.05
 #: What the names of the noise's weights begin with in a file.
 _NOISE = "generative.noise."
+#: Longest name of a file (characters) that file systems take.
+_LONGEST_NAME = 255
 #: Name of what the training was like, among the weights.
 _TRAINED_ON = "trained_on"
 
@@ -278,11 +281,12 @@ def _load_named(model: str | Path) -> SpikeVAE:
     if str(model) in shipped:
         path = shipped[str(model)]
     else:
-        path = Path(model)
-        if not path.is_file():
+        path = Path(model) if isinstance(model, str | os.PathLike) else None
+        # A name too long for a file system raises in some versions of Python.
+        if path is None or len(path.name) > _LONGEST_NAME or not path.is_file():
             raise ModelError(
                 f"model: expected one of {', '.join(shipped) or '(none shipped)'} or a .safetensors file, "
-                f"got {str(model)!r}."
+                f"got {str(model)[:80]!r}."
             )
     stat = path.stat()
     return _load_cached(path, stat.st_mtime_ns, stat.st_size)

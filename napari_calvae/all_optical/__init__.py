@@ -27,7 +27,7 @@ from napari_calvae.all_optical.start import SCALES, iter_start
 from napari_calvae.generative.all_optical import AllOptical, Illumination
 from napari_calvae.inference import InferConfig, provenance_of
 from napari_calvae.recognition import CHUNK
-from napari_calvae.recording import RecordingError, SpikeInference, Traces
+from napari_calvae.recording import MAX_SEED, RecordingError, SpikeInference, Traces, check_kind
 from napari_calvae.roi_masks import RoiMasks
 from napari_calvae.stimulation import Stimulation, check_positions
 from napari_calvae.vae import SpikeVAE, shared_model
@@ -46,7 +46,7 @@ class AllOpticalConfig(BaseModel):
     n_start: int = Field(8, ge=1, title="Starting sweeps", description="Per amplitude that is tried, cells uncoupled")
     n_settle: int = Field(30, ge=0, title="Settling sweeps", description="Thrown away")
     n_samples: int = Field(40, ge=2, le=1000, title="Samples", description="Sweeps that are kept, each a sample")
-    seed: int = Field(0, ge=0, title="Seed", description="Of every random number")
+    seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed", description="Of every random number")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +179,7 @@ def iter_all_optical(
         If traces, positions and stimulation do not go together, or no spikes can be inferred.
     """
     config, vae, started = AllOpticalConfig(**settings), shared_model(model, coupled=False), time.perf_counter()
+    check_kind(traces)
     where = positions.centroids if isinstance(positions, RoiMasks) else positions
     where = check_positions(where, traces.n_rois)
     dff = vae.preprocessing.apply(traces)

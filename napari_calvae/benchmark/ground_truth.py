@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from napari_calvae.formats import read_labels, read_movie
 from napari_calvae.formats.ground_truth import Sweep
 from napari_calvae.inference import infer
 from napari_calvae.metrics import score_correlation, smooth_spikes
-from napari_calvae.preprocess import bin_spikes, delta_f_over_f, extract, resample
+from napari_calvae.preprocess import bin_spikes, check_traces, delta_f_over_f, extract, resample
 from napari_calvae.pretrained.recordings import NU_PER_DENSITY
 from napari_calvae.recording import RecordingError, Traces, check_frame_rate
 from napari_calvae.vae import SpikeVAE, load_model
@@ -25,6 +27,8 @@ from napari_calvae.vae import SpikeVAE, load_model
 MARGIN = 32
 #: Shifts (frames) among which each method may have its best one.
 SHIFTS = range(-3, 4)
+#: Held while numpy's own random stream is another's.
+_SEEDING = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +82,38 @@ def oasis_method(order: int) -> Method:
 
 
 def oasis(traces: Traces) -> np.ndarray:
-    """(roi, time) estimate of OASIS AR1 with estimated parameters, in no unit of its own, to compare ours with."""
+    """(roi, time) estimate of OASIS AR1 with estimated parameters, in no unit of its own, to compare ours with.
+
+    Raises
+    ------
+    RecordingError
+        If a trace does not change, OASIS makes nothing of it, or is not installed.
+    """
+    check_traces(traces)
     method = oasis_method(1)
-    return np.stack([method(dff, traces.frame_rate) for dff in traces.values])
+    # Where it finds no decay it draws one from numpy's own stream; and it warns of traces shorter than its spectra.
+    with _SEEDING, warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.filterwarnings("ignore", "nperseg", UserWarning)
+        before = np.random.get_state()  # noqa: NPY002 - that stream is the one it draws from
+        try:
+            rate = np.stack([_rate_of(method, dff, traces.frame_rate) for dff in traces.values])
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
+    failed = [roi for roi, row in zip(traces.roi_ids, rate, strict=True) if not np.isfinite(row).all()]
+    if failed:
+        raise RecordingError(
+            f"OASIS: expected a trace whose decay and noise it can estimate, got that of ROI {failed[0]}. Leave it "
+            "out, or take a longer recording."
+        )
+    return rate
+
+
+def _rate_of(method: Method, dff: np.ndarray, frame_rate: float) -> np.ndarray:
+    """(time,) rate of one trace, whatever its level and scale, from a random stream of its own."""
+    np.random.seed(0)  # noqa: NPY002
+    trace = dff.astype(np.float64)
+    spread = np.nanstd(trace)
+    return method((trace - np.nanmedian(trace)) / spread, frame_rate) * spread
 
 
 def suite2p_method(tau: float = 1.0) -> Method:

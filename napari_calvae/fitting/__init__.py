@@ -250,6 +250,7 @@ def _check_spikes(spikes: np.ndarray | None, dff: Traces) -> Tensor:
         raise RecordingError(
             f"spikes: expected counts of shape {dff.values.shape} like the traces, got {counts.shape}."
         )
-    if not np.array_equal(counts, np.round(counts)) or counts.min() < 0:
+    whole = counts.dtype.kind in "fiub" and np.isfinite(counts).all() and np.array_equal(counts, np.round(counts))
+    if not whole or counts.min() < 0 or counts.max() > np.iinfo(np.int64).max:
         raise RecordingError("spikes: expected whole counts per frame, 0 or more. Bin the spike times first.")
     return torch.from_numpy(counts.astype(np.int64))

@@ -76,7 +76,7 @@ def iter_batch(
     ----------
     traces
         A file or folder of traces, traces opened with ``open_traces``, or traces in memory. ROIs without data or
-        without any change get NaN, and so do raw ones whose baseline is not above 0.
+        without any change get NaN, and so do raw ones whose baseline is not above 0, and numbers beyond 1e15.
     out
         Folder to write (``.zarr``). If it is there and was begun with the same traces, model and settings, what is
         missing in it is inferred.

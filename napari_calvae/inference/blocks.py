@@ -48,13 +48,17 @@ BLOCK_FRAMES = 65_536
 class InferConfig(BaseModel):
     """How to infer; unknown settings are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     n_samples: int = Field(50, ge=0, le=1000, title="Samples", description="Spike trains drawn per ROI")
     seed: int = Field(0, ge=0, title="Seed", description="Of the samples; each ROI has a stream of its own")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", title="Device", description="Where to compute")
     amplitude: float | None = Field(
-        None, gt=0, title="Amplitude", description="ΔF/F at the peak of the response to one spike, where it is known"
+        None,
+        gt=0,
+        le=1e9,
+        title="Amplitude",
+        description="ΔF/F at the peak of the response to one spike, where it is known",
     )
 
 

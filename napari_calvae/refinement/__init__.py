@@ -22,7 +22,7 @@ from torch import Tensor
 from napari_calvae import interruption
 from napari_calvae.inference import InferConfig, inference_of, provenance_of
 from napari_calvae.recognition.factorized import GainCategorical
-from napari_calvae.recording import SpikeInference, Traces
+from napari_calvae.recording import MAX_SEED, SpikeInference, Traces
 from napari_calvae.refinement.particles import log_evidence
 from napari_calvae.refinement.target import Target, at_each_gain, begin
 from napari_calvae.vae import SpikeVAE, shared_model
@@ -36,7 +36,7 @@ _GAIN_STD = 0.05
 class RefineConfig(BaseModel):
     """How to refine; unknown settings are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     n_steps: int = Field(60, ge=0, title="Steps", description="Gradient steps per trace")
     learning_rate: float = Field(0.05, gt=0, title="Learning rate", description="Of Adam, falling along a cosine")
@@ -45,9 +45,13 @@ class RefineConfig(BaseModel):
     n_evidence: int = Field(
         1000, ge=16, title="Evidence samples", description="Trains for the bounds and particles for the evidence"
     )
-    seed: int = Field(0, ge=0, title="Seed", description="Of every random number")
+    seed: int = Field(0, ge=0, le=MAX_SEED, title="Seed", description="Of every random number")
     amplitude: float | None = Field(
-        None, gt=0, title="Amplitude", description="ΔF/F at the peak of the response to one spike, where it is known"
+        None,
+        gt=0,
+        le=1e9,
+        title="Amplitude",
+        description="ΔF/F at the peak of the response to one spike, where it is known",
     )
 
 
