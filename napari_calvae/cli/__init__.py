@@ -106,7 +106,9 @@ def infer(  # noqa: PLR0913 - every option is a word of the documented command l
     seed: Seed = 0,
     unit: UnitOption = None,
     neuropil: Neuropil = None,
-    amplitude: Annotated[float | None, typer.Option(help="ΔF/F that one spike makes, where it is known")] = None,
+    amplitude: Annotated[
+        float | None, typer.Option(help="ΔF/F that one spike typically makes, where it is known")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Dask cluster: local[:N], tcp://HOST:PORT, slurm[:N], pbs, lsf or sge")
     ] = None,

@@ -35,8 +35,6 @@ from napari_calvae.recording import EVENT_DTYPE, RecordingError, SpikeInference,
 from napari_calvae.trace_source import TraceSource
 from napari_calvae.vae import SpikeVAE, shared_model
 
-#: Standard deviation of the logarithm of an amplitude that a user knows.
-_KNOWN = 0.15
 #: Samples that are drawn and rendered together; of fifty, four equal parts for two cores or four.
 _PART = 13
 #: Held while threads start, which torch does not tell one by one how many cores to use.
@@ -59,6 +57,13 @@ class InferConfig(BaseModel):
         le=1e9,
         title="Amplitude",
         description="ΔF/F at the peak of the response to one spike, where it is known",
+    )
+    amplitude_spread: float = Field(
+        0.45,
+        gt=0,
+        le=3,
+        title="Spread of amplitudes",
+        description="How much cells differ about the amplitude that is known: standard deviation of its logarithm",
     )
 
 
@@ -235,7 +240,8 @@ def inference_of(
     observed = torch.from_numpy(dff.values.copy()).to(device)
     valid = torch.from_numpy(dff.valid.copy()).to(device)
     if config.amplitude is not None:
-        posterior = with_amplitude(posterior, vae, (observed, valid, dff.frame_rate), config.amplitude)
+        told = (config.amplitude, config.amplitude_spread)
+        posterior = with_amplitude(posterior, vae, (observed, valid, dff.frame_rate), told)
     mean = posterior.mean
     predicted = posterior.theta
     if predicted is not None and predicted.names == tuple(p.name for p in vae.generative.parameters):
@@ -290,9 +296,9 @@ def inference_of(
 
 
 def with_amplitude(
-    posterior: SpikePosterior, vae: SpikeVAE, recording: tuple[Tensor, Tensor, float], amplitude: float
+    posterior: SpikePosterior, vae: SpikeVAE, recording: tuple[Tensor, Tensor, float], known: tuple[float, float]
 ) -> SpikePosterior:
-    """The posterior at the gain that goes with an amplitude per spike (ΔF/F), which is known to about 15 %.
+    """The posterior at the gain that goes with a known amplitude per spike, as uncertain as that is.
 
     Spikes times amplitude is what the fluorescence tells; the gain is moved until the generative model, fitted to the
     expected spikes, has the amplitude that is known.
@@ -301,8 +307,10 @@ def with_amplitude(
     ----------
     recording
         (roi, time) ΔF/F, which frames are measured, and the frame rate (Hz).
+    known
+        The amplitude (ΔF/F), and the standard deviation of its logarithm between cells.
     """
-    observed, valid, frame_rate = recording
+    (observed, valid, frame_rate), (amplitude, spread) = recording, known
     generative = vae.generative
     named = not generative.coupled and "amplitude" in {p.name for p in generative.parameters}
     if not isinstance(posterior, GainCategorical) or not named:
@@ -314,8 +322,8 @@ def with_amplitude(
     for _ in range(3):
         fitted = generative.initial_theta(observed, found.mean, frame_rate, valid)["amplitude"]
         total = (found.mean.sum(-1) * fitted / amplitude).clamp_min(1e-3)
-        gain, few, many = (posterior.gain_for(total * math.exp(d)) for d in (0.0, -_KNOWN, _KNOWN))
-        found = posterior.given(gain, (many - few) / 2)
+        gain, few, many = (posterior.gain_for(total * math.exp(d)) for d in (0.0, -spread, spread))
+        found = posterior.given(gain, torch.zeros_like(gain)).with_gain_std((many - few) / 2)
     return found
 
 

@@ -20,6 +20,8 @@ from napari_calvae.recognition.factorized import GainCategorical
 from napari_calvae.recording import RecordingError, Traces
 from napari_calvae.vae import SpikeVAE, shared_model
 
+#: Standard deviation of the logarithm of an amplitude that is that of the very cell.
+_KNOWN = 0.15
 #: A spike is taken to show for this long (s).
 MEMORY = 5.0
 
@@ -93,7 +95,8 @@ def begin(
                 f"{vae.recognition.name!r}, whose posterior has no parameters of its own per trace. Use another model."
             )
         if amplitude is not None:
-            posterior = with_amplitude(posterior, vae, (observed, valid, dff.frame_rate), amplitude)
+            told = (amplitude, _KNOWN)
+            posterior = with_amplitude(posterior, vae, (observed, valid, dff.frame_rate), told)
             vae = replace(vae, theta={**vae.theta, "amplitude": amplitude})
         mean = posterior.mean
         theta = vae.generative.initial_theta(observed, mean, dff.frame_rate, valid)
