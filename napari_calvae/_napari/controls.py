@@ -91,8 +91,8 @@ class Controls(QWidget):
         self.amplitude.setDecimals(2)
         self.amplitude.setSingleStep(0.05)
         self.amplitude.setToolTip(
-            "Peak of the response to a single spike (ΔF/F) that is typical of the preparation, where it is known: cells\n"
-            "are taken to differ about it by half. Leave it unknown otherwise"
+            "Peak of the response to a single spike (ΔF/F) that is typical of the preparation, where it is known:\n"
+            "cells are taken to differ about it by half. Leave it unknown otherwise"
         )
         self._unsure = (self.baseline_percentile, self.baseline_window, self.amplitude)
         self.samples = QSpinBox()
