@@ -13,11 +13,15 @@ from pydantic import ValidationError
 from scipy import signal
 
 from napari_calvae._movie_scene import MovieConfig, compose_scene, place_cells, render
+from napari_calvae.errors import setting_error
 from napari_calvae.formats import check_output, write_arrays, write_movie
 from napari_calvae.generative import MODELS, GenerativeModel
 from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, Traces, check_frame_rate
 from napari_calvae.roi_masks import RoiMasks
+
+#: Most frames of a simulated recording, a month at 400 Hz, and most spikes per second, more than any neuron fires.
+_MOST_FRAMES, _MOST_SPIKES = 1e9, 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +112,7 @@ def simulate_movie(config: MovieConfig | None = None, **settings: Any) -> Simula
     try:
         c = MovieConfig(**settings) if config is None else MovieConfig(**{**config.model_dump(), **settings})
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise RecordingError(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}."
-        ) from None
+        raise setting_error(error) from None
     rng = np.random.default_rng(c.seed)
     centres = place_cells(c, rng)
     simulated, clean = _simulate(len(centres), c.duration, c.frame_rate, (c.model, c.rate, c.theta, 0.35, c.seed))
@@ -212,12 +213,15 @@ def _simulate(
     fs = check_frame_rate(frame_rate)
     if name not in MODELS:
         raise RecordingError(f"model: expected one of {', '.join(MODELS)}, got {name!r}.")
-    n_frames = round(duration * fs)
-    if n_rois < 1 or n_frames < 1 or not rate > 0:
+    frames = duration * fs
+    if n_rois < 1 or not 0.5 < frames <= _MOST_FRAMES or not 0 < rate <= _MOST_SPIKES:
         raise RecordingError(
             f"simulate: expected at least one ROI, one frame and a rate above 0, got {n_rois} ROIs, "
-            f"{n_frames} frames and {rate:g} spikes/s."
+            f"{frames:.0f} frames and {rate:g} spikes/s. At most {_MOST_FRAMES:g} frames and {_MOST_SPIKES:g} spikes/s are possible."
         )
+    if not 0 <= seed < 2**63:
+        raise RecordingError(f"simulate: expected a seed from 0 to 2⁶³ − 1, got {seed}. Choose a smaller one.")
+    n_frames = round(frames)
     model = MODELS[name]()
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -27,7 +27,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_steps: int = Field(300, ge=1, title="Steps", description="Updates of the parameters")
-    learning_rate: float = Field(5e-4, gt=0, title="Learning rate", description="Of AdamW, after warm-up")
+    learning_rate: float = Field(5e-4, gt=0, le=10, title="Learning rate", description="Of AdamW, after warm-up")
     weight_decay: float = Field(1e-4, ge=0, title="Weight decay", description="Of AdamW")
     warmup: float = Field(0.05, ge=0, le=1, title="Warm-up", description="Share of the steps until the full rate")
     cosine: bool = Field(True, title="Cosine decay", description="Let the learning rate fall to zero at the end")

@@ -54,7 +54,11 @@ class InferConfig(BaseModel):
     seed: int = Field(0, ge=0, title="Seed", description="Of the samples; each ROI has a stream of its own")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", title="Device", description="Where to compute")
     amplitude: float | None = Field(
-        None, gt=0, title="Amplitude", description="ΔF/F at the peak of the response to one spike, where it is known"
+        None,
+        gt=0,
+        le=1e6,
+        title="Amplitude",
+        description="ΔF/F at the peak of the response to one spike, where it is known",
     )
 
 
