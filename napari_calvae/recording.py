@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from napari_calvae import conversion
 from napari_calvae.errors import RecordingError
-from napari_calvae.roi_masks import RoiMasks, rows_of
+from napari_calvae.roi_masks import RoiMasks, rows_of, whole_ids
 
 Unit = Literal["raw", "dff"]
 
@@ -38,6 +38,15 @@ def check_frame_rate(frame_rate: float | None) -> float:
             "Pass the imaging rate in Hz."
         )
     return rate
+
+
+def check_t0(t0: float) -> float:
+    """Return the time (s) of the first frame as a float, or say why it is none."""
+    if not np.isfinite(float(t0)):
+        raise RecordingError(
+            f"traces: expected a finite time t0 of the first frame (s), got {t0}. Leave it out where it is not known."
+        )
+    return float(t0)
 
 
 def check_kind(traces: object) -> None:
@@ -116,7 +125,7 @@ class Traces:
             )
         if self.unit not in ("raw", "dff"):
             raise RecordingError(f"unit: expected 'raw' or 'dff', got {self.unit!r}.")
-        ids = tuple(int(i) for i in self.roi_ids) if len(self.roi_ids) else tuple(range(1, len(values) + 1))
+        ids = whole_ids(self.roi_ids, len(values))
         if len(ids) != len(values) or len(set(ids)) != len(ids):
             raise RecordingError(
                 f"roi_ids: expected {len(values)} different integers, one per ROI, "
@@ -145,7 +154,7 @@ class Traces:
             ("values", values),
             ("frame_rate", check_frame_rate(self.frame_rate)),
             ("roi_ids", ids),
-            ("t0", float(self.t0)),
+            ("t0", check_t0(self.t0)),
             ("valid", finite),
             ("provenance", MappingProxyType(dict(self.provenance))),
         ):

@@ -217,7 +217,8 @@ def _simulate(
     if n_rois < 1 or not 0.5 < frames <= _MOST_FRAMES or not 0 < rate <= _MOST_SPIKES:
         raise RecordingError(
             f"simulate: expected at least one ROI, one frame and a rate above 0, got {n_rois} ROIs, "
-            f"{frames:.0f} frames and {rate:g} spikes/s. At most {_MOST_FRAMES:g} frames and {_MOST_SPIKES:g} spikes/s are possible."
+            f"{frames:.0f} frames and {rate:g} spikes/s. "
+            f"At most {_MOST_FRAMES:g} frames and {_MOST_SPIKES:g} spikes/s are possible."
         )
     if not 0 <= seed < 2**63:
         raise RecordingError(f"simulate: expected a seed from 0 to 2⁶³ − 1, got {seed}. Choose a smaller one.")

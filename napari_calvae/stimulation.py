@@ -92,7 +92,8 @@ class Stimulation:
         pulse = np.repeat(np.arange(len(self)), [len(t) for t in self.targets])
         _, site = np.unique(np.concatenate(self.targets), axis=0, return_inverse=True)
         begin = (self.onset - t0) * frame_rate + 0.5
-        end = begin + self.duration * frame_rate
+        end = np.clip(begin + self.duration * frame_rate, 0, n_frames)  # what is beyond the recording takes no memory
+        begin = np.clip(begin, 0, n_frames)
         first = np.floor(begin).astype(np.int64)
         frames = first[:, None] + np.arange(int(np.ceil(end - first).max()))
         on = np.minimum(end[:, None], frames + 1) - np.maximum(begin[:, None], frames)
