@@ -377,10 +377,13 @@ class _Tile:
         if not len(y):
             return None
         top, bottom, left, right = int(y.min()), int(y.max()) + 1, int(x.min()), int(x.max()) + 1
-        weights = np.zeros((bottom - top, right - left, 2), np.float32)
+        width = right - left
+        weights = np.zeros(((bottom - top) * width, 2), np.float32)
         for i, (pixels, share) in enumerate(parts):
-            weights[pixels // self.shape[1] - top, pixels % self.shape[1] - left, i] = share
-        return _Box((slice(top, bottom), slice(left, right)), slice(column, column + 2), weights.reshape(-1, 2))
+            places = (pixels // self.shape[1] - top) * width + pixels % self.shape[1] - left
+            # A pixel that is named twice counts twice, as in the sparse product of many ROIs.
+            weights[:, i] = np.bincount(places, share, len(weights))
+        return _Box((slice(top, bottom), slice(left, right)), slice(column, column + 2), weights)
 
 
 @dataclass(frozen=True)

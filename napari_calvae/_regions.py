@@ -86,14 +86,24 @@ def correlation_peak(movie: Any, position: Sequence[float] | np.ndarray, diamete
     """
     if not diameter > 0:
         raise RecordingError(f"diameter: expected a positive number of pixels, got {diameter}.")
+    shape = tuple(getattr(movie, "shape", ()))
+    if len(shape) != 3 or 0 in shape:
+        raise RecordingError(
+            f"movie: expected an array of three dimensions (time, y, x), got shape {shape}. "
+            "Choose one plane and one channel, as in movie[:, 0]."
+        )
     start = np.asarray(position, float)[-2:]
-    size, reach = np.array(movie.shape[-2:]), max(_WINDOW * diameter, 3.0)
+    if start.shape != (2,) or not np.isfinite(start).all():
+        raise RecordingError(f"positions: expected finite y and x of a click (pixels), got {position}.")
+    size = np.array(shape[1:])
+    diameter = min(diameter, 2.0 * max(shape[1:]))  # of which the window is all of the image
+    reach = max(_WINDOW * diameter, 3.0)
     low = np.clip(np.floor(start - reach), 0, size - 1).astype(int)
     high = np.clip(np.ceil(start + reach) + 1, low + 1, size).astype(int)
     step = -(-movie.shape[0] // _FRAMES)
     window = np.asarray(movie[::step, low[0] : high[0], low[1] : high[1]])
     image = ndimage.gaussian_filter(local_correlation(window), _SMOOTH * diameter, mode="nearest")
-    here = np.clip(np.round(start).astype(int), low, high - 1) - low
+    here = np.clip(np.round(start), low, high - 1).astype(int) - low
     first = here
     while True:
         corner = np.maximum(here - 1, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _WORDS = """
 accepted accuracy amplitude append baseline block-rois checkpoint click-benchmark concatenate data demo device
 diameter early-stopping expect figure figures filter folds frame-rate frames ground-truth input interval label-image
@@ -25,6 +27,13 @@ class InputError(ValueError):
 
 class RecordingError(InputError):
     """Input that cannot be what it claims to be; the message says what was expected, what came, what to do."""
+
+
+def setting_error(error: Any) -> RecordingError:
+    """What pydantic found wrong with settings, a ``ValidationError``, in one sentence about the first of them."""
+    problem = error.errors()[0]
+    expected = problem["msg"].replace("Input should be", "expected a value").replace("a value a ", "a ")
+    return RecordingError(f"{'.'.join(map(str, problem['loc']))}: {expected}, got {problem['input']!r}.")
 
 
 class ModelError(InputError):

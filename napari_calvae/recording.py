@@ -5,7 +5,7 @@ They are frozen, carry their units and know nothing of torch, files or windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from napari_calvae import conversion
 from napari_calvae.errors import RecordingError
-from napari_calvae.roi_masks import RoiMasks, rows_of
+from napari_calvae.roi_masks import RoiMasks, rows_of, whole_ids
 
 Unit = Literal["raw", "dff"]
 
@@ -53,18 +53,13 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
-def check_ids(roi_ids: Iterable[int]) -> tuple[int, ...]:
-    """The ids of ROIs as integers, or say what they are instead: none is rounded."""
-    ids = tuple(roi_ids)
-    try:
-        found = tuple(int(i) for i in ids)
-    except (TypeError, ValueError, OverflowError):
-        found = ()
-    # Beyond 64 bits neither files nor random streams can follow.
-    if found != ids or not all(-(2**63) <= i < 2**63 for i in found):
-        told = ", ".join(map(repr, ids[:5]))
-        raise RecordingError(f"roi_ids: expected whole numbers of at most 64 bits, one per ROI, got {told}.")
-    return found
+def check_t0(t0: float) -> float:
+    """Return the time (s) of the first frame as a float, or say why it is none."""
+    if not np.isfinite(float(t0)):
+        raise RecordingError(
+            f"traces: expected a finite time t0 of the first frame (s), got {t0}. Leave it out where it is not known."
+        )
+    return float(t0)
 
 
 def check_kind(traces: object) -> None:
@@ -143,14 +138,12 @@ class Traces:
             )
         if self.unit not in ("raw", "dff"):
             raise RecordingError(f"unit: expected 'raw' or 'dff', got {self.unit!r}.")
-        ids = check_ids(self.roi_ids) if len(self.roi_ids) else tuple(range(1, len(values) + 1))
+        ids = whole_ids(self.roi_ids, len(values))
         if len(ids) != len(values) or len(set(ids)) != len(ids):
             raise RecordingError(
                 f"roi_ids: expected {len(values)} different integers, one per ROI, "
                 f"got {len(ids)} ({len(set(ids))} different)."
             )
-        if not np.isfinite(self.t0):
-            raise RecordingError(f"traces: expected a finite time t0 (s) of the first frame, got {self.t0}. Give 0.")
         finite = np.isfinite(values)
         if self.valid is not None:
             mask = np.asarray(self.valid, bool)
@@ -174,7 +167,7 @@ class Traces:
             ("values", values),
             ("frame_rate", check_frame_rate(self.frame_rate)),
             ("roi_ids", ids),
-            ("t0", float(self.t0)),
+            ("t0", check_t0(self.t0)),
             ("valid", finite),
             ("provenance", MappingProxyType(dict(self.provenance))),
         ):

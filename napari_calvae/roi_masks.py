@@ -23,6 +23,20 @@ def rows_of(n: int, wanted: Sequence[int] | slice | np.ndarray) -> np.ndarray:
     return np.arange(n)[index if index.size else np.empty(0, np.int64)]
 
 
+def whole_ids(ids: Sequence[int] | np.ndarray, n_rois: int) -> tuple[int, ...]:
+    """Ids of ROIs as they were given, else 1, 2, …; files and random streams know whole numbers of 64 bits only."""
+    if not len(ids):
+        return tuple(range(1, n_rois + 1))
+    try:
+        found = tuple(int(i) for i in ids)
+    except (TypeError, ValueError, OverflowError):
+        found = ()
+    for i, whole in zip(ids, found or [None] * len(ids), strict=True):
+        if whole is None or whole != i or not -(2**63) <= whole < 2**63:
+            raise RecordingError(f"roi_ids: expected whole numbers of 64 bits, got {i!r}. Number the ROIs 1, 2, ….")
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class RoiMasks:
     """Regions of interest, as weighted pixels of an imaging plane; ROIs may overlap.
@@ -52,7 +66,7 @@ class RoiMasks:
         if len(shape) != 2 or min(shape) < 1:
             raise RecordingError(f"ROIs: expected a plane (y, x), got shape {tuple(self.shape)}.")
         pixels = tuple(np.asarray(p, np.int64).ravel() for p in self.pixels)
-        ids = tuple(int(i) for i in self.ids) if len(self.ids) else tuple(range(1, len(pixels) + 1))
+        ids = whole_ids(self.ids, len(pixels))
         weights = (
             tuple(np.asarray(w, np.float32).ravel() for w in self.weights)
             if len(self.weights)
@@ -69,11 +83,14 @@ class RoiMasks:
                 f"got {len(pixels)} ROIs, {len(set(ids))} ids, {len(weights)} weight arrays, {len(planes)} planes."
             )
         for roi, p, w in () if _all_inside(pixels, weights, shape) else zip(ids, pixels, weights, strict=True):
-            if not len(p) or not w.sum() > 0:
+            total = w.sum(dtype=float)
+            if not len(p) or total <= 0:
                 raise RecordingError(
                     f"ROI {roi}: expected at least one pixel inside the image of {shape[0]} × {shape[1]} pixels, "
                     "got an empty ROI. Draw it larger, or inside the image."
                 )
+            if not abs(total) <= np.finfo(np.float32).max:
+                raise RecordingError(f"ROI {roi}: expected weights whose sum single precision holds, got {total:g}.")
             if len(w) != len(p) or p.min() < 0 or p.max() >= shape[0] * shape[1]:
                 raise RecordingError(f"ROI {roi}: expected pixels inside the image and one weight for each.")
         named = {"shape": shape, "pixels": pixels, "ids": ids, "weights": weights, "planes": planes}
@@ -150,8 +167,9 @@ class RoiMasks:
         return np.array(means)
 
     def to_labels(self) -> np.ndarray:
-        """(y, x) int32 label image; where ROIs overlap the later one is shown."""
-        image = np.zeros(self.shape[0] * self.shape[1], np.int32)
+        """(y, x) label image, int32 unless an id is too large for it; where ROIs overlap the later one is shown."""
+        small = max(map(abs, self.ids)) < 2**31
+        image = np.zeros(self.shape[0] * self.shape[1], np.int32 if small else np.int64)
         for roi, pixels in zip(self.ids, self.pixels, strict=True):
             image[pixels] = roi
         return image.reshape(self.shape)
@@ -163,5 +181,7 @@ def _all_inside(pixels: Sequence[np.ndarray], weights: Sequence[np.ndarray], sha
     if not lengths.all() or lengths.tolist() != [len(w) for w in weights]:
         return False
     every = np.concatenate(pixels)
-    total = np.add.reduceat(np.concatenate(weights), np.cumsum(lengths) - lengths)
-    return bool(every.min() >= 0 and every.max() < shape[0] * shape[1] and (total > 0).all())
+    with np.errstate(over="ignore"):  # infinite sums are refused
+        total = np.add.reduceat(np.concatenate(weights), np.cumsum(lengths) - lengths)
+    weighted = (total > 0) & np.isfinite(total)
+    return bool(every.min() >= 0 and every.max() < shape[0] * shape[1] and weighted.all())

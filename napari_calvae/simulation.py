@@ -13,14 +13,15 @@ from pydantic import ValidationError
 from scipy import signal
 
 from napari_calvae._movie_scene import MovieConfig, compose_scene, place_cells, render
+from napari_calvae.errors import setting_error
 from napari_calvae.formats import check_output, write_arrays, write_movie
 from napari_calvae.generative import MODELS, GenerativeModel
 from napari_calvae.preprocess import bin_spikes
 from napari_calvae.recording import RecordingError, Traces, check_frame_rate, check_seed
 from napari_calvae.roi_masks import RoiMasks
 
-#: Most spikes in one frame: they are counted in a byte.
-_MOST = 255
+#: Most spikes in one frame: they are counted in a byte; and most frames, a month at 400 Hz.
+_MOST, _MOST_FRAMES = 255, 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +112,7 @@ def simulate_movie(config: MovieConfig | None = None, **settings: Any) -> Simula
     try:
         c = MovieConfig(**settings) if config is None else MovieConfig(**{**config.model_dump(), **settings})
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise RecordingError(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}."
-        ) from None
+        raise setting_error(error) from None
     rng = np.random.default_rng(c.seed)
     centres = place_cells(c, rng)
     simulated, clean = _simulate(len(centres), c.duration, c.frame_rate, (c.model, c.rate, c.theta, 0.35, c.seed))
@@ -216,17 +214,18 @@ def _simulate(
     if name not in MODELS:
         raise RecordingError(f"model: expected one of {', '.join(MODELS)}, got {name!r}.")
     seed = check_seed(seed)
-    n_frames = round(duration * fs) if np.isfinite(duration) else 0
-    if int(n_rois) != n_rois or n_rois < 1 or n_frames < 1 or not rate > 0:
+    frames = duration * fs
+    if int(n_rois) != n_rois or n_rois < 1 or not 0.5 < frames <= _MOST_FRAMES or not rate > 0:
         raise RecordingError(
             f"simulate: expected at least one ROI, one frame and a rate above 0, got {n_rois} ROIs, "
-            f"{n_frames} frames and {rate:g} spikes/s."
+            f"{frames:.0f} frames and {rate:g} spikes/s. "
+            f"At most {_MOST_FRAMES:g} frames are possible."
         )
     if not rate / fs <= _MOST:
         raise RecordingError(_too_many(rate / fs))
     if not 0 <= variability < np.inf:
         raise RecordingError(f"simulate: expected a variability of 0 or more, got {variability:g}. 1 is the prior's.")
-    model, n_rois = MODELS[name](), int(n_rois)
+    model, n_rois, n_frames = MODELS[name](), int(n_rois), round(frames)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     rates = rate * np.exp(rng.normal(0, np.log(2), n_rois))

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from napari_calvae.recording import RecordingError, Traces, Unit, check_frame_rate, check_ids, check_kind
-from napari_calvae.roi_masks import RoiMasks
+from napari_calvae.recording import RecordingError, Traces, Unit, check_frame_rate, check_kind, check_t0
+from napari_calvae.roi_masks import RoiMasks, whole_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,9 @@ class TraceSource:
     chunk_rows: int = 1
 
     def __post_init__(self) -> None:
-        ids = check_ids(self.roi_ids) if len(self.roi_ids) else tuple(range(1, self.n_rois + 1))
+        ids = whole_ids(self.roi_ids, self.n_rois)
         object.__setattr__(self, "roi_ids", ids)
+        object.__setattr__(self, "t0", check_t0(self.t0))
         object.__setattr__(self, "provenance", dict(self.provenance))
         object.__setattr__(self, "frame_rate", check_frame_rate(self.frame_rate))
         if min(self.n_rois, self.n_frames) < 1 or not len(ids) == len(set(ids)) == self.n_rois:

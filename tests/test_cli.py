@@ -202,7 +202,9 @@ def test_simulate_traces_and_movies(tmp_path):
     assert "exists already" in refused(*movie)
     assert "expected some of tau_calcium" in refused("simulate", tmp_path / "b.npz", "--theta", "colour=1")
     assert "model: expected one of" in refused("simulate", tmp_path / "b.npz", "--model", "none")
-    assert "size: Input should be" in refused("simulate", tmp_path / "b", "--movie", "--size", 2)
+    assert "size: expected a value greater than or equal to 16, got 2" in refused(
+        "simulate", tmp_path / "b", "--movie", "--size", 2
+    )
     assert calvae("simulate", tmp_path / "b.npz", "--theta", "hill").exit_code == 2
     assert not (tmp_path / "b.npz").exists()
 

@@ -197,8 +197,10 @@ def extract(
     overwrite: Overwrite = False,
 ) -> None:
     """Read the traces of ROIs from a movie, which may be larger than memory."""
-    from napari_calvae.formats import check_result, is_movie, write
+    from napari_calvae.formats import check_result, is_movie, outputs_of, write
+    from napari_calvae.formats._files import check_apart
 
+    check_apart(outputs_of(output), source, rois)
     check_result(output, overwrite)
     if not is_movie(source, with_rois=rois is not None):
         fail(f"{source.name}: expected a movie, got something else. Traces need no extraction.")
@@ -217,8 +219,10 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a result in another format."""
-    from napari_calvae.formats import check_result, open_result, write
+    from napari_calvae.formats import check_result, open_result, outputs_of, write
+    from napari_calvae.formats._files import check_apart
 
+    check_apart(outputs_of(output), source)
     check_result(output, overwrite, append)
     with progress() as report:
         report("Reading", None)
@@ -293,6 +297,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
 ) -> None:
     """Train a model further on a recording."""
     from napari_calvae.formats import check_output, read_spikes
+    from napari_calvae.formats._files import check_apart
     from napari_calvae.preprocess import bin_spikes
     from napari_calvae.recording import RecordingError
 
@@ -303,6 +308,7 @@ def train(  # noqa: PLR0913 - every option is a word of the documented command l
             f"spikes: expected a file with --objective supervised or semi_supervised and none otherwise, "
             f"got {spikes} for {objective.value}."
         )
+    check_apart([output], Path(base))  # the only input of that suffix
     check_output(output, overwrite)
     with progress() as report:
         traces = traces_of(source, rois, (frame_rate, unit, neuropil), report)

@@ -74,12 +74,13 @@ class Outcome:
 def infer_one(source: Path, rois: Path | None, output: Path, order: Order) -> Outcome:
     """Infer one recording; what does not end in ``.zarr`` goes through a store that is removed again."""
     from napari_calvae.doubts import check
-    from napari_calvae.formats import check_output, check_result, write
+    from napari_calvae.formats import check_output, check_result, outputs_of, write
     from napari_calvae.formats._files import check_apart
     from napari_calvae.recording import RecordingError
 
     stored = output.suffix.lower() == ".zarr"
-    check_apart(source, output)
+    if not order.append:  # which leaves all that is there
+        check_apart(outputs_of(output), source, rois)
     if order.append or not stored:
         check_result(output, order.overwrite, order.append)
     elif not output.exists() or order.overwrite:
@@ -143,15 +144,21 @@ def infer_many(
 
     if not folder.is_dir():
         raise RecordingError(f"INPUT: expected a folder with --pattern, got {folder}.")
-    own = output.resolve()
-    found = sorted(path for path in folder.glob(pattern) if own not in (path.resolve(), *path.resolve().parents))
+    own, whole = output.resolve(), folder.resolve()
+    try:
+        places = [(path, path.resolve()) for path in folder.glob(pattern)]
+    except (ValueError, NotImplementedError) as error:  # of which pathlib makes what no pattern may be
+        raise RecordingError(f"pattern: expected one as in '*/suite2p', got {pattern!r} ({error}).") from error
+    found = sorted(path for path, place in places if place != whole and own not in (place, *place.parents))
     if not found:
         raise RecordingError(f"pattern: expected recordings in {folder} that match {pattern!r}, found none.")
     writer_of(f"x{suffix}")
+    targets = _names(found, folder, output, suffix)
+    _check_summary(output / "summary.csv", order.overwrite)
     load_model(order.model)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for source, target in zip(found, _names(found, folder, output, suffix), strict=True):
+    for source, target in zip(found, targets, strict=True):
         row: dict[str, Any] = dict.fromkeys(_COLUMNS, "") | {
             "recording": source.relative_to(folder).as_posix(),
             "output": target.name,
@@ -177,8 +184,25 @@ def infer_many(
     return rows
 
 
+def _check_summary(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a table that is none of ours, unless told to; ours is kept up to date."""
+    from napari_calvae.formats import check_output
+
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        ours = file.readline().rstrip("\n") == ",".join(_COLUMNS)
+    check_output(path, overwrite or ours)
+
+
 def _names(found: list[Path], folder: Path, output: Path, suffix: str) -> list[Path]:
-    """Where the result of each recording goes: one name for each, from its path in the folder."""
+    """Where the result of each recording goes: one name for each, from its path in the folder.
+
+    No file of one is a file of another, or the summary.
+    """
+    from napari_calvae.formats import outputs_of
+    from napari_calvae.recording import RecordingError
+
     relative = [path.relative_to(folder) for path in found]
     # Longer and longer until no two are the same; in the last what joins the parts can be in none of them.
     for joined in (
@@ -186,9 +210,14 @@ def _names(found: list[Path], folder: Path, output: Path, suffix: str) -> list[P
         ["_".join(path.parts) for path in relative],
         [path.as_posix().replace("%", "%25").replace("/", "%2F") for path in relative],
     ):
-        if len({name.casefold() for name in joined}) == len(joined):
-            break
-    return [output / f"{name}{suffix}" for name in joined]
+        targets = [output / f"{name}{suffix}" for name in joined]
+        files = [output / "summary.csv", *(file for target in targets for file in outputs_of(target))]
+        if len({str(file).casefold() for file in files}) == len(files):
+            return targets
+    raise RecordingError(
+        f"pattern: expected recordings whose results have names of their own, got two that would share one among "
+        f"{', '.join(path.as_posix() for path in relative[:8])}. Choose another --suffix, or rename them."
+    )
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def live(
 
 @benchmark.command()
 def extraction(
-    gigabytes: Annotated[float, typer.Option(min=0.01, help="Size of the movie (10⁹ bytes)")] = 10.0,
+    gigabytes: Annotated[float, typer.Option(min=0.01, max=1e6, help="Size of the movie (10⁹ bytes)")] = 10.0,
     rois: Annotated[int, typer.Option(min=1, help="ROIs on a grid, with a neuropil ring each")] = 200,
     folder: Annotated[Path | None, typer.Option(help="Where the movie is written and removed again")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,

@@ -39,7 +39,11 @@ class Commands(TyperGroup):
                 str(error) or "memory: the computer ran out of it. Close other programs, or infer fewer ROIs at a time."
             )
         except ValueError as error:  # all errors of this package, and pydantic's
-            if type(error).__name__ not in ("RecordingError", "ModelError", "ValidationError"):
+            if type(error).__name__ == "ValidationError":
+                from napari_calvae.errors import setting_error
+
+                error = setting_error(error)
+            elif type(error).__name__ not in ("RecordingError", "ModelError"):
                 raise
             fail(str(error))
 

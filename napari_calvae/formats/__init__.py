@@ -45,6 +45,7 @@ __all__ = [
     "is_traces",
     "open_result",
     "open_traces",
+    "outputs_of",
     "read",
     "read_labels",
     "read_movie",
@@ -211,7 +212,7 @@ def check_result(
     if append:
         module.check_append(Path(path).expanduser(), traces)
         return module
-    for file in module.outputs(Path(path)) if hasattr(module, "outputs") else (path,):
+    for file in outputs_of(path):
         check_output(file, overwrite, getattr(module, "FOLDER", False))
     return module
 
@@ -223,6 +224,12 @@ def _adder_to(path: str | Path) -> ModuleType:
         raise RecordingError(f"append: expected the name of an NWB file (.nwb), got {Path(path).name!r}.")
     existing(path)
     return module
+
+
+def outputs_of(path: str | Path) -> tuple[Path, ...]:
+    """All files, or the folder, that writing a result under this name makes."""
+    module = writer_of(path)
+    return module.outputs(Path(path)) if hasattr(module, "outputs") else (Path(path),)
 
 
 def writer_of(path: str | Path) -> ModuleType:

@@ -88,11 +88,15 @@ def check_output(path: str | Path, overwrite: bool = False, folder: bool = False
     return file
 
 
-def check_apart(source: Path, output: Path) -> None:
-    """Refuse an output that is, or holds, what is read: it would be gone before it has been."""
-    read, written = (path.expanduser().resolve() for path in (source, output))
-    if written in (read, *read.parents):
-        raise RecordingError(f"output: expected another name than that of the input, got {output}. Choose another.")
+def check_apart(outputs: Iterable[Path], *inputs: Path | None) -> None:
+    """Refuse outputs of which one is, or holds, what is read: it would be gone before it has been, or for good."""
+    written = {path.expanduser().resolve(): path for path in outputs}
+    for read in (path.expanduser().resolve() for path in inputs if path is not None):
+        for place in (read, *read.parents):
+            if place in written:
+                raise RecordingError(
+                    f"output: expected another name than that of the input, got {written[place]}. Choose another."
+                )
 
 
 @contextmanager

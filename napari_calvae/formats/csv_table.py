@@ -57,8 +57,10 @@ def read(path: Path, frame_rate: float | None = None, unit: Unit | None = None) 
     t0, measured = 0.0, None
     if columns.clock is not None:
         t0, measured = read_clock(table[:, columns.clock] * columns.seconds, path)
-    rate, contradicted = believed_rate(frame_rate, measured)
     told = _told_beside(path)
+    if measured is None and isinstance(told.get("frame_rate"), float):  # of a single frame
+        measured = told["frame_rate"]
+    rate, contradicted = believed_rate(frame_rate, measured)
     stated, n_frames = told.get("unit"), told.get("frames")
     if isinstance(n_frames, int) and len(table) < n_frames:
         raise RecordingError(
@@ -188,6 +190,7 @@ def write(value: SpikeInference | Traces, path: Path) -> None:
         with whole_files(path, outputs(path)[-1], instead_of=_parts(path)) as (frames, provenance):
             _table(frames, [trace_columns(value)])
             told = json.loads(provenance_json(value)) | {"unit": value.unit, "frames": value.n_frames}
+            told["frame_rate"] = value.frame_rate
             told |= judgements_of(value)
             provenance.write_text(json.dumps(told, indent=1), encoding="utf-8")
         return
@@ -321,8 +324,10 @@ def _numbers(cells: list[str], row: int, path: Path, n: int) -> list[float]:
     return values
 
 
-def read_clock(times: np.ndarray, path: Path) -> tuple[float, float]:
-    """First time (s) and frame rate (Hz) of evenly spaced time stamps."""
+def read_clock(times: np.ndarray, path: Path) -> tuple[float, float | None]:
+    """First time (s) and frame rate (Hz) of evenly spaced time stamps; a single one tells no rate."""
+    if len(times) == 1 and np.isfinite(times).all():
+        return float(times[0]), None
     steps = np.diff(times)
     if not len(steps) or not np.isfinite(times).all() or not (steps > 0).all():
         raise RecordingError(f"{path.name}: expected a time column that rises from row to row, got one that does not.")

@@ -88,14 +88,16 @@ def read_labels(path: str | Path) -> np.ndarray:
         If there are several images, or more pixels than any microscope takes; neither is loaded to find that out.
     """
     movie, _ = read_movie(path)
-    if math.prod(movie.shape[:-2]) != 1 or math.prod(movie.shape) > MOST_PIXELS:
+    if len(movie.shape) < 2 or math.prod(movie.shape[:-2]) != 1 or math.prod(movie.shape) > MOST_PIXELS:
         raise RecordingError(
             f"{Path(path).name}: expected one label image (y, x) of at most {MOST_PIXELS:,} pixels, got the shape "
             f"{movie.shape}. Give the image that holds the ROIs, not the movie."
         )
     labels = np.asarray(movie).reshape(movie.shape[-2:])
-    if labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)):
-        labels = labels.astype(np.int64)
+    if labels.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):  # of what no integer is, and is told by it
+            whole = labels.astype(np.int64)
+        return whole if np.array_equal(whole, labels) else labels
     return labels
 
 

@@ -71,7 +71,10 @@ def read_spikes(path: str | Path) -> dict[int, np.ndarray]:
     file = existing(path)
     with readable(file, "an .npz file of spike times"), np.load(file, allow_pickle=False) as z:
         names = [name for name in z.files if name.startswith("spike_times_") and name[12:].isdigit()]
-        times = {int(name[12:]): np.asarray(z[name], float) for name in names}
+        times = {int(name[12:]): np.asarray(z[name], float).ravel() for name in names}
+    for roi, found in times.items():
+        if not np.isfinite(found).all():
+            raise RecordingError(f"{file.name}: expected finite spike times (s), got others of ROI {roi}. Remove them.")
     if not times:
         raise RecordingError(
             f"{file.name}: expected arrays spike_times_<ROI id> (s), got none. "

@@ -116,7 +116,7 @@ def iter_batch(
     if block_rois is not None and block_rois < 1:
         raise RecordingError(f"block_rois: expected 1 or more ROIs, got {block_rois}.")
     if isinstance(traces, str | Path):
-        check_apart(Path(traces), Path(out))
+        check_apart([Path(out)], Path(traces))
     if scheduler is not None:
         check_main_script()
     source = _source(traces)
