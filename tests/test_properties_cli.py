@@ -249,3 +249,114 @@ def test_simulate_a_movie(inputs, output, options):
     code, _, kept = told(inputs, [*words, *options], ("s",))
     if code == 0:
         assert set(kept) == {"s/movie.tif", "s/rois.tif", "s/spikes.npz"}
+
+
+RATE = {name[2:]: values for name, values in READING.items()}
+
+
+@settings(SETTINGS)
+@given(usually("t.npz", (*SOURCES, "res.zarr", "tiny.safetensors")), some(**RATE))
+@example("m.tif", ["--rois", "r.tif"])
+def test_check(inputs, source, options):
+    code, said, _ = told(inputs, ["check", source, *options])
+    if code == 0:
+        assert f"{source}: nothing looks wrong with 2 ROIs." in said
+    if code == 1:
+        assert ": expected " in said
+
+
+@settings(SETTINGS, max_examples=12)
+@given(
+    usually("res.zarr", ("t.npz", "t.zarr", "none.zarr", ".")),
+    usually("t.npz", SOURCES),
+    some(model=("tiny.safetensors", "none", "t.npz"), **RATE),
+)
+@example("res.zarr", "t.npz", ["--model", "tiny.safetensors"])
+@example("res.zarr", "t.npz", ["--model", "tiny.safetensors", "--frame-rate", "19"])
+def test_repeat(inputs, result, source, options):
+    code, said, _ = told(inputs, ["repeat", result, source, *options])
+    if code == 0:
+        assert "the same to the last bit" in said
+    if code == 1:
+        assert "Changed since: the recording" in said
+
+
+@settings(SETTINGS, max_examples=16)
+@given(
+    usually("m.tif", SOURCES),
+    usually("o.npz", OUTPUTS),
+    some(overwrite=FLAG, rois=RATE["rois"], frame_rate=NUMBERS, neuropil=RATE["neuropil"]),
+)
+@example("m.h5", "o ö.H5", [])
+def test_extract(inputs, source, output, options):
+    rois = [] if "--rois" in options else ["--rois", "r.tif"]
+    words = ["extract", source, "-o", output, *rois, *options]
+    code, said, kept = told(inputs, words, files_of(output))
+    if code == 0:
+        assert f"{output}: 2 ROIs" in said
+        assert kept
+        assert source != output
+
+
+@settings(SETTINGS)
+@given(
+    usually("res.zarr", ("t.zarr", "t.npz", "none.zarr")), st.sampled_from(OUTPUTS), some(append=FLAG, overwrite=FLAG)
+)
+@example("res.zarr", "ü.x.nwb", ["--append"])
+@example("res.zarr", "res.zarr", [])
+def test_export(inputs, source, output, options):
+    code, said, kept = told(inputs, ["export", source, "-o", output, *options], files_of(output))
+    if code == 0:
+        assert f"{output}: 2 ROIs" in said
+        assert kept
+
+
+TRAIN = {"objective": ("sleep", "elbo", "supervised", "foo"), "spikes": ("t.npz", "t.zarr", "none.npz")}
+TRAIN |= {"learning_rate": NUMBERS, "generative": ("linear_ar", "foo", ""), "noise": ("gaussian", "foo")}
+TRAIN |= {"steps": ("1", "0"), "seed": SEEDS, "base": ("none", "t.npz"), "overwrite": FLAG}
+
+
+@settings(SETTINGS, max_examples=8)
+@given(
+    usually("t.npz", SOURCES),
+    usually("n.safetensors", ("n.npz", "none/n.safetensors", "tiny.safetensors", "x")),
+    some(**TRAIN),
+)
+@example("t.npz", "n.safetensors", ["--learning-rate", "1e300"])
+@example("t.npz", "n.safetensors", ["--learning-rate", "nan"])
+@example("t.npz", "n.safetensors", ["--objective", "supervised", "--spikes", "t.npz"])
+def test_train(inputs, source, output, options):
+    words = ["train", source, "-o", output, "--base", "tiny.safetensors", "--steps", "1", *options]
+    code, said, kept = told(inputs, words, (output,))
+    if code == 0:
+        assert f"{output}: trained for 1 steps on 2 ROIs" in said
+        assert list(kept) == [output]
+
+
+def test_models_takes_no_words(inputs):
+    code, said, _ = told(inputs, ["models"])
+    assert code == 0
+    assert all(name in said for name in calvae.models())
+    assert told(inputs, ["models", "universal"])[0] == 2
+
+
+#: Of each benchmark, what it must be given; none of them gets as far as work.
+BENCHMARKS = {
+    "accuracy": ["--data"],
+    "adaptation": ["--data"],
+    "kernels": ["--data"],
+    "live": ["--data"],
+    "ablation": ["--out", "x", "--data"],
+    "movie": ["m.tif", "r.tif"],
+    "speed": [],
+    "paper": [],
+    "extraction": ["--gigabytes"],
+    "click": ["--clicks"],
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@settings(SETTINGS, max_examples=4)
+@given(word=st.sampled_from(("none", "t.zarr", "tiny.safetensors", "inf", "-1")))
+def test_benchmarks_refuse_what_they_cannot_measure(inputs, name, word):
+    assert told(inputs, ["benchmark", name, *BENCHMARKS[name], word])[0] == 2
