@@ -211,6 +211,20 @@ def test_adaptation_is_scored_before_and_after(monkeypatch):
     assert row["gain"] == row["after"] - row["before"] != 0
 
 
+def test_the_amplitude_of_other_cells_sets_the_number_of_spikes():
+    # Cells of three times the amplitude: without being told, we find about three times too many spikes.
+    cells = [replace(s, cell=f"c{k}", dff=3 * s.dff) for k, s in enumerate(sweep(seed=seed) for seed in range(3))]
+    models = accuracy.Models("universal")
+    nothing, told = benchmark.amplitude_rows(models, cells, spread=0.2)
+    assert (nothing["known"], told["known"]) == ("nothing", "amplitude, spread 0.2")
+    assert nothing["cells"] == told["cells"] == 3
+    assert told["abs(log counts)"] < min(0.2, nothing["abs(log counts)"])
+    assert nothing["width, 10 s"] > 1.5 * told["width, 10 s"] > 1.5
+    assert told["cells differ by"] < 0.3
+    wide = benchmark.amplitude_rows(models, cells, spread=1.0)[1]
+    assert wide["width, 10 s"] > 1.5 * told["width, 10 s"]
+
+
 def test_variants_are_trained_without_a_fold_and_scored_on_it(tmp_path, monkeypatch):
     trained = []
     fill = ablation.RecordingSampler.fill

@@ -5,6 +5,7 @@ from __future__ import annotations
 from napari_calvae.benchmark.ablation import ablation_rows
 from napari_calvae.benchmark.accuracy import Models, other_rows, study, summary_rows, write_study
 from napari_calvae.benchmark.adaptation import adaptation_rows
+from napari_calvae.benchmark.amplitude import amplitude_rows
 from napari_calvae.benchmark.ground_truth import (
     MARGIN,
     SHIFTS,
@@ -29,6 +30,7 @@ __all__ = [
     "Piece",
     "ablation_rows",
     "adaptation_rows",
+    "amplitude_rows",
     "by_dataset",
     "calvae_method",
     "correlations",

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,17 +185,22 @@ def accuracy_rows(condition: Condition, models: Models, sweeps: Sequence[Sweep])
 
 
 @torch.inference_mode()
-def interval_rows(models: Models, pieces: Sequence[Piece], seed: int = 0) -> Iterator[dict[str, Any]]:
+def interval_rows(
+    models: Models,
+    pieces: Sequence[Piece],
+    seed: int = 0,
+    see: Callable[[SpikeVAE, Piece], SpikePosterior] = posterior_of,
+) -> Iterator[dict[str, Any]]:
     """Of each data set and length of window: share of true counts within central intervals, and widths.
 
     By randomised PIT over windows with at least half an expected spike: chosen by the prediction, never by the truth.
     The oracle's intervals are those of the same posterior with its gain, where it has one, set so that the expected
-    number of spikes in the sweep is the true one.
+    number of spikes in the sweep is the true one. ``see`` is what is made of a trace.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     found: dict[tuple[str, float], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = defaultdict(list)
     for piece in pieces:
-        wide = posterior_of(models[piece.dataset], piece)
+        wide = see(models[piece.dataset], piece)
         known = _oracle(wide, float(piece.counts.sum()))
         samples, best = (x.sample(_N_SAMPLES, generator)[:, 0].numpy() for x in (wide, known))
         expected = wide.mean[0].numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,13 +12,17 @@ from napari_calvae.cli._support import Commands, show
 benchmark = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")
 
 Model = Annotated[str, typer.Option(help="Name of a shipped model or a file")]
+Models = Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")]
+Data = Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")]
+Only = Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")]
+GainScale = Annotated[float | None, typer.Option(min=0, help="That of the models; by default their own")]
 
 
 @benchmark.command()
 def accuracy(
-    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
-    model: Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")] = "universal",
-    only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
+    data: Data,
+    model: Models = "universal",
+    only: Only = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the table, its figure and the record (JSON)")] = None,
 ) -> None:
     """Correlation with true spikes, numbers of spikes, intervals and timing, beside OASIS on the same traces."""
@@ -34,25 +38,37 @@ def accuracy(
 
 @benchmark.command()
 def adaptation(
-    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
-    model: Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")] = "universal",
-    only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
-    gain_scale: Annotated[float | None, typer.Option(min=0, help="That of the models; by default their own")] = None,
+    data: Data,
+    model: Models = "universal",
+    only: Only = "",
+    gain_scale: GainScale = None,
 ) -> None:
     """What adapting to each data set without its spikes gains."""
     from napari_calvae import benchmark as measure
 
     sweeps = measure.read_ground_truth(data, only=only)
-    models = measure.Models(model)
-    if gain_scale is not None:
-        for network in models.networks.values():
-            network.set_gain_scale(gain_scale)
-    show(measure.adaptation_rows(models, sweeps), summary="mean")
+    show(measure.adaptation_rows(_models(model, gain_scale), sweeps), summary="mean")
+
+
+@benchmark.command()
+def amplitude(
+    data: Data,
+    model: Models = "universal",
+    only: Only = "",
+    gain_scale: GainScale = None,
+    spread: Annotated[float | None, typer.Option(min=0.01, max=3, help="How much cells are taken to differ")] = None,
+) -> None:
+    """What it is worth to know the amplitude that is typical of the other cells of each data set."""
+    from napari_calvae import benchmark as measure
+
+    sweeps = measure.read_ground_truth(data, only=only)
+    models = _models(model, gain_scale)
+    show(measure.amplitude_rows(models, sweeps, spread))
 
 
 @benchmark.command()
 def kernels(
-    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    data: Data,
 ) -> None:
     """When fluorescence follows a spike, data set by data set."""
     from napari_calvae import benchmark as measure
@@ -62,7 +78,7 @@ def kernels(
 
 @benchmark.command()
 def ablation(
-    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the record (JSON)")],
     steps: Annotated[int, typer.Option(min=1, help="Updates of each variant")] = 2500,
     fold: Annotated[int, typer.Option(min=1, max=5, help="Fold to leave out")] = 1,
@@ -119,10 +135,10 @@ def speed(
 
 @benchmark.command()
 def live(
-    data: Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")],
+    data: Data,
     model: Annotated[str, typer.Option(help="Causal model, or a folder of those that leave out a fold each")] = "live",
     whole: Annotated[str, typer.Option(help="The same of the model that sees whole traces")] = "universal",
-    only: Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")] = "",
+    only: Only = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the record (JSON) and its table")] = None,
 ) -> None:
     """Correlation with true spikes while a recording is going on, for every lag, beside that of whole traces."""
@@ -207,3 +223,14 @@ def batch(  # noqa: PLR0913 - every option is a word of the documented command l
 
     size = Size(rois, frames, samples, kills, cluster_rois)
     show(iter_batch_rows(folder, size, out, seed, parts or ("cluster", "large")))
+
+
+def _models(source: str, gain_scale: float | None) -> Any:
+    """Models by data set, with another gain scale than their own if one is given."""
+    from napari_calvae import benchmark as measure
+
+    models = measure.Models(source)
+    if gain_scale is not None:
+        for network in models.networks.values():
+            network.set_gain_scale(gain_scale)
+    return models
