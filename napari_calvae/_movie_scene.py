@@ -6,8 +6,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 from scipy.special import expit
-
-from napari_calvae.recording import MAX_SEED
+from napari_calvae.recording import MAX_SEED, RecordingError
 
 #: Frames of a movie that are rendered at a time.
 _BLOCK = 256
@@ -36,6 +35,11 @@ class MovieConfig(BaseModel):
 def place_cells(c: MovieConfig, rng: np.random.Generator) -> list[tuple[float, float]]:
     """Centres (y, x) of cells that do not touch."""
     margin = c.diameter / 2 + 1
+    if 2 * margin > c.size - 1:
+        raise RecordingError(
+            f"diameter: expected somata of at most {c.size - 3} pixels in an image of {c.size}, got {c.diameter:g}. "
+            "Choose a smaller one, or a larger size."
+        )
     centres: list[tuple[float, float]] = []
     for y, x in rng.uniform(margin, c.size - 1 - margin, (200 * c.n_cells, 2)):
         if all(np.hypot(y - v, x - u) > c.diameter + 1.5 for v, u in centres):

@@ -284,6 +284,7 @@ def test_traces_come_back_from_tables(tmp_path, suffix, unit):
             "traces": {"a": [0, 1]},
             "unit": unit,
             "frames": 50,
+            "frame_rate": 12.5,
         }
     else:
         assert found.frame_rate == 12.5

@@ -243,6 +243,7 @@ def test_simulate(inputs, output, options):
 @example("s", ["--photons", "inf"])
 @example("s", ["--photons", "1e300"])
 @example("s", ["--gain", "inf"])
+@example("s", ["--diameter", "20"])
 @example("s", ["--seed", str(2**70)])
 def test_simulate_a_movie(inputs, output, options):
     words = ["simulate", output, "--movie", "--cells", "1", "--duration", "2", "--frame-rate", "5", "--size", "20"]
