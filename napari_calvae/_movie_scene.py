@@ -6,6 +6,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 from scipy.special import expit
+
 from napari_calvae.recording import MAX_SEED, RecordingError
 
 #: Frames of a movie that are rendered at a time.
