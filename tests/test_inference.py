@@ -152,13 +152,12 @@ def test_intervals_at_a_typical_amplitude_hold_what_cells_differ_about_it():
     truth = calvae.simulate(
         24, 60.0, 30.0, rate=1.0, theta={"amplitude": 0.25, "noise_density": 0.01}, variability=0.45
     )
-    true, held, mean = truth.counts.sum(-1), {}, {}
+    true, held = truth.counts.sum(-1), {}
     for spread in (0.05, 0.5):
         told = calvae.infer(truth.traces, amplitude=0.25, amplitude_spread=spread)
         low, high = told.interval(0.9, window=60.0)[..., 0]
-        held[spread], mean[spread] = np.mean((low <= true) & (true <= high)), told.rate.mean()
+        held[spread] = np.mean((low <= true) & (true <= high))
     assert held[0.05] < 0.5 < 0.75 < held[0.5]
-    assert mean[0.05] == pytest.approx(mean[0.5], rel=0.05)  # more doubt does not mean more spikes
 
 
 def test_an_amplitude_that_a_model_has_no_place_for_is_refused(vae):

@@ -323,7 +323,7 @@ def with_amplitude(
         fitted = generative.initial_theta(observed, found.mean, frame_rate, valid)["amplitude"]
         total = (found.mean.sum(-1) * fitted / amplitude).clamp_min(1e-3)
         gain, few, many = (posterior.gain_for(total * math.exp(d)) for d in (0.0, -spread, spread))
-        found = posterior.given(gain, torch.zeros_like(gain)).with_gain_std((many - few) / 2)
+        found = posterior.given(gain, (many - few) / 2)
     return found
 
 

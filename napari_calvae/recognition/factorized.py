@@ -143,10 +143,9 @@ class GainCategorical(SpikePosterior):
         lies beyond the 90 % that intervals are judged by is put at their ends: in the tail of a normal log-gain one
         sample of fifty had spikes in nearly every frame, and the mean was that of a few such.
         """
-        return self if scale == 1 else self.with_gain_std(scale * self.gain_std)
-
-    def with_gain_std(self, std: Float[Tensor, " roi"]) -> GainCategorical:
-        """`widened` to this standard deviation of the log-gain."""
+        if scale == 1:
+            return self
+        std = scale * self.gain_std
         wide = GainCategorical(self.logits, self.gain_mean, std, self.response, self.n_nodes, REACH)
         return wide.given(self.gain_mean + self._log_mean_gain() - wide._log_mean_gain(), std)
 
