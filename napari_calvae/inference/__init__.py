@@ -86,8 +86,8 @@ def infer(
         Fields of ``InferConfig``: ``n_samples=50``, ``seed=0``, ``device="auto"``. How many spikes there are is
         uncertain mostly since nobody knows how much fluorescence one makes; who knows what is typical of the
         preparation gives that as ``amplitude`` (ΔF/F), and gets rates that go with it. Cells are taken to differ about
-        it by ``amplitude_spread=0.7`` (standard deviation of the logarithm), as they do in recordings with known
-        spikes; 0.1 says that it is that of these very cells, and makes intervals that much narrower.
+        it by ``amplitude_spread=0.5`` (standard deviation of the logarithm), as they do in the median data set with
+        known spikes; 0.1 says that it is that of these very cells, and makes intervals that much narrower.
 
     Raises
     ------

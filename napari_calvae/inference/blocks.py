@@ -59,7 +59,7 @@ class InferConfig(BaseModel):
         description="ΔF/F at the peak of the response to one spike, where it is known",
     )
     amplitude_spread: float = Field(
-        0.7,
+        0.5,
         gt=0,
         le=3,
         title="Spread of amplitudes",
