@@ -12,7 +12,7 @@ from napari_calvae.cli._support import Commands, show
 benchmark = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure accuracy and speed beside rivals.")
 
 Model = Annotated[str, typer.Option(help="Name of a shipped model or a file")]
-Models = Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")]
+ModelOrFolder = Annotated[str, typer.Option(help="Model, or a folder of those that leave out a fold each")]
 Data = Annotated[Path, typer.Option(help="Ground truth: folder or file, .npz or CASCADE's .mat")]
 Only = Annotated[str, typer.Option(help="Data sets to use, by prefix, comma-separated")]
 GainScale = Annotated[float | None, typer.Option(min=0, help="That of the models; by default their own")]
@@ -21,7 +21,7 @@ GainScale = Annotated[float | None, typer.Option(min=0, help="That of the models
 @benchmark.command()
 def accuracy(
     data: Data,
-    model: Models = "universal",
+    model: ModelOrFolder = "universal",
     only: Only = "",
     out: Annotated[Path | None, typer.Option(help="Folder for the table, its figure and the record (JSON)")] = None,
 ) -> None:
@@ -39,7 +39,7 @@ def accuracy(
 @benchmark.command()
 def adaptation(
     data: Data,
-    model: Models = "universal",
+    model: ModelOrFolder = "universal",
     only: Only = "",
     gain_scale: GainScale = None,
 ) -> None:
@@ -53,7 +53,7 @@ def adaptation(
 @benchmark.command()
 def amplitude(
     data: Data,
-    model: Models = "universal",
+    model: ModelOrFolder = "universal",
     only: Only = "",
     gain_scale: GainScale = None,
     spread: Annotated[float | None, typer.Option(min=0.01, max=3, help="How much cells are taken to differ")] = None,

@@ -27,7 +27,7 @@ from napari_calvae.roi_masks import RoiMasks
 
 #: Names under which files hold traces, and the unit that each implies (None: the file's ``unit``, else ΔF/F).
 TRACE_NAMES: dict[str, Unit | None] = {"values": None, "dff": "dff", "F": "raw"}
-#: What else files of named arrays may say of traces.
+#: Under which names files of named arrays have the ROIs of traces, and what else they may say of them.
 _MASKS = ("rois_shape", "rois_pixels", "rois_weights", "rois_sizes", "rois_planes")
 TRACE_FACTS = ("frame_rate", "unit", "roi_ids", "t0", "accepted", *_MASKS)
 #: One of them is in every folder that is a Zarr store.

@@ -51,7 +51,7 @@ class RefineConfig(BaseModel):
         gt=0,
         le=1e9,
         title="Amplitude",
-        description="ΔF/F at the peak of the response to one spike, where it is known",
+        description="ΔF/F at the peak of the response to one spike of these very cells, where it is known",
     )
 
 

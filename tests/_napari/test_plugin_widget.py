@@ -7,14 +7,22 @@ import threading
 import numpy as np
 import pytest
 from plugin_helpers import CENTRES, FRAME_RATE, hide_as_if_closed
-from qtpy.QtCore import QPoint, Qt
+from qtpy.QtCore import QPoint, Qt, QTimer
+from qtpy.QtGui import QCloseEvent
 from qtpy.QtTest import QTest
-from qtpy.QtWidgets import QApplication
+from qtpy.QtWidgets import QApplication, QDialog
 
 import napari_calvae as calvae
 from napari_calvae.inference import devices
 
 pytestmark = pytest.mark.usefixtures("network")
+
+
+class Pressed(QCloseEvent):
+    """As the X of a window's frame sends it."""
+
+    def spontaneous(self):
+        return True
 
 
 def wait_for(qtbot, widget, roi):
@@ -377,14 +385,6 @@ def test_a_device_that_is_not_there_leaves_the_choice_to_the_best_and_stays_reme
 def test_a_window_that_stays_open_keeps_its_work(qtbot, show_movie, open_widget, network, viewer, monkeypatch):
     from napari._qt import qt_main_window
     from napari.settings import get_settings
-    from qtpy.QtGui import QCloseEvent
-    from qtpy.QtWidgets import QDialog
-
-    class Pressed(QCloseEvent):
-        """As the X of a window's frame sends it."""
-
-        def spontaneous(self):
-            return True
 
     class Question:
         def exec_(self):
@@ -407,6 +407,28 @@ def test_a_window_that_stays_open_keeps_its_work(qtbot, show_movie, open_widget,
     QTest.qWait(50)
     window.hide(), window.show()  # as Qt does where a window is to stay on top
     qtbot.waitUntil(lambda: len(widget.results.rows) == 3, timeout=10_000)
+
+
+@pytest.mark.parametrize("answer", ["accept", "reject"])
+def test_the_question_that_napari_asks_decides_whether_work_ends(show_movie, open_widget, viewer, monkeypatch, answer):
+    from napari._qt.dialogs.confirm_close_dialog import ConfirmCloseDialog
+    from napari.settings import get_settings
+
+    monkeypatch.setattr(get_settings().application, "confirm_close_window", True)
+    show_movie()
+    widget, asked = open_widget(), []
+
+    def press():
+        asked.append(QApplication.activeModalWidget())
+        getattr(asked[0], answer)()
+
+    QTimer.singleShot(300, press)
+    window, event = viewer.window._qt_window, Pressed()
+    QApplication.sendEvent(window, event)
+    assert isinstance(asked[0], ConfirmCloseDialog)
+    if event.isAccepted():
+        window.hide()  # as Qt does then
+    assert widget._attached == (answer == "reject")
 
 
 def test_a_window_that_is_shown_again_listens_again(qtbot, show_movie, open_widget, canvas, viewer):
